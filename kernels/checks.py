@@ -1,0 +1,137 @@
+"""Checks of what a caller hands to an op: dtypes, ranks, sizes, strides, devices, settings.
+
+Both implementations call them first. They look at metadata only: reading a value would wait for the device, and could
+not be captured in a CUDA graph.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import KernelInputError
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_site(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, softcap: float) -> None:
+    """Refuse arguments of ``attention_site`` that do not fit each other."""
+    _check_rank({"q": q, "k": k, "v": v}, 4)
+    _check_float_dtype({"q": q, "k": k, "v": v}, FLOAT_DTYPES)
+    batch, q_heads, rows, key_dim = q.shape
+    if batch != 1:
+        raise KernelInputError(f"q has batch size {batch}; packed tokens have 1: lay the sequences end to end")
+    kv_heads = _check_heads(q_heads, k.shape[1])
+    _check_size("k", k, (1, kv_heads, rows, key_dim))
+    _check_size("v", v, (1, kv_heads, rows, v.shape[3]))
+    _check_settings(scale, window, softcap)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    scores: Tensor,
+    step: Mapping[str, Tensor],
+    pillar_index: Tensor,
+    settings: tuple[float, int, float],
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> None:
+    """Refuse arguments of ``dual_mode_attention`` that do not fit each other.
+
+    ``settings`` is (scale, window, softcap); ``dtypes`` what the calling implementation takes for q, k, v and kv.
+    """
+    packed = {"q": q, "k": k, "v": v}
+    _check_rank(packed, 3)
+    _check_rank({"kv": kv}, 4)
+    _check_rank({"scores": scores, "pillar_index": pillar_index}, 3)
+    _check_float_dtype({**packed, "kv": kv}, dtypes)
+    rows, q_heads, key_dim = q.shape
+    kv_heads = _check_heads(q_heads, k.shape[1])
+    _check_size("k", k, (rows, kv_heads, key_dim))
+    _check_size("v", v, (rows, kv_heads, v.shape[2]))
+    _check_size("kv", kv, (kv.shape[0], kv_heads, kv.shape[2], key_dim + v.shape[2]))
+    for name, tensor in {**packed, "kv": kv}.items():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise KernelInputError(f"{name} has last stride {tensor.stride(-1)}; it must be 1: call .contiguous()")
+    score_dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    _check_float_dtype({"scores": scores}, score_dtypes)
+    _check_step(step, scores, pillar_index, kv_heads)
+    _check_devices(q, {**packed, "kv": kv, "scores": scores, **step, "pillar_index": pillar_index})
+    _check_settings(*settings)
+
+
+def check_select(
+    scores: Tensor, scored_length: Tensor, budget: Tensor, pillar_index: Tensor, pillar_count: Tensor
+) -> None:
+    """Refuse arguments of ``select_pillars`` that do not fit each other."""
+    _check_rank({"scores": scores, "pillar_index": pillar_index}, 3)
+    if scores.dtype != torch.float32:
+        raise KernelInputError(f"scores are {scores.dtype}; the selection takes torch.float32")
+    requests, heads, _ = scores.shape
+    per_request = {"scored_length": scored_length, "budget": budget, "pillar_count": pillar_count}
+    for name, tensor in per_request.items():
+        _check_index(name, tensor, (requests,))
+    _check_index("pillar_index", pillar_index, (requests, heads, pillar_index.shape[2]))
+    _check_devices(scores, {**per_request, "pillar_index": pillar_index})
+
+
+def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor, kv_heads: int) -> None:
+    requests = step["mode"].shape[0] if step["mode"].dim() else 0
+    for name, tensor in step.items():
+        if name != "page_table":
+            _check_index(name, tensor, (requests,))
+    _check_rank({"page_table": step["page_table"]}, 2)
+    _check_index("page_table", step["page_table"], (requests, step["page_table"].shape[1]))
+    _check_size("scores", scores, (requests, kv_heads, scores.shape[2]))
+    _check_index("pillar_index", pillar_index, (requests, kv_heads, pillar_index.shape[2]))
+
+
+def _check_rank(tensors: Mapping[str, Tensor], rank: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != rank:
+            raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions")
+
+
+def _check_size(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != size:
+        raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; the other arguments call for {size}")
+
+
+def _check_index(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.int32:
+        raise KernelInputError(f"{name} is {tensor.dtype}; it must be torch.int32: call .to(torch.int32)")
+    _check_size(name, tensor, size)
+
+
+def _check_float_dtype(tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    first_name, first = next(iter(tensors.items()))
+    if first.dtype not in dtypes:
+        allowed = ", ".join(str(dtype) for dtype in dtypes)
+        raise KernelInputError(f"{first_name} is {first.dtype}; allowed on {first.device.type}: {allowed}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != first.dtype:
+            raise KernelInputError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; give both one dtype")
+
+
+def _check_heads(q_heads: int, kv_heads: int) -> int:
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise KernelInputError(f"{q_heads} query heads over {kv_heads} KV heads; the first must be a multiple")
+    return kv_heads
+
+
+def _check_devices(first: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise KernelInputError(f"{name} is on {tensor.device}, others on {first.device}; move them to one device")
+
+
+def _check_settings(scale: float, window: int, softcap: float) -> None:
+    if not math.isfinite(scale):
+        raise KernelInputError(f"scale is {scale}; it must be finite")
+    if window < 0:
+        raise KernelInputError(f"window is {window}; give the number of positions a row sees, or 0 for all")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise KernelInputError(f"softcap is {softcap}; give a finite positive cap, or 0 for none")

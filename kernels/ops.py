@@ -1,0 +1,137 @@
+"""The three ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
+
+Sizes: T packed rows (tokens) of a step, B request slots, Hq query heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the
+head dimensions of keys and values, P logical pages of a request, S positions for which scores can be kept, M pillars
+that can be kept.
+
+``sparsespec::attention_site(q, k, v, scale, window, softcap, layer) -> [1, T, Hq, Dv]``
+    What capture leaves in the graph at each attention layer. q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv].
+    Run eagerly it is causal attention over the T rows as one sequence, so that a captured graph can be compared with
+    the model it came from. ``layer`` only names the layer.
+
+``sparsespec::dual_mode_attention(q, k, v, kv, scores, *STEP_TENSORS, pillar_index, scale, window, softcap)``
+``-> [T, Hq, Dv]``
+    Drafting, verifying and prefilling rows in one call (paper: fused draft and verify attention).
+    q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv]: any strides with a unit last one, one dtype with kv.
+    kv [pages, Hkv, page_size, Dk + Dv]: this layer's view of the pool, the key and value of a token side by side.
+    scores [B, Hkv, S] float32 (or float64 with float64 inputs): this layer's view of the score buffer.
+    pillar_index [B, Hkv, M] int32: this layer's view of the pillars, logical positions below recent_start.
+    The step tensors, int32, are described at STEP_TENSORS.
+
+    1. The K/V of every row of every request is written to kv at its position. An IDLE request has no rows, whatever
+       its row_count says; rows of no request write nothing and give zeros.
+    2. VERIFY and PREFILL rows at position p read every position of max(0, p - window + 1) .. p. DRAFT rows read
+       pillar_index[b, h, :pillar_count[b]] and recent_start[b] .. p, both cut by the window. With pillar_count 0 and
+       recent_start 0 that is full attention. window 0 means no window; softcap c > 0 turns a logit x into
+       c * tanh(x / c) before the softmax, softcap 0 leaves it.
+    3. For a VERIFY or PREFILL request with s = score_rows[b] > 0 and end = cached_length[b] + row_count[b],
+       scores[b, h, j] for j < end - s becomes the mean, over the last s rows and the G query heads of KV head h, of
+       the probability of position j (paper: PillarAttn); 0 where the window hides j. Nothing else in scores changes.
+    Logits, softmax and scores are computed in float32, or in float64 for float64 inputs.
+    Required of the values, which are not checked since that would wait for the device: requests do not share rows;
+    positions stay inside the reserved pages; score_rows <= row_count; end - score_rows <= S;
+    0 <= recent_start <= cached_length; 0 <= pillar_count <= M.
+
+``sparsespec::select_pillars(scores, scored_length, budget, pillar_index, pillar_count) -> ()``
+    scores [B, H, S] float32, H the KV heads of all layers one after the other; scored_length [B] int32, the number of
+    leading valid scores, -1 to leave the pillars of a request as they are; budget [B] int32; pillar_index [B, H, M]
+    int32 and pillar_count [B] int32 are written. For a request with n = scored_length[b] >= 0:
+    count = min(budget[b], n, M) positions with the highest scores are kept, the lower position winning a tie; they are
+    written in ascending order, followed by -1 up to M, and pillar_count[b] becomes count. Scores are ordered as
+    floating-point numbers (0.0 and -0.0 are equal; a NaN, which no working model gives, ranks by its bit pattern).
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from .errors import KernelInputError, KernelUnavailableError, SparseSpecError
+
+__all__ = [
+    "STEP_TENSORS",
+    "KernelInputError",
+    "KernelUnavailableError",
+    "Mode",
+    "SparseSpecError",
+    "attention_site",
+    "dual_mode_attention",
+    "select_pillars",
+]
+
+
+class Mode(IntEnum):
+    """What a request does in a step."""
+
+    IDLE = 0
+    """No rows."""
+    DRAFT = 1
+    """Rows that read the pillars and everything since the last verification."""
+    VERIFY = 2
+    """Rows that read everything: the drafts and the last accepted token."""
+    PREFILL = 3
+    """Rows that read everything: a chunk of the prompt."""
+
+
+STEP_TENSORS: tuple[str, ...] = (
+    "mode",
+    "row_start",
+    "row_count",
+    "cached_length",
+    "page_table",
+    "score_rows",
+    "pillar_count",
+    "recent_start",
+)
+"""The int32 tensors that describe a step to every layer alike, in the order the op takes them.
+
+mode [B]: a Mode. row_start [B]: first packed row. row_count [B]: rows, 0 for none. cached_length [B]: tokens in the
+pool before this step, so row row_start + i stands at position cached_length + i. page_table [B, P]: physical page of
+each logical page, -1 past the reserved ones (never read). score_rows [B]: number of trailing rows whose probabilities
+are given out. pillar_count [B]: valid entries of pillar_index, alike for all layers and heads. recent_start [B]:
+first position that draft rows read densely."""
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+torch.library.define(
+    "sparsespec::attention_site",
+    "(Tensor q, Tensor k, Tensor v, float scale, int window, float softcap, int layer) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "sparsespec::dual_mode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) scores, "
+    + ", ".join(f"Tensor {name}" for name in STEP_TENSORS)
+    + ", Tensor pillar_index, float scale, int window, float softcap) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "sparsespec::select_pillars",
+    "(Tensor scores, Tensor scored_length, Tensor budget, Tensor(a!) pillar_index, Tensor(b!) pillar_count) -> ()",
+    tags=_TAGS,
+)
+
+attention_site = torch.ops.sparsespec.attention_site.default
+dual_mode_attention = torch.ops.sparsespec.dual_mode_attention.default
+select_pillars = torch.ops.sparsespec.select_pillars.default
+
+
+@torch.library.register_fake("sparsespec::attention_site")
+def _attention_site_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, layer: int
+) -> Tensor:
+    batch, q_heads, rows, _ = q.shape
+    return q.new_empty(batch, rows, q_heads, v.shape[-1])
+
+
+@torch.library.register_fake("sparsespec::dual_mode_attention")
+def _dual_mode_attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    rows, q_heads, _ = q.shape
+    return q.new_empty(rows, q_heads, v.shape[-1])
+
+
+@torch.library.register_fake("sparsespec::select_pillars")
+def _select_pillars_fake(
+    scores: Tensor, scored_length: Tensor, budget: Tensor, pillar_index: Tensor, pillar_count: Tensor
+) -> None:
+    return None

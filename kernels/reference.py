@@ -22,7 +22,7 @@ def attention_site(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, s
     blocks = [q.new_empty(0, q.shape[1], v.shape[3])]
     for low in range(0, rows, _ROW_BLOCK):
         high = min(low + _ROW_BLOCK, rows)
-        visible = _visible(positions[low:high], positions[:high], window)
+        visible = _visible(positions[low:high], positions[0 if window else low : high], window)
         block = q[0, :, low:high].transpose(0, 1)
         out, _ = _attend(block, k[0, :, :high], v[0, :, :high], visible, scale, softcap)
         blocks.append(out)
@@ -133,7 +133,8 @@ def _dense(
     end, page_size = cached + count, kv.shape[2]
     first_page = max(0, cached - window + 1) // page_size if window else 0
     base = first_page * page_size
-    token = kv.transpose(0, 1).index_select(1, pages[first_page : -(-end // page_size)]).flatten(1, 2)
+    # Selecting along the first dimension copies the selected pages only; along any other, torch copies all of kv first.
+    token = kv.index_select(0, pages[first_page : -(-end // page_size)]).transpose(0, 1).flatten(1, 2)
     keys, values = token.split((q.shape[2], kv.shape[3] - q.shape[2]), 2)
     position = torch.arange(base, end, device=q.device)
     total = torch.zeros(kv.shape[1], end - scored - base, dtype=_compute_dtype(q), device=q.device)
@@ -141,7 +142,8 @@ def _dense(
     for low in range(0, count, _ROW_BLOCK):
         high = min(low + _ROW_BLOCK, count)
         seen = cached + high - base
-        visible = _visible(position[cached + low - base : seen], position[:seen], window)
+        new = cached + low - base
+        visible = _visible(position[new:seen], position[0 if window else new : seen], window)
         out, probability = _attend(q[low:high], keys[:, :seen], values[:, :seen], visible, scale, softcap)
         blocks.append(out)
         skipped = max(0, count - scored - low)
@@ -166,19 +168,20 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of rows q [r, Hq, Dk] over keys [Hkv, n, Dk] and values [Hkv, n, Dv].
 
-    ``visible`` broadcasts to [Hkv, G, r, n]; None means that every row sees every key.
+    ``visible`` [..., r, w] broadcasts to the last w keys of the logits [Hkv, G, r, n]: every row sees the keys before
+    them. None means that every row sees every key.
     Returns the rows [r, Hq, Dv] in q's dtype and the probabilities [Hkv, G, r, n].
     """
     dtype = _compute_dtype(q)
     rows, q_heads, key_dim = q.shape
     kv_heads, length, value_dim = values.shape
-    grouped = q.to(dtype).view(rows, kv_heads, -1, key_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, key_dim)
-    logits = torch.bmm(grouped, keys.to(dtype).transpose(1, 2)) * scale
+    grouped = (q.to(dtype) * scale).view(rows, kv_heads, -1, key_dim).permute(1, 2, 0, 3)
+    logits = torch.bmm(grouped.reshape(kv_heads, -1, key_dim), keys.to(dtype).transpose(1, 2))
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.view(kv_heads, q_heads // kv_heads, rows, length)
     if visible is not None:
-        logits = logits.masked_fill(~visible, float("-inf"))
+        logits[..., length - visible.shape[-1] :].masked_fill_(~visible, float("-inf"))
     probability = logits.softmax(-1)
     out = torch.bmm(probability.view(kv_heads, -1, length), values.to(dtype))
     out = out.view(kv_heads, -1, rows, value_dim).permute(2, 0, 1, 3).reshape(rows, q_heads, value_dim)

@@ -1,0 +1,53 @@
+"""Named errors of the compiler. Each message says what was got, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+from sparsespec_compile.kernels.ops import SparseSpecError
+
+
+class CompileError(SparseSpecError):
+    """Base of everything that `compile_model` raises."""
+
+
+class UnsupportedModelError(CompileError):
+    """The model cannot be compiled without changing its text."""
+
+
+class VersionError(UnsupportedModelError):
+    """The installed torch or transformers is outside the range that the compiler was checked with."""
+
+
+class EncoderDecoderError(UnsupportedModelError):
+    """The model is an encoder, or a decoder that attends to an encoder; only decoder-only causal LMs are supported."""
+
+
+class AttentionInterfaceError(UnsupportedModelError):
+    """Some of the model's attention does not go through transformers' `AttentionInterface`."""
+
+
+class UnsupportedAttentionError(UnsupportedModelError):
+    """An attention layer asks for something that the dual-mode op does not apply: sinks, biases, masks, ALiBi."""
+
+
+class PositionError(UnsupportedModelError):
+    """The model's positions cannot be given token by token, which packing needs."""
+
+
+class RowMixingError(UnsupportedModelError):
+    """Something besides the attention sites lets one token see another, so requests cannot be packed."""
+
+
+class ExportError(UnsupportedModelError):
+    """`torch.export` could not trace the model; the cause is chained."""
+
+
+class PassMatchError(CompileError):
+    """A pass found nothing where it must find something; the message shows the nearest nodes."""
+
+
+class GraphInvariantError(CompileError):
+    """The verifier found a graph that a pass has left broken."""
+
+
+class StaleParametersError(CompileError):
+    """The model's parameters no longer share storage with the compiled graph."""

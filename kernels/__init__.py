@@ -3,12 +3,15 @@
 Importing this package registers both. Triton itself is imported when the first CUDA tensor arrives.
 """
 
-import torch
+# From the repository's root this folder can also be found as a bare `kernels`, and transformers imports that name to
+# look for a library called so. It finds an empty module then: a second registration of the ops would fail.
+if __name__ == "sparsespec_compile.kernels":
+    import torch
 
-from . import ops, reference, reference_select
+    from . import ops, reference, reference_select
 
-torch.library.impl("sparsespec::attention_site", ("cpu", "cuda"), reference.attention_site)
-torch.library.impl("sparsespec::dual_mode_attention", "cpu", reference.dual_mode_attention)
-torch.library.impl("sparsespec::select_pillars", "cpu", reference_select.select_pillars)
+    torch.library.impl("sparsespec::attention_site", ("cpu", "cuda"), reference.attention_site)
+    torch.library.impl("sparsespec::dual_mode_attention", "cpu", reference.dual_mode_attention)
+    torch.library.impl("sparsespec::select_pillars", "cpu", reference_select.select_pillars)
 
-__all__ = ["ops"]
+    __all__ = ["ops"]

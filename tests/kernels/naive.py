@@ -1,0 +1,76 @@
+"""Attention from its definition: dense tokens, one row and one query head at a time, float64, no page table."""
+
+import math
+
+import torch
+from sparsespec_compile.kernels.ops import Mode
+from torch import Tensor
+
+from .cases import SENTINEL, Case
+
+
+def expected_output(case: Case) -> Tensor:
+    """[T, Hq, Dv] in float64; rows of no request are zero."""
+    out = torch.zeros(case.tensors["q"].shape[0], case.shape.q_heads, case.shape.value_dim, dtype=torch.float64)
+    for b, request in enumerate(case.requests):
+        for row in range(request.rows if request.length else 0):
+            for head in range(case.shape.q_heads):
+                group = head // (case.shape.q_heads // case.shape.kv_heads)
+                seen = _seen(case, b, group, row)
+                values = case.history[b][group, seen, case.shape.key_dim :].double()
+                out[case.row_start[b] + row, head] = _probability(case, b, head, row, seen) @ values
+    return out
+
+
+def expected_scores(case: Case) -> Tensor:
+    """[B, Hkv, S] in float64; the sentinel where nothing may be written."""
+    scores = torch.full(case.tensors["scores"].shape, SENTINEL, dtype=torch.float64)
+    share = case.shape.q_heads // case.shape.kv_heads
+    for b, request in enumerate(case.requests):
+        if request.mode not in (Mode.VERIFY, Mode.PREFILL) or not request.score_rows:
+            continue
+        scored = request.length - request.score_rows
+        scores[b, :, :scored] = 0
+        for row in range(request.rows - request.score_rows, request.rows):
+            for head in range(case.shape.q_heads):
+                seen = _seen(case, b, head // share, row)
+                for position, p in zip(seen, _probability(case, b, head, row, seen).tolist(), strict=True):
+                    if position < scored:
+                        scores[b, head // share, position] += p / (share * request.score_rows)
+    return scores
+
+
+def expected_pool(case: Case) -> Tensor:
+    """The whole pool with the new tokens in their places."""
+    pool, shape = case.pool.clone(), case.shape
+    kv = case.tensors["kv"]
+    kv = pool.as_strided(kv.shape, kv.stride(), kv.storage_offset())
+    for b, request in enumerate(case.requests):
+        for position in range(request.cached, request.length):
+            page = case.tensors["page_table"][b, position // shape.page_size]
+            kv[page, :, position % shape.page_size] = case.history[b][:, position].to(kv.dtype)
+    return pool
+
+
+def _seen(case: Case, b: int, kv_head: int, row: int) -> list[int]:
+    request, window = case.requests[b], case.shape.window
+    position = request.cached + row
+    if request.mode == Mode.DRAFT:
+        pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()
+        seen = pillars + list(range(request.recent, position + 1))
+    else:
+        seen = list(range(position + 1))
+    return [p for p in seen if not window or p > position - window]
+
+
+def _probability(case: Case, b: int, head: int, row: int, seen: list[int]) -> Tensor:
+    shape = case.shape
+    kv_head = head // (shape.q_heads // shape.kv_heads)
+    query = case.tensors["q"][case.row_start[b] + row, head].double().cpu()
+    logits = case.history[b][kv_head, seen, : shape.key_dim].double() @ query * shape.scale
+    if shape.softcap:
+        logits = torch.tensor(
+            [shape.softcap * math.tanh(x / shape.softcap) for x in logits.tolist()], dtype=torch.float64
+        )
+    weight = torch.exp(logits - logits.max())
+    return weight / weight.sum()

@@ -1,0 +1,78 @@
+"""The torch reference against attention written from its definition."""
+
+import pytest
+import torch
+from sparsespec_compile.kernels import ops, reference
+from sparsespec_compile.kernels.ops import Mode
+
+from .cases import Case, Request, Shape, build
+from .naive import expected_output, expected_pool, expected_scores
+from .steps import LAYERS, MIXED
+
+FLOAT64 = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def _check_against_definition(case: Case) -> None:
+    pool = expected_pool(case)
+    case = case.to(torch.float64, score_dtype=torch.float64)
+    out = ops.dual_mode_attention(*case.arguments())
+    torch.testing.assert_close(out, expected_output(case), **FLOAT64)
+    torch.testing.assert_close(case.tensors["scores"], expected_scores(case), **FLOAT64)
+    torch.testing.assert_close(case.pool, pool, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_mixed_step_follows_the_definition(layer: str) -> None:
+    _check_against_definition(build(LAYERS[layer], MIXED))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("window", [0, 5])
+def test_page_sizes_and_windows(page_size: int, window: int) -> None:
+    _check_against_definition(build(Shape(page_size=page_size, window=window), MIXED, seed=page_size))
+
+
+def test_rows_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt longer than a block, whose scored rows span two blocks, gives what one block gives."""
+    requests = [Request(Mode.PREFILL, cached=5, rows=19, score_rows=9), Request(Mode.VERIFY, cached=40, rows=9)]
+    monkeypatch.setattr(reference, "_ROW_BLOCK", 4)
+    for window in (0, 7):
+        _check_against_definition(build(Shape(window=window), requests))
+
+
+def test_float32_stays_float32_and_half_is_computed_in_float32() -> None:
+    """Half inputs are rounded at the end only: the result is the float32 one, rounded."""
+    case = build(Shape(), MIXED, torch.bfloat16)
+    half, single = case.to(torch.bfloat16), case.to(torch.float32)
+    from_half, from_single = ops.dual_mode_attention(*half.arguments()), ops.dual_mode_attention(*single.arguments())
+    assert from_half.dtype == torch.bfloat16
+    torch.testing.assert_close(from_half, from_single.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(half.tensors["scores"], single.tensors["scores"], rtol=0, atol=0)
+
+
+def test_draft_without_pillars_is_full_attention() -> None:
+    verify = build(Shape(), [Request(Mode.VERIFY, cached=20, rows=2)])
+    draft = build(Shape(), [Request(Mode.DRAFT, cached=20, rows=2)])
+    expected = ops.dual_mode_attention(*verify.arguments())
+    torch.testing.assert_close(ops.dual_mode_attention(*draft.arguments()), expected, **FLOAT64)
+
+
+def test_a_call_without_rows() -> None:
+    """Only idle slots, as in a padded step: zeros, and nothing written."""
+    case = build(Shape(), [Request(Mode.IDLE, cached=3), Request(Mode.VERIFY, cached=3, rows=0, score_rows=0)])
+    before = case.pool.clone()
+    assert torch.count_nonzero(ops.dual_mode_attention(*case.arguments())) == 0
+    torch.testing.assert_close(case.pool, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0), (3, 2.0)])
+def test_site_is_causal_attention(window: int, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site over T rows equals prefilling them as one request."""
+    monkeypatch.setattr(reference, "_ROW_BLOCK", 7)
+    shape = Shape(q_heads=6, window=window, softcap=softcap, value_dim=8)
+    case = build(shape, [Request(Mode.PREFILL, rows=19)])
+    rows = slice(case.row_start[0], case.row_start[0] + 19)
+    q, k, v = (case.tensors[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v"))
+    out = ops.attention_site(q, k, v, shape.scale, window, softcap, 0)
+    assert out.shape == (1, 19, 6, 8)
+    torch.testing.assert_close(out[0], expected_output(case)[rows], **FLOAT64)

@@ -1,0 +1,1 @@
+"""Lossless sparse self-speculative decoding for HuggingFace models, as a compiler."""

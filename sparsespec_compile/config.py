@@ -1,0 +1,82 @@
+"""Settings of `optimize`."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from sparsespec_compile.errors import ConfigError
+
+Drafter = Literal["pillar", "window", "full"]
+Backend = Literal["auto", "eager", "inductor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecConfig:
+    """How a model is compiled and how its requests are drafted. Frozen; every field is checked when it is built.
+
+    Args:
+        draft_tokens: drafts per cycle (k in the paper). One verification follows every k drafts. 0 is plain decoding
+            through the same graph.
+        budget_ratio: share of the cached positions a draft reads, in (0, 1] (the paper uses 0.05).
+        min_budget: positions that a draft reads at least, per KV head: `max(min_budget, ceil(budget_ratio * length))`.
+        drafter: what a draft reads besides the tokens since the last verification. "pillar": the positions with the
+            highest attention in that verification (paper, PillarAttn). "window": the first 4 and the latest ones
+            (StreamingLLM), as many as "pillar" would read. "full": everything.
+        page_size: tokens in a page of the KV pool.
+        pool_tokens: tokens the KV pool holds. None: as many as the requests of a call need together, within the
+            device's free memory; requests beyond it wait their turn.
+        max_requests: requests decoded together. Further ones wait.
+        prefill_chunk: prompt tokens processed in one iteration, all requests together.
+        backend: "inductor" compiles the graph with TorchInductor, "eager" runs it node by node, "auto" is "inductor"
+            on CUDA and "eager" on CPU.
+
+    Raises:
+        ConfigError: for an unknown name or a value that is not allowed; the text gives both.
+    """
+
+    draft_tokens: int = 8
+    budget_ratio: float = 0.05
+    min_budget: int = 128
+    drafter: Drafter = "pillar"
+    page_size: int = 16
+    pool_tokens: int | None = None
+    max_requests: int = 64
+    prefill_chunk: int = 2048
+    backend: Backend = "auto"
+
+    def __new__(cls, *args: Any, **settings: Any) -> "SpecConfig":
+        allowed = [field.name for field in fields(cls)]
+        unknown = [name for name in settings if name not in allowed]
+        if args or unknown:
+            got = f"positional values {args}" if args else f"unknown setting(s) {', '.join(unknown)}"
+            raise ConfigError(f"SpecConfig got {got}. Allowed, by name: {', '.join(allowed)}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._check_int("draft_tokens", 0, 64)
+        self._check_int("min_budget", 1)
+        self._check_int("page_size", 1)
+        self._check_int("max_requests", 1)
+        self._check_int("prefill_chunk", 1)
+        if self.pool_tokens is not None:
+            self._check_int("pool_tokens", self.page_size)
+        self._check_choice("drafter", get_args(Drafter))
+        self._check_choice("backend", get_args(Backend))
+        ratio = self.budget_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:  # NaN fails too
+            raise ConfigError(f"budget_ratio must be a number in (0, 1], got {ratio!r}.")
+
+    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
+            raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+    def budget(self, length: int) -> int:
+        """Pillars a draft reads, per KV head, when `length` positions were scored (paper, section on PillarAttn)."""
+        return max(self.min_budget, math.ceil(self.budget_ratio * length))

@@ -1,0 +1,65 @@
+"""Every named error of the project, in one place. All derive from `SparseSpecError`."""
+
+from sparsespec_compile.kernels.errors import KernelInputError, SparseSpecError
+from sparsespec_compile.passes.errors import (
+    AttentionInterfaceError,
+    CompileError,
+    EncoderDecoderError,
+    ExportError,
+    GraphInvariantError,
+    PassMatchError,
+    PositionError,
+    RowMixingError,
+    StaleParametersError,
+    UnsupportedAttentionError,
+    UnsupportedModelError,
+    VersionError,
+)
+
+
+class ConfigError(SparseSpecError, ValueError):
+    """A `SpecConfig` setting is unknown or has a value that is not allowed."""
+
+
+class PromptError(SparseSpecError, ValueError):
+    """A prompt is empty, has the wrong type or device, or holds tokens outside the vocabulary."""
+
+
+class SamplingError(SparseSpecError, ValueError):
+    """A sampling argument is unknown, out of range or not supported."""
+
+
+class PoolTooSmallError(SparseSpecError, ValueError):
+    """A request needs more KV pages than the pool has."""
+
+
+class ContextLengthError(SparseSpecError, ValueError):
+    """Prompt and new tokens together exceed the positions the model was built for."""
+
+
+class EngineBusyError(SparseSpecError, RuntimeError):
+    """A generation was started while an earlier one of the same object is unfinished."""
+
+
+__all__ = [
+    "AttentionInterfaceError",
+    "CompileError",
+    "ConfigError",
+    "ContextLengthError",
+    "EncoderDecoderError",
+    "EngineBusyError",
+    "ExportError",
+    "GraphInvariantError",
+    "KernelInputError",
+    "PassMatchError",
+    "PoolTooSmallError",
+    "PositionError",
+    "PromptError",
+    "RowMixingError",
+    "SamplingError",
+    "SparseSpecError",
+    "StaleParametersError",
+    "UnsupportedAttentionError",
+    "UnsupportedModelError",
+    "VersionError",
+]

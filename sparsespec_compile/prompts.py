@@ -1,0 +1,80 @@
+"""HuggingFace's left-padded batches, in and out."""
+
+import torch
+from torch import Tensor
+
+from sparsespec_compile.errors import PromptError
+
+
+def unpad(input_ids: Tensor, attention_mask: Tensor | None, device: torch.device, vocabulary: int) -> list[list[int]]:
+    """The prompts of a left-padded batch, without their padding.
+
+    Args:
+        input_ids: int64 [batch, width].
+        attention_mask: [batch, width], zeros then ones in each row; None = no padding.
+        device: where the model is.
+        vocabulary: tokens must lie in [0, vocabulary).
+
+    Raises:
+        PromptError: wrong type, shape or device, padding that is not on the left, an empty prompt, unknown tokens.
+    """
+    _check_tensor("input_ids", input_ids, device)
+    if input_ids.dtype != torch.int64:
+        raise PromptError(f"input_ids must be torch.int64, got {input_ids.dtype}. Convert them with .long().")
+    if input_ids.numel() == 0:
+        raise PromptError(
+            f"input_ids is empty, shape {list(input_ids.shape)}. Each prompt needs at least one token, for example the "
+            "tokenizer's bos_token_id."
+        )
+    rows = input_ids.tolist()
+    if attention_mask is not None:
+        rows = _drop_padding(rows, input_ids, attention_mask, device)
+    for index, row in enumerate(rows):
+        if not 0 <= min(row) <= max(row) < vocabulary:
+            raise PromptError(
+                f"Prompt {index} holds token {min(row) if min(row) < 0 else max(row)}; the model has tokens 0 to "
+                f"{vocabulary - 1}. Use the model's own tokenizer."
+            )
+    return rows
+
+
+def pad(input_ids: Tensor, outputs: list[list[int]], pad_token: int | None) -> Tensor:
+    """Append each output to its row of `input_ids`, filled up on the right: int64 [batch, width + longest output]."""
+    longest = max(len(output) for output in outputs)
+    fill = 0 if pad_token is None else pad_token
+    new = torch.full((len(outputs), longest), fill, dtype=torch.int64)
+    for row, output in zip(new, outputs, strict=True):
+        row[: len(output)] = torch.tensor(output)
+    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+
+def _check_tensor(name: str, value: Tensor, device: torch.device) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise PromptError(f"{name} must be a tensor [batch, width], got {type(value).__name__}.")
+    if value.dim() != 2:
+        raise PromptError(f"{name} must have shape [batch, width], got {list(value.shape)}.")
+    if value.device != device:
+        raise PromptError(f"{name} is on {value.device}, the model on {device}. Move it with .to({str(device)!r}).")
+
+
+def _drop_padding(
+    rows: list[list[int]], input_ids: Tensor, attention_mask: Tensor, device: torch.device
+) -> list[list[int]]:
+    _check_tensor("attention_mask", attention_mask, device)
+    if attention_mask.shape != input_ids.shape:
+        raise PromptError(
+            f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}: give one mask "
+            "value for each token."
+        )
+    mask = attention_mask.ne(0)
+    starts = mask.logical_not().sum(dim=1)
+    columns = torch.arange(mask.shape[1], device=device)
+    if not torch.equal(mask, columns >= starts[:, None]):
+        raise PromptError(
+            "attention_mask must be zeros (padding) followed by ones in every row. Pad on the left: "
+            "tokenizer.padding_side = 'left'."
+        )
+    for index, start in enumerate(starts.tolist()):
+        if start == mask.shape[1]:
+            raise PromptError(f"Prompt {index} is empty: its attention_mask is all zeros. Leave it out of the batch.")
+    return [row[start:] for row, start in zip(rows, starts.tolist(), strict=True)]

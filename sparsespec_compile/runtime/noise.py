@@ -1,0 +1,70 @@
+"""Counter-based Gumbel noise: the same numbers for a (seed, position, token), whoever else is in the batch."""
+
+import torch
+from torch import Tensor
+
+# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def _multiply(factor: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32-bit product. int64 may wrap to negative; the mask makes the shift logical."""
+    product = value * factor
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four random words for each counter and key.
+
+    Args:
+        counter: four int64 tensors of values in [0, 2**32), broadcastable with each other and with the key.
+        key: two int64 tensors likewise.
+
+    Returns:
+        Four int64 tensors of values in [0, 2**32).
+    """
+    a, b, c, d = counter
+    key_a, key_b = key
+    for _ in range(_ROUNDS):
+        high_a, low_a = _multiply(_MULTIPLIERS[0], a)
+        high_c, low_c = _multiply(_MULTIPLIERS[1], c)
+        a, b, c, d = high_c ^ b ^ key_a, low_c, high_a ^ d ^ key_b, low_a
+        key_a, key_b = (key_a + _KEY_STEPS[0]) & _LOW, (key_b + _KEY_STEPS[1]) & _LOW
+    return a, b, c, d
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise for the token at `position` of the request with `seed`.
+
+    Args:
+        seed: int64 [R].
+        position: int64 [R], the position in its sequence of the token to be drawn.
+        vocabulary: number of tokens V.
+
+    Returns:
+        float32 [R, V]. Row r depends on seed[r] and position[r] alone.
+    """
+    blocks = torch.arange(-(-vocabulary // 4), device=seed.device)
+    zero = torch.zeros_like(blocks)
+    seed, position = seed[:, None], position[:, None]
+    words = philox((blocks, position & _LOW, position >> 32, zero), (seed & _LOW, (seed >> 32) & _LOW))
+    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary]
+    # -log(-log(u)) takes its large values where u is next to 1, which float32 cannot resolve; 1 - u can, so draw that.
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    exponential = -torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24))
+    return -torch.log(exponential)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of request `index` of a batch that was given one `seed`: distinct for distinct (seed, index).
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    key = (torch.tensor(seed & _LOW), torch.tensor((seed >> 32) & _LOW))
+    counter = (torch.tensor(index), torch.tensor(0), torch.tensor(0), torch.tensor(1))  # text noise has 0 in the last
+    words = philox(counter, key)
+    return (int(words[0]) | int(words[1]) << 32) & (2**63 - 1)

@@ -1,0 +1,120 @@
+"""What speculation achieved: counted from each iteration's work and its result."""
+
+from dataclasses import dataclass, field
+
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.runtime.plan import Work
+from sparsespec_compile.runtime.request import Request
+
+
+@dataclass
+class Stats:
+    """Counts of one call of `generate`.
+
+    Attributes:
+        draft_tokens: drafts of a full cycle, k.
+        tokens: tokens that became part of a text.
+        iterations: passes of the graph, whatever they held.
+        target_passes: verifications and prompts, one for each request they served: what plain decoding needs a token.
+        cycles: verifications of k drafts. Shorter cycles (a request's first, and the one cut by its longest text) are
+            not counted here or in `accepted_at`.
+        accepted_at: [k], cycles in which the draft at this place was accepted.
+        kv_read: key and value elements that drafts and verifications read from the pool.
+        kv_read_plain: elements that plain decoding would have read for the same tokens.
+    """
+
+    draft_tokens: int
+    tokens: int = 0
+    iterations: int = 0
+    target_passes: int = 0
+    cycles: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    kv_read: int = 0
+    kv_read_plain: int = 0
+
+    def __post_init__(self) -> None:
+        self.accepted_at = [0] * self.draft_tokens
+
+    @property
+    def accepted_per_cycle(self) -> float:
+        """Mean accepted drafts of a full cycle, 0 to k; NaN before the first."""
+        return sum(self.accepted_at) / self.cycles if self.cycles else float("nan")
+
+    @property
+    def accepted_by_position(self) -> list[float]:
+        """Share of full cycles in which the 1st, 2nd, ... k-th draft was accepted, [k]; empty before the first."""
+        return [count / self.cycles for count in self.accepted_at] if self.cycles else []
+
+    @property
+    def tokens_per_target_pass(self) -> float:
+        """Tokens for each full-attention pass that a request took part in; 1.0 for plain decoding."""
+        return self.tokens / self.target_passes if self.target_passes else float("nan")
+
+    @property
+    def kv_bytes_share(self) -> float:
+        """Bytes of KV cache read, over what plain decoding reads for the same tokens (prompts left out of both)."""
+        return self.kv_read / self.kv_read_plain if self.kv_read_plain else float("nan")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens in {self.target_passes} target passes ({self.tokens_per_target_pass:.2f} each), "
+            f"{self.accepted_per_cycle:.2f} of {self.draft_tokens} drafts accepted, "
+            f"{self.kv_bytes_share:.1%} of plain decoding's KV bytes read"
+        )
+
+
+class StatsRecorder:
+    """Adds up `Stats` from what the host knows: work, lengths and results.
+
+    What a draft reads in a layer with a sliding window depends on which pillars lie inside; the window bounds it.
+    """
+
+    def __init__(self, layout: KVLayout, config: SpecConfig) -> None:
+        self.stats = Stats(config.draft_tokens)
+        self._config = config
+        self._layers = [(layer.window, layer.elements_per_token()) for layer in layout.layers]
+        self._pillars: dict[Request, tuple[int, int]] = {}
+
+    def record(self, request: Request, work: Work, cached: int, final: int) -> None:
+        """Count one request's share of an iteration.
+
+        Args:
+            request: whose work it was.
+            work: what was planned for it.
+            cached: positions with exact K/V before it.
+            final: tokens that it made final.
+        """
+        first = cached + work.offset
+        rows = max(0, min(work.rows, request.max_length - 1 - first))
+        if rows == 0:
+            return
+        if work.mode == Mode.DRAFT:
+            pillars, recent_start = self._pillars.get(request, (0, 0))
+            self.stats.kv_read += self._elements(pillars + first + 1 - recent_start, first, rows)
+            return
+        if work.scored:
+            self._remember_pillars(request, first + rows - min(work.scored, rows))
+        if work.logits:
+            self.stats.target_passes += 1
+        if work.mode == Mode.VERIFY:
+            self.stats.kv_read += self._elements(first + rows, first, rows)
+            self.stats.kv_read_plain += sum(self._elements(at + 1, at, 1) for at in range(first, first + final))
+            self._count_cycle(rows, final)
+
+    def _count_cycle(self, rows: int, final: int) -> None:
+        if rows == self._config.draft_tokens + 1 > 1:
+            self.stats.cycles += 1
+            for place in range(final - 1):
+                self.stats.accepted_at[place] += 1
+
+    def _remember_pillars(self, request: Request, scored_length: int) -> None:
+        self._pillars[request] = (min(self._config.budget(scored_length), scored_length), scored_length)
+
+    def _elements(self, tokens: int, first: int, rows: int) -> int:
+        """Elements read over all layers for rows at `first` .. `first + rows - 1` that read `tokens` positions."""
+        last = first + rows
+        return sum(
+            elements * (min(tokens, last, window + rows - 1) if window else tokens) for window, elements in self._layers
+        )

@@ -1,0 +1,208 @@
+"""The loop is lossless: whatever is drafted, the text is the one that decoding token by token gives."""
+
+import pytest
+import torch
+
+from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
+from sparsespec_compile.runtime.request import Request
+from support.toy import Toy, prompts, requests_of, run
+
+LENGTHS = (1, 5, 23, 40)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return Toy()
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 1, 4, 8])
+@pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
+def test_greedy_text_is_plain_decodings(toy, draft_tokens, drafter):
+    requests = requests_of(LENGTHS, 60)
+    texts = run(toy.engine(draft_tokens=draft_tokens, drafter=drafter, min_budget=4, page_size=4), requests)
+    assert texts == [toy.decode(request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "top_p": 0.9},
+    ],
+)
+def test_sampled_text_is_plain_decodings(toy, params):
+    requests = requests_of(LENGTHS, 40, **params)
+    texts = run(toy.engine(draft_tokens=4, min_budget=3), requests)
+    assert texts == [toy.decode(request) for request in requests]
+
+
+def test_sampled_text_does_not_depend_on_company(toy):
+    engine = toy.engine(draft_tokens=5, min_budget=3, max_requests=3)
+    together = run(engine, requests_of(LENGTHS, 30, temperature=0.9))
+    alone = [run(engine, [request])[0] for request in requests_of(LENGTHS, 30, temperature=0.9)]
+    assert together == alone
+
+
+def test_sliding_windows(toy):
+    windowed = Toy(windows=(6, 0, 17))
+    requests = requests_of(LENGTHS, 50)
+    texts = run(windowed.engine(draft_tokens=4, min_budget=8, page_size=8), requests)
+    assert texts == [windowed.decode(request) for request in requests]
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
+def test_chunked_prefill(toy, prefill_chunk):
+    requests = requests_of(LENGTHS, 20)
+    texts = run(toy.engine(draft_tokens=3, min_budget=4, prefill_chunk=prefill_chunk), requests)
+    assert texts == [toy.decode(request) for request in requests]
+
+
+def test_requests_wait_for_slots_and_pages(toy):
+    requests = requests_of((3, 9, 30, 2, 17, 8), 25)
+    engine = toy.engine(draft_tokens=4, min_budget=4, max_requests=2, page_size=4, pool_tokens=64)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+
+
+def test_text_ends_with_its_stop_token_inside_an_accepted_block(toy):
+    full = run(toy.engine(draft_tokens=0), requests_of(LENGTHS, 60))
+    for place in range(20, 29):  # every place of a cycle of 8
+        stop = full[2][place]
+        requests = requests_of(LENGTHS, 60, stop_tokens=[stop])
+        texts = run(toy.engine(draft_tokens=8, drafter="full"), requests)
+        assert texts == [toy.decode(request) for request in requests]
+        assert texts[2][-1] == stop
+        assert stop not in texts[2][:-1]
+
+
+@pytest.mark.parametrize("new_tokens", range(1, 13))
+def test_never_a_token_more_than_asked_for(toy, new_tokens):
+    requests = requests_of(LENGTHS, new_tokens)
+    texts = run(toy.engine(draft_tokens=8, drafter="full", page_size=1), requests)
+    assert texts == [toy.decode(request) for request in requests]
+    assert [len(text) for text in texts] == [new_tokens] * len(LENGTHS)
+
+
+def test_garbage_in_the_pool_is_never_read(toy):
+    engine = toy.engine(draft_tokens=4, min_budget=4)
+    first = run(engine, requests_of(LENGTHS, 30))
+    engine._state.pool.fill_(float("nan"))
+    engine._state.scores.fill_(float("nan"))
+    assert run(engine, requests_of(LENGTHS, 30)) == first
+
+
+def test_full_drafts_of_the_same_weights_are_all_accepted(toy):
+    engine = toy.engine(draft_tokens=4, drafter="full")
+    run(engine, requests_of((5, 6), 60))
+    assert engine.stats.accepted_per_cycle == 4
+    assert engine.stats.accepted_by_position == [1.0] * 4
+
+
+def test_budgets_of_everything_accept_everything(toy):
+    """Pillars on all scored positions and the tokens since are the whole cache: a gap or a shift would be rejected."""
+    for drafter in ("pillar", "window"):
+        engine = toy.engine(draft_tokens=6, drafter=drafter, min_budget=1000)
+        run(engine, requests_of((1, 30, 50), 60))
+        assert engine.stats.accepted_per_cycle == 6
+
+
+def test_requests_of_one_prompt_length_verify_in_different_iterations(toy):
+    engine = toy.engine(draft_tokens=3, min_budget=4)
+    verifying = []
+    make_step = engine.target.forward
+
+    def spy(*inputs):
+        verifying.append(int((inputs[6] == 2).sum()))
+        return make_step(*inputs)
+
+    engine.target = type(engine.target)(spy, engine.target.layout, engine.target.dtype, engine.target.device)
+    run(engine, requests_of([5] * 8, 60))
+    steady = verifying[8:40]
+    assert set(steady) == {2}  # 8 requests over 4 phases
+
+
+def test_stats_of_plain_decoding(toy):
+    engine = toy.engine(draft_tokens=0)
+    run(engine, requests_of(LENGTHS, 10))
+    assert engine.stats.tokens == 40
+    assert engine.stats.tokens_per_target_pass == 1
+    assert engine.stats.kv_bytes_share == 1
+    assert engine.stats.cycles == 0
+
+
+def test_share_of_kv_bytes_is_what_the_op_is_asked_to_read(toy):
+    """Counted a second time from the tensors that the op gets."""
+    engine = toy.engine(draft_tokens=3, min_budget=4)
+    read = []
+    forward = engine.target.forward
+
+    def spy(*inputs):
+        mode, _, rows, cached, _, _, pillars, recent = inputs[6:]
+        sparse = (pillars + cached + 1 - recent) * (mode == 1)
+        dense = (cached + rows) * (mode == 2)
+        read.append(int(((sparse + dense) * (rows > 0)).sum()))
+        return forward(*inputs)
+
+    engine.target = type(engine.target)(spy, engine.target.layout, engine.target.dtype, engine.target.device)
+    requests = requests_of((7, 30), 33)
+    run(engine, requests)
+    elements = sum(layer.elements_per_token() for layer in engine.target.layout.layers)
+    assert engine.stats.kv_read == sum(read) * elements
+    plain = sum(length + 1 for request in requests for length in range(len(request.prompt), request.max_length - 1))
+    assert engine.stats.kv_read_plain == plain * elements
+
+
+def test_request_larger_than_the_pool_is_refused_and_nothing_is_lost(toy):
+    engine = toy.engine(draft_tokens=4, page_size=4, pool_tokens=32)
+    with pytest.raises(PoolTooSmallError, match=r"33 tokens.*holds 32.*pool_tokens"):
+        run(engine, requests_of((13,), 20))
+    assert run(engine, requests_of((12,), 20)) == [toy.decode(request) for request in requests_of((12,), 20)]
+
+
+def test_closing_early_leaves_the_engine_usable(toy):
+    engine = toy.engine(draft_tokens=4, min_budget=4, max_requests=2)
+    iterator = engine.run(requests_of(LENGTHS, 50))
+    next(iterator)
+    with pytest.raises(EngineBusyError):
+        next(engine.run(requests_of(LENGTHS, 5)))
+    iterator.close()
+    requests = requests_of(LENGTHS, 20)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+
+
+def test_an_exception_in_the_model_leaves_the_engine_usable(toy):
+    engine = toy.engine(draft_tokens=4, min_budget=4)
+    forward = engine.target.forward
+    calls = []
+
+    def failing(*inputs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return forward(*inputs)
+
+    engine.target = type(engine.target)(failing, engine.target.layout, engine.target.dtype, engine.target.device)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, requests_of(LENGTHS, 50))
+    requests = requests_of(LENGTHS, 20)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+
+
+def test_no_requests(toy):
+    assert run(toy.engine(), []) == []
+
+
+def test_output_is_yielded_as_it_becomes_final(toy):
+    request = Request(prompts(9)[0], 30)
+    pieces = [tokens for _, tokens in toy.engine(draft_tokens=4, min_budget=4).run([request])]
+    assert [token for piece in pieces for token in piece] == request.output
+    assert len(pieces[0]) == 1  # the prompt's own pass gives the first token
+    assert all(1 <= len(piece) <= 5 for piece in pieces)
+
+
+def test_noise_is_skipped_only_when_every_request_is_greedy(toy):
+    mixed = requests_of(LENGTHS, 20) + requests_of(LENGTHS, 20, temperature=1.1)
+    texts = run(toy.engine(draft_tokens=3, min_budget=4), mixed)
+    assert texts == [toy.decode(request) for request in mixed]
+    assert torch.tensor(texts[:4]).ne(torch.tensor(texts[4:])).any()

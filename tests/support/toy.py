@@ -1,0 +1,124 @@
+"""A transformer of a few lines on the dual-mode op, so that the runtime is tested without a compiler or HuggingFace."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import sparsespec_compile.kernels  # noqa: F401  registers the ops
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
+from sparsespec_compile.runtime.engine import Engine, Target
+from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.sampling import SamplingParams, SamplingRows, sample
+
+HIDDEN, Q_HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4, 2, 8, 37
+
+
+@dataclass
+class Toy:
+    """Random weights, attention with learned-free sinusoidal positions, window per layer."""
+
+    windows: tuple[int, ...] = (0, 0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def weight(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator) * 1.5 / math.sqrt(shape[0])
+
+        self.embedding = weight(VOCABULARY, HIDDEN) * math.sqrt(VOCABULARY)
+        self.qkv = [weight(HIDDEN, (Q_HEADS + 2 * KV_HEADS) * HEAD) for _ in self.windows]
+        self.out = [weight(Q_HEADS * HEAD, HIDDEN) for _ in self.windows]
+        self.head = weight(HIDDEN, VOCABULARY)
+
+    def layout(self, page_size: int) -> KVLayout:
+        layers = [
+            AttentionLayer(i, Q_HEADS, KV_HEADS, HEAD, HEAD, HEAD**-0.5, window, 0.0)
+            for i, window in enumerate(self.windows)
+        ]
+        return KVLayout(tuple(layers), page_size)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        frequency = torch.exp(-torch.arange(0, HIDDEN, 2) * math.log(1000.0) / HIDDEN)
+        angle = positions[:, None] * frequency
+        return self.embedding[tokens] + torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    def _project(self, layer: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        normal = torch.nn.functional.layer_norm(hidden, (HIDDEN,))
+        parts = (normal @ self.qkv[layer]).split([Q_HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], dim=1)
+        return tuple(part.unflatten(1, (-1, HEAD)) for part in parts)
+
+    def forward(self, page_size: int):
+        layout = self.layout(page_size)
+
+        def run(input_ids, position_ids, logits_to_keep, pool, scores, pillar_index, *step):
+            hidden = self._embed(input_ids[0], position_ids[0])
+            for i, layer in enumerate(layout.layers):
+                q, k, v = self._project(i, hidden)
+                start = layout.page_offset(i)
+                kv = pool[:, start : start + layout.page_elements(i)].view(-1, KV_HEADS, page_size, 2 * HEAD)
+                heads = slice(layout.head_offset(i), layout.head_offset(i) + KV_HEADS)
+                mixed = torch.ops.sparsespec.dual_mode_attention(
+                    q, k, v, kv, scores[:, heads], *step, pillar_index[:, heads], layer.scale, layer.window, 0.0
+                )
+                hidden = hidden + mixed.flatten(1) @ self.out[i]
+            return (torch.nn.functional.layer_norm(hidden[logits_to_keep], (HIDDEN,)) @ self.head)[None]
+
+        return run
+
+    def engine(self, **settings) -> Engine:
+        config = SpecConfig(**settings)
+        target = Target(
+            self.forward(config.page_size), self.layout(config.page_size), torch.float32, torch.device("cpu")
+        )
+        return Engine(target, config)
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        """Last row's logits by dense attention over the whole sequence: no cache, no op, no pages."""
+        positions = torch.arange(len(tokens))
+        hidden = self._embed(torch.tensor(tokens), positions)
+        for i, window in enumerate(self.windows):
+            q, k, v = (part.transpose(0, 1) for part in self._project(i, hidden))
+            distance = positions[:, None] - positions
+            seen = (distance >= 0) & ((distance < window) if window else True)
+            group = Q_HEADS // KV_HEADS
+            k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+            weights = (q @ k.transpose(1, 2) * HEAD**-0.5).masked_fill(~seen, -math.inf).softmax(-1)
+            hidden = hidden + (weights @ v).transpose(0, 1).flatten(1) @ self.out[i]
+        return torch.nn.functional.layer_norm(hidden[-1], (HIDDEN,)) @ self.head
+
+    def decode(self, request: Request) -> list[int]:
+        """The text that decoding token by token gives a request."""
+        p = request.params
+        values = (p.temperature, p.top_k, p.top_p, p.min_p, p.seed)
+        rows = SamplingRows(*(torch.tensor([value]) for value in values))
+        text, output = list(request.prompt), []
+        while len(output) < request.max_new_tokens and not (output and output[-1] in request.stop_tokens):
+            position = torch.tensor([len(text)])
+            token = int(sample(self.logits(text)[None], rows, position, noise=not p.greedy, sort=p.filters))
+            text.append(token)
+            output.append(token)
+        return output
+
+
+def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def requests_of(lengths, new_tokens, stop_tokens=(), **params) -> list[Request]:
+    return [
+        Request(
+            prompt, new_tokens, SamplingParams(**params, **({"seed": i + 7} if params else {})), frozenset(stop_tokens)
+        )
+        for i, prompt in enumerate(prompts(*lengths))
+    ]
+
+
+def run(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    for _ in engine.run(requests):
+        pass
+    return [request.output for request in requests]

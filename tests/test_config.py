@@ -1,0 +1,54 @@
+"""Settings are checked when they are made, and say what they want."""
+
+import dataclasses
+
+import pytest
+
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import ConfigError, SparseSpecError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("draft_tokens", -1, "from 0 to 64"),
+        ("draft_tokens", 65, "from 0 to 64"),
+        ("draft_tokens", 8.0, "integer"),
+        ("draft_tokens", True, "integer"),
+        ("budget_ratio", 0.0, r"\(0, 1\]"),
+        ("budget_ratio", 1.5, r"\(0, 1\]"),
+        ("budget_ratio", float("nan"), r"\(0, 1\]"),
+        ("budget_ratio", "5%", r"\(0, 1\]"),
+        ("min_budget", 0, "at least 1"),
+        ("drafter", "ngram", "'pillar', 'window', 'full'"),
+        ("page_size", 0, "at least 1"),
+        ("pool_tokens", 8, "at least 16"),
+        ("max_requests", 0, "at least 1"),
+        ("prefill_chunk", 0, "at least 1"),
+        ("backend", "cuda", "'auto', 'eager', 'inductor'"),
+    ],
+)
+def test_bad_values(name, value, allowed):
+    with pytest.raises(ConfigError, match=rf"{name} must be .*{allowed}.*got {value!r}"):
+        SpecConfig(**{name: value})
+
+
+def test_unknown_and_positional_settings_are_refused_with_the_allowed_names():
+    with pytest.raises(ConfigError, match=r"budget.*Allowed, by name: draft_tokens.*backend"):
+        SpecConfig(budget=3)
+    with pytest.raises(ConfigError, match="positional"):
+        SpecConfig(8)
+    assert issubclass(ConfigError, SparseSpecError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_frozen_and_replaceable():
+    config = SpecConfig(draft_tokens=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.draft_tokens = 5
+    assert dataclasses.replace(config, min_budget=7) == SpecConfig(draft_tokens=4, min_budget=7)
+
+
+@pytest.mark.parametrize(("length", "budget"), [(0, 128), (2560, 128), (2561, 129), (8192, 410), (131072, 6554)])
+def test_budget_is_the_papers(length, budget):
+    assert SpecConfig().budget(length) == budget

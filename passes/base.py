@@ -1,0 +1,110 @@
+"""What a pass is, and what passes share: the context they work in and the search for nodes."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from transformers import PreTrainedModel
+
+from .errors import GraphInvariantError, PassMatchError
+from .layout import KVLayout
+from .report import CompileReport
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What passes may read besides the graph.
+
+    Attributes:
+        model: the model that was captured; only the fusing pass touches it, and only the storage of parameters.
+        layout: its attention layers and the pool that the runtime will allocate.
+        report: passes write the outcome of each attention node here.
+    """
+
+    model: PreTrainedModel
+    layout: KVLayout
+    report: CompileReport
+
+
+class GraphPass(PassBase, ABC):
+    """A pass over an FX graph.
+
+    `requires` and `ensures` (of `torch.fx.passes.infra`) state what holds before and after; `rewrite` does the work
+    in place, sets `matches`, and may add `notes` for the report.
+    """
+
+    name: str
+
+    def __init__(self, context: PassContext) -> None:
+        super().__init__()
+        self.context = context
+        self.matches = 0
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def rewrite(self, graph_module: GraphModule) -> None:
+        """Changes `graph_module` in place."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        self.rewrite(graph_module)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return PassResult(graph_module, self.matches > 0)
+
+
+def input_node(node: Node, index: int) -> Node:
+    """Argument `index` of a call, which must be a node."""
+    argument = node.args[index]
+    if not isinstance(argument, Node):
+        raise GraphInvariantError(f"argument {index} of {describe(node)} is {argument!r}; it must be a node.")
+    return argument
+
+
+def argument(node: Node, name: str) -> Any:
+    """The value that a call of an op has for the argument called `name`, the default when it gives none."""
+    if not isinstance(node.target, OpOverload):
+        raise GraphInvariantError(f"{describe(node)} is not a call of an op.")
+    for position, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            given = node.args[position : position + 1] or (node.kwargs.get(name, declared.default_value),)
+            return given[0]
+    raise GraphInvariantError(f"{describe(node)} has no argument {name!r}.")
+
+
+def find_calls(graph: Graph, target: object) -> list[Node]:
+    """The `call_function` nodes of `target`, in topological order."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
+
+
+def require_count(graph: Graph, pass_name: str, target: object, found: Sequence[Node], expected: int) -> None:
+    """Raises PassMatchError, with the nodes nearest to `target`, unless `expected` nodes were found."""
+    if len(found) == expected:
+        return
+    raise PassMatchError(
+        f"pass {pass_name!r} found {len(found)} nodes of {target}, and must find {expected}. Nearest nodes:\n"
+        + "\n".join(f"  {describe(node)}" for node in nearest_nodes(graph, str(target)))
+        + "\nA pass before it removed or changed them; set SPARSESPEC_DUMP to a folder and compare the graphs."
+    )
+
+
+def nearest_nodes(graph: Graph, wanted: str, count: int = 5) -> list[Node]:
+    """The calls whose targets are most similar in name to `wanted`, the most similar first, one for each target."""
+    first_call = {str(node.target): node for node in reversed(graph.nodes) if node.op == "call_function"}
+    return [first_call[name] for name in difflib.get_close_matches(wanted, first_call, n=count, cutoff=0.0)]
+
+
+def describe(node: Node) -> str:
+    """One line on a node: name, target, shape, and the module of the model that it came from."""
+    value = node.meta.get("val")
+    shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    module = f", in {stack[-1][0]}" if stack else ""
+    return f"{node.name} = {node.target}{shape}{module}"

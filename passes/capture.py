@@ -1,0 +1,197 @@
+"""Captures a causal LM as one graph with one `sparsespec::attention_site` node for each attention call.
+
+The model runs twice under transformers' attention interface. The **rehearsal** runs it on a few tokens and notes what
+each attention call asks for and which mask it was given; the **trace** is `torch.export` on symbolic sizes, in which
+each call becomes a node with the settings that the rehearsal found. Parameters are shared with the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from sparsespec_compile.kernels.ops import SparseSpecError, attention_site
+
+from .borrow import borrowed
+from .errors import AttentionInterfaceError, ExportError, PositionError, UnsupportedAttentionError
+from .interface import IMPLEMENTATION, recording
+from .masks import causal_window
+from .sites import Site, read_site
+
+ROWS = 7
+"""Tokens of the rehearsal and of the trace's example; a prime, so that few sizes of a model can equal it."""
+
+KEPT = 3
+"""Rows of the trace's example for which logits are computed."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph_module: `(input_ids [1, T] int64, position_ids [1, T] int64, logits_to_keep [R] int64)` as keyword
+            arguments -> logits `[1, R, V]`; T and R symbolic, at least 2. Its parameters are the model's own.
+        sites: the attention calls, in the order of the forward pass; node i has `layer == i`.
+    """
+
+    graph_module: GraphModule
+    sites: tuple[Site, ...]
+
+
+def capture(model: PreTrainedModel) -> Captured:
+    """Captures `model`, which is left as it was found, also when the capture fails.
+
+    Raises:
+        PositionError: the model takes no position for each token.
+        AttentionInterfaceError: no attention goes through transformers' interface.
+        UnsupportedAttentionError: an attention call asks for what the dual-mode op does not apply.
+        ExportError: the model's own code or `torch.export` failed.
+    """
+    packed = PackedModel(model)
+    with borrowed(model, IMPLEMENTATION), torch.no_grad():
+        sites = _rehearse(packed)
+        return Captured(_trace(packed, sites), sites)
+
+
+class PackedModel(nn.Module):
+    """The forward pass on packed tokens: positions given, no cache, logits only where they are asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        if "position_ids" not in accepted and not takes_any:
+            raise PositionError(
+                f"{type(model).__name__}.forward takes no position_ids. Packed requests need a position for each "
+                "token; use a model whose forward takes position_ids."
+            )
+        self.selects_rows = "logits_to_keep" in accepted
+        self.path_of = {id(module): path for path, module in model.named_modules()}
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
+        selection = {"logits_to_keep": logits_to_keep} if self.selects_rows else {}
+        output = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, **selection
+        )
+        return output.logits if self.selects_rows else output.logits[:, logits_to_keep]
+
+    def example(self) -> dict[str, Tensor]:
+        device = self.model.device
+        return {
+            "input_ids": torch.arange(3, 3 + ROWS, device=device)[None],
+            "position_ids": torch.arange(ROWS, device=device)[None],
+            "logits_to_keep": torch.arange(KEPT, device=device),
+        }
+
+
+class _Rehearsal:
+    """Notes every attention call, and hands out masks that can be recognised when they come back."""
+
+    def __init__(self, path_of: Mapping[int, str]) -> None:
+        self.path_of = path_of
+        self.sites: list[Site] = []
+        self.windows: dict[int, tuple[Tensor, int | None]] = {}
+
+    def mask(self, options: dict) -> Tensor:
+        marker = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool, device=options.get("device"))
+        self.windows[marker.data_ptr()] = (marker, causal_window(options["mask_function"]))
+        return marker
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:
+        path = self.path_of.get(id(module), type(module).__name__)
+        site = read_site(len(self.sites), path, q, k, v, self._window(path, mask), options)
+        if mask is None and options.get("is_causal") is None and not getattr(module, "is_causal", True):
+            raise UnsupportedAttentionError(
+                f"{path} attends to later tokens (is_causal is False). Allowed: causal attention. Use a causal LM; "
+                "for BERT-like models set config.is_decoder = True before building the model."
+            )
+        self.sites.append(site)
+        return _call_op(site, q, k, v)
+
+    def _window(self, path: str, mask: object) -> int | None:
+        if mask is None:
+            return None
+        pointer = mask.data_ptr() if isinstance(mask, Tensor) else None
+        window = self.windows[pointer][1] if pointer in self.windows else None
+        if window is None:
+            raise UnsupportedAttentionError(
+                f"{path} attends under a mask that is neither causal nor a sliding window: a chunked, bidirectional, "
+                "block-sparse or additive one (ALiBi, learned bias). Allowed: causal, with or without a sliding "
+                "window. Use a model with such attention; a mask that is dropped would change the text."
+            )
+        return window
+
+
+class _Trace:
+    """Turns the i-th attention call into a node with the settings of the i-th site; gives out no masks."""
+
+    def __init__(self, sites: tuple[Site, ...]) -> None:
+        self.sites = sites
+        self.met = 0
+
+    def mask(self, options: dict) -> None:
+        return None
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:
+        if mask is not None or self.met == len(self.sites):
+            raise AttentionInterfaceError(
+                f"attention call {self.met} ({type(module).__name__}) differs between two runs of the same tokens. "
+                "The forward pass must make the same attention calls every time; use a model that does."
+            )
+        site = self.sites[self.met]
+        self.met += 1
+        return _call_op(site, q, k, v)
+
+
+def _call_op(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    layer = site.layer
+    return attention_site(q, k, v, layer.scale, layer.window, layer.softcap, layer.layer)
+
+
+def _rehearse(packed: PackedModel) -> tuple[Site, ...]:
+    rehearsal = _Rehearsal(packed.path_of)
+    try:
+        with recording(rehearsal):
+            packed(**packed.example())
+    except SparseSpecError:
+        raise
+    except Exception as error:
+        raise ExportError(_failure(packed, "ran on packed tokens without a cache", error)) from error
+    if not rehearsal.sites:
+        raise AttentionInterfaceError(
+            f"{type(packed.model).__name__} makes no call to transformers' AttentionInterface: its attention is "
+            "written out in its own code, or it has none. Use a model that follows the interface (most families do "
+            "in current transformers)."
+        )
+    return tuple(rehearsal.sites)
+
+
+def _trace(packed: PackedModel, sites: tuple[Site, ...]) -> GraphModule:
+    rows, kept = Dim("rows", min=2), Dim("kept", min=2)
+    shapes = {"input_ids": {1: rows}, "position_ids": {1: rows}, "logits_to_keep": {0: kept}}
+    try:
+        with recording(_Trace(sites)):
+            program = torch.export.export(packed, (), packed.example(), dynamic_shapes=shapes, strict=False)
+    except SparseSpecError:
+        raise
+    except Exception as error:
+        raise ExportError(_failure(packed, "was traced by torch.export", error)) from error
+    return program.module(check_guards=False)
+
+
+def _failure(packed: PackedModel, when: str, error: Exception) -> str:
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"{type(packed.model).__name__} failed when it {when}: {type(error).__name__}: {first_line}. Allowed: a "
+        "forward pass free of branches on token values and of sizes tied to the number of tokens. The cause is "
+        "chained; a newer transformers may help."
+    )

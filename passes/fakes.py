@@ -1,0 +1,55 @@
+"""Shapes for nodes that passes add: fake inputs with symbolic sizes, and propagation through the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from .errors import GraphInvariantError
+
+
+def symbolic_input(
+    mode: FakeTensorMode, name: str, sizes: tuple[int, ...], symbolic: tuple[bool, ...], dtype: torch.dtype, device: str
+) -> FakeTensor:
+    """A fake tensor for a new graph input: dimension i has the fixed size `sizes[i]`, or a symbol with that hint."""
+    kinds = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC for free in symbolic]
+    example = torch.empty(sizes, dtype=dtype, device=device)
+    return mode.from_tensor(
+        example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds), source=ConstantSource(name)
+    )
+
+
+def fake_mode(graph_module: GraphModule) -> FakeTensorMode:
+    """The mode whose symbols the shapes of this graph are written in."""
+    return next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
+
+
+def propagate(graph_module: GraphModule) -> None:
+    """Works out every node's value anew from those of the placeholders, into `meta["val"]`.
+
+    Raises:
+        GraphInvariantError: a node does not run on the shapes that reach it.
+    """
+    inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    tracker = _Propagation(graph_module, fake_mode(graph_module))
+    try:
+        tracker.propagate_dont_convert_inputs(*inputs)
+    except Exception as error:
+        raise GraphInvariantError(
+            f"{tracker.current} does not run on the shapes that reach it: {error}. A pass has left the graph broken."
+        ) from error
+
+
+class _Propagation(FakeTensorProp):
+    """Remembers which node is running, so that an error can name it."""
+
+    current: Node | None = None
+
+    def run_node(self, n: Node) -> Tensor:
+        self.current = n
+        return super().run_node(n)

@@ -1,0 +1,121 @@
+"""Pass 4: projections that share an input become one GEMM.
+
+Before (q, k, v of one layer; gate and up of another):
+    q: [1, T, a] = aten.linear(x, wq [a, H])
+    k: [1, T, b] = aten.linear(x, wk [b, H])
+    v: [1, T, c] = aten.linear(x, wv [c, H])
+After:
+    y: [1, T, a + b + c] = aten.linear(x, w [a + b + c, H])
+    q, k, v = aten.split_with_sizes(y, [a, b, c], -1)
+
+`w` is the storage, and the model's own parameters become views of its rows: a change in place of one reaches the
+graph, no bytes are doubled, and `state_dict` and `save_pretrained` give what they gave before. Biases are joined
+likewise. What cannot be joined (a parameter that is tied, used more than once, itself a view, or of another type) is
+left as it is, with the reason in the notes.
+
+Requires: `meta["val"]` on all nodes.
+Ensures: shapes and values of all other nodes are unchanged up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .base import GraphPass, find_calls, input_node
+from .fakes import propagate
+from .fused_storage import ParameterTable, fuse_storage
+
+aten = torch.ops.aten
+
+FUSED = "fused_{}_{}"
+
+
+class FuseProjections(GraphPass):
+    """See the module's docstring."""
+
+    name = "fuse projections"
+
+    def rewrite(self, graph_module: GraphModule) -> None:
+        table = ParameterTable(self.context.model, graph_module)
+        for source, linears in _by_input(graph_module.graph).items():
+            group = [linear for linear in linears if self._can_fuse(table, linear)]
+            for alike in _split_by_kind(group):
+                if len(alike) > 1:
+                    self._fuse(graph_module, table, source, alike)
+                elif len(group) > 1:
+                    self.notes.append(
+                        f"left {_weight(alike[0])}: no other projection of its input has its kind of bias"
+                    )
+        graph_module.graph.eliminate_dead_code()
+        propagate(graph_module)
+
+    def _can_fuse(self, table: ParameterTable, linear: Node) -> bool:
+        for argument in _weights(linear):
+            reason = table.why_fixed(argument)
+            if reason is not None:
+                self.notes.append(f"left {argument.target}: {reason}")
+                return False
+        return True
+
+    def _fuse(self, graph_module: GraphModule, table: ParameterTable, source: Node, linears: list[Node]) -> None:
+        names = [FUSED.format(kind, self.matches) for kind in ("weight", "bias")]
+        columns = list(zip(*map(_weights, linears), strict=True))
+        for name, column in zip(names, columns, strict=False):
+            fused = fuse_storage([table.parameter(node) for node in column])
+            graph_module.register_parameter(name, torch.nn.Parameter(fused, requires_grad=False))
+        self.notes.append(f"fused {' + '.join(_weight(linear) for linear in linears)}")
+        _rewrite_group(graph_module.graph, source, linears, names[: len(columns)])
+        self.matches += 1
+
+
+def _weights(linear: Node) -> list[Node]:
+    """The weight of a linear node and its bias, if it has one."""
+    return linear.all_input_nodes[1:]
+
+
+def _weight(linear: Node) -> str:
+    return str(input_node(linear, 1).target).removeprefix("model.")
+
+
+def _by_input(graph: Graph) -> dict[Node, list[Node]]:
+    """Linear nodes on weights of the graph, by their input, where there are at least two."""
+    groups: dict[Node, list[Node]] = defaultdict(list)
+    for linear in find_calls(graph, aten.linear.default):
+        if all(isinstance(argument, Node) and argument.op == "get_attr" for argument in linear.args[1:]):
+            groups[input_node(linear, 0)].append(linear)
+    return {source: linears for source, linears in groups.items() if len(linears) > 1}
+
+
+def _split_by_kind(linears: list[Node]) -> list[list[Node]]:
+    """Linears whose weights and biases can lie in one storage: alike in bias, dtype and device."""
+    kinds: dict[tuple, list[Node]] = defaultdict(list)
+    for linear in linears:
+        weight = input_node(linear, 1).meta["val"]
+        kinds[(len(linear.args), weight.dtype, weight.device)].append(linear)
+    return list(kinds.values())
+
+
+def _rewrite_group(graph: Graph, source: Node, linears: list[Node], names: list[str]) -> None:
+    sizes = [input_node(linear, 1).meta["val"].shape[0] for linear in linears]
+    with graph.inserting_before(linears[0]):
+        joined = [graph.get_attr(name) for name in names]
+        whole = graph.call_function(aten.linear.default, (source, *joined))
+        pieces = graph.call_function(aten.split_with_sizes.default, (whole, sizes, -1))
+        parts = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(linears))]
+    for linear, part in zip(linears, parts, strict=True):
+        for node in (part, whole, pieces):
+            node.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
+        linear.replace_all_uses_with(part)
+        _reshape_views(part)
+        graph.erase_node(linear)
+
+
+def _reshape_views(part: Node) -> None:
+    """A part of the joined output is strided, and where rows are merged a view of it may need a copy."""
+    for user in part.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default

@@ -1,0 +1,112 @@
+"""`compile_model`: a causal LM in, one graph out that drafts, verifies and prefills in the same call."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import transformers
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from .base import GraphPass, PassContext
+from .capture import Captured, capture
+from .dual_mode import AttentionToDualMode
+from .dump import Dumper
+from .fuse_projections import FuseProjections
+from .fused_storage import SharedParameters
+from .layout import KVLayout
+from .normalise import Normalise
+from .report import AttentionRecord, CompileReport, PassRecord
+from .verify import verify
+
+PASSES: tuple[type[GraphPass], ...] = (
+    Normalise,
+    AttentionToDualMode,
+    FuseProjections,
+)
+"""The passes, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A compiled model.
+
+    Attributes:
+        graph_module: called with positional arguments `(input_ids [1, T] int64, position_ids [1, T] int64,
+            logits_to_keep [R] int64, kv_pool [pages, elements_per_page] in the model's dtype, scores [B, H, S] f32,
+            pillar_index [B, H, M] i32, *STEP_TENSORS)`, gives logits `[1, R, V]`. T, R, B, pages, S, M and P (the
+            width of page_table) are free. kv_pool and scores are written in place.
+        layout: its attention layers, and how pool, scores and pillars are laid out.
+        report: what was done.
+        parameters: where the model's parameters were at the end of the compilation.
+    """
+
+    graph_module: GraphModule
+    layout: KVLayout
+    report: CompileReport
+    parameters: SharedParameters
+
+    def parameters_are_shared(self) -> bool:
+        """Whether the model's parameters still are the ones that the graph computes with."""
+        return self.parameters.moved() is None
+
+    def require_shared_parameters(self) -> None:
+        """Raises StaleParametersError unless `parameters_are_shared()`."""
+        self.parameters.require()
+
+
+def compile_model(
+    model: PreTrainedModel,
+    *,
+    page_size: int,
+    fuse: bool = True,
+    dump_dir: str | os.PathLike[str] | None = None,
+) -> CompiledModel:
+    """Captures `model` and runs the passes.
+
+    Args:
+        model: a decoder-only causal LM of transformers. Its parameters are shared with the result; with `fuse`,
+            projections that share an input have theirs moved into one storage, of which they become views. Nothing
+            else about the model changes.
+        page_size: tokens of a page of the KV pool.
+        fuse: whether to fuse projections.
+        dump_dir: folder for the graph before and after each pass; None = environment variable SPARSESPEC_DUMP.
+
+    Raises:
+        UnsupportedModelError: a subclass of it names what is not supported; the model is as it was.
+    """
+    report = CompileReport(
+        model=type(model).__name__, versions=f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    dumper = Dumper(dump_dir)
+    started = time.perf_counter()
+    captured = capture(model)
+    context = _context(model, captured, page_size, report)
+    report.passes.append(PassRecord("capture", time.perf_counter() - started, len(captured.sites)))
+    graph_module = captured.graph_module
+    skipped = () if fuse else (FuseProjections,)
+    for number, kind in enumerate(kind for kind in PASSES if kind not in skipped):
+        graph_module = _run_pass(number, kind(context), graph_module, dumper)
+    return CompiledModel(graph_module, context.layout, report, SharedParameters(model))
+
+
+def _context(model: PreTrainedModel, captured: Captured, page_size: int, report: CompileReport) -> PassContext:
+    layout = KVLayout(tuple(site.layer for site in captured.sites), page_size)
+    report.attention.extend(AttentionRecord(module=site.module, **asdict(site.layer)) for site in captured.sites)
+    return PassContext(model, layout, report)
+
+
+def _run_pass(number: int, graph_pass: GraphPass, graph_module: GraphModule, dumper: Dumper) -> GraphModule:
+    dumper.write(number, graph_pass.name, "before", graph_module)
+    started = time.perf_counter()
+    graph_pass(graph_module)
+    clean = GraphModule(graph_module, graph_module.graph)  # keeps only what the graph reads
+    verify(clean, graph_pass.context.layout)
+    seconds = time.perf_counter() - started
+    record = PassRecord(graph_pass.name, seconds, graph_pass.matches, tuple(graph_pass.notes))
+    graph_pass.context.report.passes.append(record)
+    dumper.write(number, graph_pass.name, "after", clean)
+    return clean

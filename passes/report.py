@@ -1,0 +1,112 @@
+"""What the compiler did: one record a pass, one an attention node. `print(report)` shows it as tables."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.table import Table
+
+WIDTH = 140
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass.
+
+    Attributes:
+        name: the pass.
+        seconds: time that it took, verification included.
+        matches: places that it changed or examined.
+        notes: what it did there, and what it left alone and why.
+    """
+
+    name: str
+    seconds: float
+    matches: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class AttentionRecord:
+    """One attention node; fields as in `AttentionLayer`, and what became of it.
+
+    Attributes:
+        module: path of the calling module in the model.
+        outcome: "rewritten", or why the node was left as it was.
+    """
+
+    layer: int
+    module: str
+    q_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int
+    softcap: float
+    outcome: str = "not reached"
+
+
+@dataclass
+class CompileReport:
+    """The compiler's report on one model.
+
+    Attributes:
+        model: class of the model.
+        versions: of torch and transformers.
+        passes: in the order in which they ran, the capture first.
+        attention: in the order of the forward pass.
+    """
+
+    model: str
+    versions: str
+    passes: list[PassRecord] = field(default_factory=list)
+    attention: list[AttentionRecord] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all passes together."""
+        return sum(record.seconds for record in self.passes)
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        """The notes of the pass called `name`, empty when it did not run."""
+        return next((record.notes for record in self.passes if record.name == name), ())
+
+    def __rich__(self) -> Group:
+        return Group(self._pass_table(), self._attention_table(), *self._note_lines())
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console.print(self)
+        return console.export_text()
+
+    def _pass_table(self) -> Table:
+        table = Table(title=f"{self.model} ({self.versions}), {self.seconds:.1f} s")
+        for heading in ("pass", "seconds", "matches"):
+            table.add_column(heading, justify="left" if heading == "pass" else "right")
+        for record in self.passes:
+            table.add_row(record.name, f"{record.seconds:.2f}", str(record.matches))
+        return table
+
+    def _attention_table(self) -> Table:
+        table = Table(title="attention nodes")
+        for heading in ("layer", "module", "heads", "KV heads", "dims", "scale", "window", "softcap", "outcome"):
+            table.add_column(heading)
+        for record in self.attention:
+            table.add_row(
+                str(record.layer),
+                record.module,
+                str(record.q_heads),
+                str(record.kv_heads),
+                f"{record.key_dim}/{record.value_dim}",
+                f"{record.scale:.4g}",
+                str(record.window or "-"),
+                str(record.softcap or "-"),
+                record.outcome,
+            )
+        return table
+
+    def _note_lines(self) -> list[str]:
+        return [f"{record.name}: {note}" for record in self.passes for note in record.notes]

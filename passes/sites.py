@@ -1,0 +1,136 @@
+"""What one call of transformers' attention interface asks for, and whether the dual-mode op can give it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import AttentionInterfaceError, UnsupportedAttentionError
+from .layout import AttentionLayer
+
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "layer_idx",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_value",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "target_dtype",
+        "use_cache",
+    }
+)
+"""Arguments that reach attention functions in passing and change no value on the way from q, k, v to the output."""
+
+SINKS = frozenset({"s_aux", "sinks"})
+BIASES = frozenset({"position_bias", "attention_bias", "alibi", "rel_pos_bias"})
+SELECTIONS = frozenset({"indices", "block_indices", "block_mask"})
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of a forward pass: what the layout needs to know, and the module it came from."""
+
+    layer: AttentionLayer
+    module: str
+
+
+def read_site(
+    number: int, module: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, options: Mapping[str, object]
+) -> Site:
+    """Turns one call into a `Site`.
+
+    Args:
+        number: how many attention calls the forward pass made before.
+        module: path of the calling module, for messages.
+        q, k, v: `[1, Hq, T, Dk]`, `[1, Hkv, T, Dk]`, `[1, Hkv, T, Dv]`.
+        window: what the mask that came with the call says (`passes.masks.causal_window`), None without a mask.
+        options: every further argument of the call.
+
+    Raises:
+        AttentionInterfaceError: q, k and v are not of the shapes above.
+        UnsupportedAttentionError: an option asks for something that the dual-mode op does not apply.
+    """
+    _check_shapes(module, q, k, v)
+    _check_options(module, options, has_mask=window is not None)
+    scale = _number(module, options, "scaling", 1.0 / math.sqrt(q.shape[-1]))
+    softcap = _number(module, options, "softcap", 0.0)
+    layer = AttentionLayer(
+        layer=number,
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        key_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        scale=scale,
+        window=window or 0,
+        softcap=softcap,
+    )
+    return Site(layer, module)
+
+
+def _check_shapes(module: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.shape[0] == k.shape[0] == v.shape[0] == 1
+        and q.shape[2] == k.shape[2] == v.shape[2]
+        and q.shape[1] % k.shape[1] == 0
+        and k.shape[1] == v.shape[1]
+        and q.shape[3] == k.shape[3]
+    )
+    if not fits:
+        raise AttentionInterfaceError(
+            f"{module} called attention with q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. Allowed: q "
+            "[1, Hq, T, Dk], k [1, Hkv, T, Dk] and v [1, Hkv, T, Dv] over the same T tokens, Hq a multiple of Hkv. "
+            "Cross-attention, prefixes and compressed keys are not supported; use a decoder-only model without them."
+        )
+
+
+def _check_options(module: str, options: Mapping[str, object], has_mask: bool) -> None:
+    for name, value in options.items():
+        if value is None or name in HARMLESS or name in ("scaling", "softcap", "sliding_window"):
+            continue
+        if name == "dropout" and value == 0:
+            continue
+        if name == "is_causal" and (value is True or has_mask):
+            continue
+        raise UnsupportedAttentionError(_explain(module, name, value))
+
+
+def _explain(module: str, name: str, value: object) -> str:
+    shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    if name in SINKS:
+        what = "attention sinks, which would have to enter the softmax"
+    elif name in BIASES:
+        what = "a bias on the attention scores (ALiBi or a learned one)"
+    elif name in SELECTIONS:
+        what = "its own selection of the tokens to attend to"
+    elif name == "is_causal":
+        what = "attention to later tokens"
+    elif name == "dropout":
+        what = "dropout on the attention probabilities"
+    else:
+        what = "an option that this compiler does not know"
+    return (
+        f"{module} passes {name}={shown} to attention: {what}. Allowed: scaling, softcap and a sliding window. "
+        "Use a model without it; dropping it would change the text."
+    )
+
+
+def _number(module: str, options: Mapping[str, object], name: str, default: float) -> float:
+    value = options.get(name)
+    if value is None:
+        return default
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise UnsupportedAttentionError(
+        f"{module} passes {name} of type {type(value).__name__} to attention. Allowed: a plain number, the same for "
+        "all tokens. Use a model whose attention has a constant scale."
+    )

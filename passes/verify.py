@@ -1,0 +1,125 @@
+"""Checks a graph between passes. Cheap enough to run always: most of it is a walk over the nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
+
+from .base import describe, find_calls, input_node
+from .dual_mode import STATE_INPUTS
+from .errors import GraphInvariantError
+from .fakes import propagate
+from .layout import KVLayout
+from .normalise import INPUTS
+
+SITE_STAGE = INPUTS
+DUAL_STAGE = (*INPUTS, *STATE_INPUTS, *STEP_TENSORS)
+
+
+def verify(graph_module: GraphModule, layout: KVLayout) -> None:
+    """Checks what must hold of a graph after any pass.
+
+    - the placeholders are those of a captured or of a rewritten graph, in order;
+    - one attention node for each layer, in order, with that layer's settings: sites before the rewrite, dual-mode
+      nodes after it, never both;
+    - each dual-mode node works on its own layer's part of pool, scores and pillars;
+    - nothing else writes into an input or a parameter;
+    - shapes recorded on the nodes are those that the graph computes.
+
+    Raises:
+        GraphInvariantError: naming the first node that breaks a rule.
+    """
+    graph_module.graph.lint()
+    names = tuple(node.target for node in graph_module.graph.find_nodes(op="placeholder"))
+    if names == SITE_STAGE:
+        _check_sites(graph_module, layout)
+    elif names == DUAL_STAGE:
+        _check_dual_nodes(graph_module, layout)
+    else:
+        raise GraphInvariantError(f"inputs are {names}; allowed are {SITE_STAGE} and {DUAL_STAGE}.")
+    _check_writes(graph_module)
+    _check_shapes(graph_module)
+
+
+def _check_sites(graph_module: GraphModule, layout: KVLayout) -> None:
+    _refuse_any(graph_module, dual_mode_attention, "before the attention rewrite")
+    sites = find_calls(graph_module.graph, attention_site)
+    _check_settings(sites, layout, [(*node.args[3:6], node.args[6]) for node in sites])
+
+
+def _check_dual_nodes(graph_module: GraphModule, layout: KVLayout) -> None:
+    _refuse_any(graph_module, attention_site, "after the attention rewrite")
+    nodes = find_calls(graph_module.graph, dual_mode_attention)
+    _check_settings(nodes, layout, [(*node.args[14:17], number) for number, node in enumerate(nodes)])
+    for number, node in enumerate(nodes):
+        start, head = layout.page_offset(number), layout.head_offset(number)
+        heads = (head, head + layout.layers[number].kv_heads)
+        _check_view(node, input_node(input_node(node, 3), 0), "kv_pool", (start, start + layout.page_elements(number)))
+        _check_view(node, input_node(node, 4), "scores", heads)
+        _check_view(node, input_node(node, 13), "pillar_index", heads)
+        step = tuple(input_node(node, 5 + i).target for i in range(len(STEP_TENSORS)))
+        if step != STEP_TENSORS:
+            raise GraphInvariantError(f"{describe(node)} takes the step tensors {step}, it must take {STEP_TENSORS}.")
+
+
+def _refuse_any(graph_module: GraphModule, target: object, when: str) -> None:
+    for node in find_calls(graph_module.graph, target):
+        raise GraphInvariantError(f"{describe(node)} must not be in a graph {when}.")
+
+
+def _check_settings(nodes: list[Node], layout: KVLayout, found: list[tuple]) -> None:
+    expected = [(layer.scale, layer.window, layer.softcap, layer.layer) for layer in layout.layers]
+    if len(found) != len(expected):
+        raise GraphInvariantError(f"the graph has {len(found)} attention nodes, the layout {len(expected)} layers.")
+    for node, got, wanted in zip(nodes, found, expected, strict=True):
+        if got != wanted:
+            raise GraphInvariantError(f"{describe(node)} has (scale, window, softcap, layer) {got}, not {wanted}.")
+
+
+def _check_view(node: Node, view: Node, source: str, bounds: tuple[int, int]) -> None:
+    expected = f"{source}[:, {bounds[0]}:{bounds[1]}]"
+    if view.target is not torch.ops.aten.slice.Tensor or view.args[1:] != (1, *bounds):
+        raise GraphInvariantError(f"{describe(node)} must work on {expected}, not on {view.format_node()}.")
+    if input_node(view, 0).target != source:
+        raise GraphInvariantError(f"{describe(node)} must work on {expected}, not on {view.format_node()}.")
+
+
+def _check_writes(graph_module: GraphModule) -> None:
+    """Only the dual-mode nodes write into what outlives a call: inputs, parameters and buffers."""
+    lasting: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            lasting.add(node)
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        aliased = [
+            (argument.alias_info, value)
+            for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
+            if argument.alias_info is not None and value in lasting
+        ]
+        if aliased and not node.target._schema.is_mutable:
+            lasting.add(node)
+        elif any(alias.is_write for alias, _ in aliased) and node.target is not dual_mode_attention:
+            raise GraphInvariantError(f"{describe(node)} writes into an input, a parameter or a buffer of the graph.")
+
+
+def _check_shapes(graph_module: GraphModule) -> None:
+    recorded = {node: node.meta.get("val") for node in graph_module.graph.nodes}
+    propagate(graph_module)
+    for node, before in recorded.items():
+        after = node.meta.get("val")
+        if isinstance(before, Tensor) and not _same_shape(before, after):
+            raise GraphInvariantError(f"{describe(node)} was recorded as {tuple(before.shape)} {before.dtype}.")
+
+
+def _same_shape(before: Tensor, after: object) -> bool:
+    return (
+        isinstance(after, Tensor)
+        and before.dtype == after.dtype
+        and before.dim() == after.dim()
+        and all(statically_known_true(a == b) for a, b in zip(before.shape, after.shape, strict=True))
+    )

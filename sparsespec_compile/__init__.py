@@ -1,1 +1,8 @@
-"""Lossless sparse self-speculative decoding for HuggingFace models, as a compiler."""
+"""Lossless sparse self-speculative decoding for HuggingFace models, as a compiler. See `optimize`."""
+
+from sparsespec_compile.api import OptimizedModel, optimize
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import SparseSpecError
+from sparsespec_compile.runtime.stats import Stats
+
+__all__ = ["OptimizedModel", "SparseSpecError", "SpecConfig", "Stats", "optimize"]

@@ -5,7 +5,8 @@ import torch
 
 from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
 from sparsespec_compile.runtime.request import Request
-from support.toy import Toy, prompts, requests_of, run
+
+from ..support.toy import Toy, prompts, requests_of, run
 
 LENGTHS = (1, 5, 23, 40)
 

@@ -29,7 +29,7 @@ from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mo
 
 from .base import GraphPass, find_calls, input_node, require_count
 from .errors import GraphInvariantError, UnsupportedAttentionError
-from .fakes import fake_mode, propagate, symbolic_input
+from .fakes import fake_mode, fill, symbolic_input
 from .layout import AttentionLayer
 
 aten = torch.ops.aten
@@ -74,7 +74,7 @@ class AttentionToDualMode(GraphPass):
             graph.erase_node(site)
             self.context.report.attention[layer.layer].outcome = "rewritten"
         self.matches = len(sites)
-        propagate(graph_module)
+        fill(graph_module)
 
     def _add_inputs(self, graph_module: GraphModule, first_site: Node) -> _Inputs:
         mode = fake_mode(graph_module)

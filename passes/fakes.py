@@ -8,6 +8,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .errors import GraphInvariantError
@@ -27,6 +28,29 @@ def symbolic_input(
 def fake_mode(graph_module: GraphModule) -> FakeTensorMode:
     """The mode whose symbols the shapes of this graph are written in."""
     return next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
+
+
+def fill(graph_module: GraphModule) -> None:
+    """Gives a value to each node that has none yet, from those of its inputs. What a pass has added is few nodes."""
+    for node in graph_module.graph.nodes:
+        if "val" in node.meta or node.op not in ("call_function", "get_attr"):
+            continue
+        if node.op == "get_attr":
+            node.meta["val"] = fake_mode(graph_module).from_tensor(attribute(graph_module, str(node.target)))
+            continue
+        arguments, keywords = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+        with fake_mode(graph_module):
+            node.meta["val"] = node.target(*arguments, **keywords)
+
+
+def attribute(graph_module: GraphModule, path: str) -> Tensor:
+    """The parameter or buffer that a `get_attr` node of this target reads."""
+    value: object = graph_module
+    for name in path.split("."):
+        value = getattr(value, name)
+    if not isinstance(value, Tensor):
+        raise GraphInvariantError(f"{path} is a {type(value).__name__}; the graph may only read tensors.")
+    return value
 
 
 def propagate(graph_module: GraphModule) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .base import GraphPass, find_calls, input_node
-from .fakes import propagate
+from .fakes import fill
 from .fused_storage import ParameterTable, fuse_storage
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class FuseProjections(GraphPass):
                         f"left {_weight(alike[0])}: no other projection of its input has its kind of bias"
                     )
         graph_module.graph.eliminate_dead_code()
-        propagate(graph_module)
+        fill(graph_module)
 
     def _can_fuse(self, table: ParameterTable, linear: Node) -> bool:
         for argument in _weights(linear):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .errors import StaleParametersError
+from .errors import GraphInvariantError, StaleParametersError
+from .fakes import attribute
 
 
 class ParameterTable:
@@ -25,18 +26,13 @@ class ParameterTable:
 
     def tensor(self, node: Node) -> Tensor:
         """The tensor that a `get_attr` node reads."""
-        value: object = self.root
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{node.target} is a {type(value).__name__}, not a tensor")
-        return value
+        return attribute(self.root, str(node.target))
 
     def parameter(self, node: Node) -> nn.Parameter:
         """The model's parameter that a node reads; `why_fixed` must have said None."""
         value = self.tensor(node)
         if not isinstance(value, nn.Parameter):
-            raise TypeError(f"{node.target} is not a parameter")
+            raise GraphInvariantError(f"{node.target} is not a parameter, so its storage cannot move.")
         return value
 
     def why_fixed(self, node: Node) -> str | None:

@@ -18,12 +18,15 @@ from .dump import Dumper
 from .fuse_projections import FuseProjections
 from .fused_storage import SharedParameters
 from .layout import KVLayout
+from .locality import ProveRowLocality
 from .normalise import Normalise
 from .report import AttentionRecord, CompileReport, PassRecord
-from .verify import verify
+from .requirements import check_model, check_versions
+from .verify import VERIFY_VARIABLE, verify, verify_shapes
 
 PASSES: tuple[type[GraphPass], ...] = (
     Normalise,
+    ProveRowLocality,
     AttentionToDualMode,
     FuseProjections,
 )
@@ -78,6 +81,8 @@ def compile_model(
     Raises:
         UnsupportedModelError: a subclass of it names what is not supported; the model is as it was.
     """
+    check_versions()
+    check_model(model)
     report = CompileReport(
         model=type(model).__name__, versions=f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
@@ -90,6 +95,9 @@ def compile_model(
     skipped = () if fuse else (FuseProjections,)
     for number, kind in enumerate(kind for kind in PASSES if kind not in skipped):
         graph_module = _run_pass(number, kind(context), graph_module, dumper)
+    started = time.perf_counter()
+    verify_shapes(graph_module)
+    report.passes.append(PassRecord("verify shapes", time.perf_counter() - started, len(graph_module.graph.nodes)))
     return CompiledModel(graph_module, context.layout, report, SharedParameters(model))
 
 
@@ -105,6 +113,8 @@ def _run_pass(number: int, graph_pass: GraphPass, graph_module: GraphModule, dum
     graph_pass(graph_module)
     clean = GraphModule(graph_module, graph_module.graph)  # keeps only what the graph reads
     verify(clean, graph_pass.context.layout)
+    if os.environ.get(VERIFY_VARIABLE):
+        verify_shapes(clean)
     seconds = time.perf_counter() - started
     record = PassRecord(graph_pass.name, seconds, graph_pass.matches, tuple(graph_pass.notes))
     graph_pass.context.report.passes.append(record)

@@ -1,9 +1,14 @@
-"""Checks a graph between passes. Cheap enough to run always: most of it is a walk over the nodes."""
+"""Checks a graph between passes.
+
+`verify` is a walk over the nodes and always runs. `verify_shapes` computes every shape anew, seconds on a large model:
+it runs after the last pass, and after each one when the environment variable SPARSESPEC_VERIFY is set, as in tests.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -16,6 +21,8 @@ from .fakes import propagate
 from .layout import KVLayout
 from .normalise import INPUTS
 
+VERIFY_VARIABLE = "SPARSESPEC_VERIFY"
+
 SITE_STAGE = INPUTS
 DUAL_STAGE = (*INPUTS, *STATE_INPUTS, *STEP_TENSORS)
 
@@ -27,8 +34,7 @@ def verify(graph_module: GraphModule, layout: KVLayout) -> None:
     - one attention node for each layer, in order, with that layer's settings: sites before the rewrite, dual-mode
       nodes after it, never both;
     - each dual-mode node works on its own layer's part of pool, scores and pillars;
-    - nothing else writes into an input or a parameter;
-    - shapes recorded on the nodes are those that the graph computes.
+    - nothing else writes into an input or a parameter.
 
     Raises:
         GraphInvariantError: naming the first node that breaks a rule.
@@ -42,7 +48,6 @@ def verify(graph_module: GraphModule, layout: KVLayout) -> None:
     else:
         raise GraphInvariantError(f"inputs are {names}; allowed are {SITE_STAGE} and {DUAL_STAGE}.")
     _check_writes(graph_module)
-    _check_shapes(graph_module)
 
 
 def _check_sites(graph_module: GraphModule, layout: KVLayout) -> None:
@@ -89,25 +94,36 @@ def _check_view(node: Node, view: Node, source: str, bounds: tuple[int, int]) ->
 
 
 def _check_writes(graph_module: GraphModule) -> None:
-    """Only the dual-mode nodes write into what outlives a call: inputs, parameters and buffers."""
-    lasting: set[Node] = set()
+    node = lasting_write(graph_module)
+    if node is not None:
+        raise GraphInvariantError(f"{describe(node)} writes into an input, a parameter or a buffer of the graph.")
+
+
+def lasting_write(graph_module: GraphModule) -> Node | None:
+    """The first node, dual-mode nodes apart, that writes into what outlives a call: an input, parameter or buffer."""
+    lasting = {node for node in graph_module.graph.nodes if node.op in ("placeholder", "get_attr")}
     for node in graph_module.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            lasting.add(node)
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             continue
+        schema = node.target._schema
         aliased = [
-            (argument.alias_info, value)
-            for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
-            if argument.alias_info is not None and value in lasting
+            declared.alias_info
+            for declared, value in zip(schema.arguments, node.args, strict=False)
+            if declared.alias_info is not None and isinstance(value, Node) and value in lasting
         ]
-        if aliased and not node.target._schema.is_mutable:
+        if any(alias.is_write for alias in aliased) and node.target is not dual_mode_attention:
+            return node
+        if aliased and not schema.is_mutable:
             lasting.add(node)
-        elif any(alias.is_write for alias, _ in aliased) and node.target is not dual_mode_attention:
-            raise GraphInvariantError(f"{describe(node)} writes into an input, a parameter or a buffer of the graph.")
+    return None
 
 
-def _check_shapes(graph_module: GraphModule) -> None:
+def verify_shapes(graph_module: GraphModule) -> None:
+    """Checks that the shapes and dtypes recorded on the nodes are those that the graph computes, and renews them.
+
+    Raises:
+        GraphInvariantError: naming the first node whose record differs, or that does not run.
+    """
     recorded = {node: node.meta.get("val") for node in graph_module.graph.nodes}
     propagate(graph_module)
     for node, before in recorded.items():

@@ -1,0 +1,150 @@
+"""Runs a captured graph twice, node by node, and compares the one row that both runs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from sparsespec_compile.kernels.ops import attention_site
+
+from .base import describe, input_node
+from .errors import RowMixingError
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Norm of the difference of two rows over the norm of one, above which they count as different. A single block's
+rounding is a few units (1e-7, 1e-3, 8e-3 for the last three types); mixing moves a row by a good part of its norm."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Two runs of `rows` rows: row `here` of the first and row `there` of the second are the same token.
+
+    `inputs` holds the placeholders' values of both, in order.
+    """
+
+    rows: int
+    here: int
+    there: int
+    inputs: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+class Common(Enum):
+    """What a node's values say of the common row."""
+
+    SAME = "the two values are equal altogether, and say nothing of a row"
+    AGREES = "there is a dimension of rows, and the common row is the same"
+    DIFFERS = "there is a dimension of rows, and the common row is not the same"
+    HIDDEN = "no dimension is the rows for certain"
+
+
+class _Run(Interpreter):
+    """Runs one node at a time; each site gives a function of a single row's q, k and v."""
+
+    def start(self, inputs: Iterable[Tensor]) -> None:
+        self.args_iter = iter(inputs)
+
+    def step(self, node: Node) -> Any:
+        self.env[node] = self.run_node(node)
+        for used in self.user_to_last_uses.get(node, ()):
+            del self.env[used]
+        return self.env.get(node)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        return row_wise(*args[:3]) if target is attention_site else super().call_function(target, args, kwargs)
+
+
+def row_wise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Stands in for attention: `[1, T, Hq, Dv]`, whose row r depends on row r of q, k and v, and on all of each."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
+    mixed = values + q.mean(-1, keepdim=True) + keys.mean(-1, keepdim=True)
+    return mixed.transpose(1, 2).contiguous()
+
+
+class Lockstep:
+    """The two runs of one experiment."""
+
+    def __init__(self, graph_module: GraphModule, runs: Runs) -> None:
+        self.graph = graph_module.graph
+        self.runs = runs
+        self.pair = (_Run(graph_module), _Run(graph_module))
+        self.common: dict[Node, Common] = {}
+
+    def run(self) -> None:
+        """Runs all nodes.
+
+        Raises:
+            RowMixingError: q, k, v of a site or the logits depend on another row; names the node that mixes.
+        """
+        for run, inputs in zip(self.pair, self.runs.inputs, strict=True):
+            run.start(inputs)
+        for node in self.graph.nodes:
+            if node.target is attention_site:
+                for index in range(3):
+                    self._require_agreement(input_node(node, index), axis=2)
+            if node.op == "output":
+                self._require_agreement(input_node(node, 0), axis=1)
+                return
+            first, second = (run.step(node) for run in self.pair)
+            self.common[node] = self._compare(first, second)
+
+    def _require_agreement(self, node: Node, axis: int) -> None:
+        first, second = (run.env[node] for run in self.pair)
+        if not _agree(first.select(axis, self.runs.here), second.select(axis, self.runs.there)):
+            raise RowMixingError(_explain(self._first_mixing(node), node))
+
+    def _compare(self, first: object, second: object) -> Common:
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.shape != second.shape:
+            return Common.HIDDEN if isinstance(first, (Tensor, tuple, list)) else Common.SAME
+        axes = [axis for axis, size in enumerate(first.shape) if size == self.runs.rows]
+        if len(axes) != 1:
+            return Common.SAME if torch.equal(first, second) else Common.HIDDEN
+        ours, theirs = first.select(axes[0], self.runs.here), second.select(axes[0], self.runs.there)
+        if not _agree(ours, theirs):
+            return Common.DIFFERS
+        _make_equal(ours, theirs)
+        return Common.AGREES
+
+    def _first_mixing(self, sink: Node) -> Node:
+        """The first node, of those between `sink` and the last nodes known to agree, that the difference comes from."""
+        suspects, pending = {sink}, [sink]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if self.common[source] in (Common.DIFFERS, Common.HIDDEN) and source not in suspects:
+                    suspects.add(source)
+                    pending.append(source)
+        return next(node for node in self.graph.nodes if node in suspects)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    if torch.equal(ours, theirs):
+        return True
+    if not ours.is_floating_point():
+        return False
+    difference = (ours.double() - theirs.double()).norm()
+    return bool(difference <= TOLERANCE[ours.dtype] * ours.double().norm())
+
+
+def _make_equal(ours: Tensor, theirs: Tensor) -> None:
+    """Writes our row over theirs, unless several elements share their memory."""
+    overlapping = any(stride == 0 and size > 1 for stride, size in zip(theirs.stride(), theirs.shape, strict=True))
+    if not overlapping and not torch.equal(ours, theirs):
+        theirs.copy_(ours)
+
+
+def _explain(culprit: Node, sink: Node) -> str:
+    code = (culprit.meta.get("stack_trace") or "").strip().splitlines()
+    where = f" ({code[-1].strip()})" if code else ""
+    counts_rows = not any(isinstance(source.meta.get("val"), Tensor) for source in culprit.all_input_nodes)
+    how = "depends on the number of a row" if counts_rows else "mixes rows"
+    return (
+        f"{describe(culprit)}{where} {how}, and reaches {describe(sink)}. Allowed: tokens that meet in attention only, "
+        "with positions taken from position_ids. Convolutions over tokens, state-space layers, token shift and "
+        "attention outside transformers' interface cannot be packed; use a model without them."
+    )

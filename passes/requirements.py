@@ -1,0 +1,102 @@
+"""What is refused before any work is done: versions, and models whose kind alone rules them out."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import nn
+from torch.torch_version import TorchVersion
+from transformers import PreTrainedModel
+
+from .borrow import model_configs
+from .errors import EncoderDecoderError, PositionError, UnsupportedAttentionError, UnsupportedModelError, VersionError
+
+OLDEST = {"torch": "2.11", "transformers": "5.6"}
+
+ALIBI_FAMILIES = frozenset({"bloom", "mpt"})
+STATEFUL_ROPE = frozenset({"dynamic", "longrope"})
+
+
+def check_versions(
+    torch_version: str = torch.__version__, transformers_version: str = transformers.__version__
+) -> None:
+    """Raises VersionError when torch or transformers is older than `OLDEST`. Its own pre-releases are accepted."""
+    for package, found in (("torch", torch_version), ("transformers", transformers_version)):
+        if TorchVersion(found) < TorchVersion(f"{OLDEST[package]}.dev0"):
+            raise VersionError(
+                f"{package} {found} is installed. Allowed: {OLDEST[package]} or newer. "
+                f"Run: pip install '{package}>={OLDEST[package]}'."
+            )
+
+
+def check_model(model: object) -> None:
+    """Refuses what cannot be a decoder-only causal LM with the attention that the dual-mode op computes.
+
+    Raises:
+        UnsupportedModelError: not a `PreTrainedModel`, no language-modelling head, or parameters that cannot be shared.
+        EncoderDecoderError: an encoder-decoder.
+        UnsupportedAttentionError: ALiBi.
+        PositionError: rotary frequencies that follow the longest sequence of a call.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"got a {type(model).__name__}. Allowed: a transformers PreTrainedModel. Load one with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    _check_kind(model)
+    _check_parameters(model)
+    for config in model_configs(model):
+        _check_attention(type(model).__name__, config)
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise EncoderDecoderError(
+            f"{name} is an encoder-decoder. Allowed: decoder-only causal LMs. Load the decoder alone, if its family "
+            "has a causal LM class, or another model."
+        )
+    if model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{name} has no language-modelling head. Allowed: causal LMs. Load it with AutoModelForCausalLM."
+        )
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    parameters = dict(model.named_parameters())
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has parameters on {sorted(map(str, devices))}. Allowed: one device that holds "
+            "data. Load it with device_map=None, or on one device."
+        )
+    for path, parameter in parameters.items():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"{path} is a {type(parameter).__name__} of {parameter.dtype}. Allowed: plain floating-point "
+                "parameters. Load the model without quantisation."
+            )
+
+
+def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
+    if config.model_type in ALIBI_FAMILIES or getattr(config, "alibi", False):
+        raise UnsupportedAttentionError(
+            f"{name} adds ALiBi biases to its attention scores, which the dual-mode op does not apply. Allowed: models "
+            "with rotary or learned positions. Use one of those."
+        )
+    kinds = _rope_types(getattr(config, "rope_parameters", None)) & STATEFUL_ROPE
+    if kinds:
+        raise PositionError(
+            f"{name} has rotary embeddings of type {sorted(kinds)}, whose frequencies follow the longest sequence of a "
+            "call, so requests would change each other. Allowed: 'default', 'linear', 'yarn', 'llama3'. Set one in "
+            "config.rope_parameters, if the model's length allows."
+        )
+
+
+def _rope_types(parameters: object) -> set[str]:
+    """Rope types in a `rope_parameters` setting, which is a dictionary or one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
+    return own.union(*nested)

@@ -53,9 +53,7 @@ def check_attention(
     _check_size("k", k, (rows, kv_heads, key_dim))
     _check_size("v", v, (rows, kv_heads, v.shape[2]))
     _check_size("kv", kv, (kv.shape[0], kv_heads, kv.shape[2], key_dim + v.shape[2]))
-    for name, tensor in {**packed, "kv": kv}.items():
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise KernelInputError(f"{name} has last stride {tensor.stride(-1)}; it must be 1: call .contiguous()")
+    _check_last_stride({**packed, "kv": kv, "scores": scores, "pillar_index": pillar_index})
     score_dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
     _check_float_dtype({"scores": scores}, score_dtypes)
     _check_step(step, scores, pillar_index, kv_heads)
@@ -75,11 +73,12 @@ def check_select(
     for name, tensor in per_request.items():
         _check_index(name, tensor, (requests,))
     _check_index("pillar_index", pillar_index, (requests, heads, pillar_index.shape[2]))
+    _check_last_stride({"scores": scores, "pillar_index": pillar_index})
     _check_devices(scores, {**per_request, "pillar_index": pillar_index})
 
 
 def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor, kv_heads: int) -> None:
-    requests = step["mode"].shape[0] if step["mode"].dim() else 0
+    requests = step["request_mode"].shape[0] if step["request_mode"].dim() else 0
     for name, tensor in step.items():
         if name != "page_table":
             _check_index(name, tensor, (requests,))
@@ -114,6 +113,12 @@ def _check_float_dtype(tensors: Mapping[str, Tensor], dtypes: Sequence[torch.dty
     for name, tensor in tensors.items():
         if tensor.dtype != first.dtype:
             raise KernelInputError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; give both one dtype")
+
+
+def _check_last_stride(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise KernelInputError(f"{name} has last stride {tensor.stride(-1)}; it must be 1: call .contiguous()")
 
 
 def _check_heads(q_heads: int, kv_heads: int) -> int:

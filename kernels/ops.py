@@ -34,8 +34,8 @@ that can be kept.
 
 ``sparsespec::select_pillars(scores, scored_length, budget, pillar_index, pillar_count) -> ()``
     scores [B, H, S] float32, H the KV heads of all layers one after the other; scored_length [B] int32, the number of
-    leading valid scores, -1 to leave the pillars of a request as they are; budget [B] int32; pillar_index [B, H, M]
-    int32 and pillar_count [B] int32 are written. For a request with n = scored_length[b] >= 0:
+    leading valid scores (at most S), -1 to leave the pillars of a request as they are; budget [B] int32, 0 or more;
+    pillar_index [B, H, M] int32 and pillar_count [B] int32 are written. For a request with n = scored_length[b] >= 0:
     count = min(budget[b], n, M) positions with the highest scores are kept, the lower position winning a tie; they are
     written in ascending order, followed by -1 up to M, and pillar_count[b] becomes count. Scores are ordered as
     floating-point numbers (0.0 and -0.0 are equal; a NaN, which no working model gives, ranks by its bit pattern).
@@ -74,7 +74,7 @@ class Mode(IntEnum):
 
 
 STEP_TENSORS: tuple[str, ...] = (
-    "mode",
+    "request_mode",
     "row_start",
     "row_count",
     "cached_length",
@@ -85,11 +85,12 @@ STEP_TENSORS: tuple[str, ...] = (
 )
 """The int32 tensors that describe a step to every layer alike, in the order the op takes them.
 
-mode [B]: a Mode. row_start [B]: first packed row. row_count [B]: rows, 0 for none. cached_length [B]: tokens in the
-pool before this step, so row row_start + i stands at position cached_length + i. page_table [B, P]: physical page of
-each logical page, -1 past the reserved ones (never read). score_rows [B]: number of trailing rows whose probabilities
-are given out. pillar_count [B]: valid entries of pillar_index, alike for all layers and heads. recent_start [B]:
-first position that draft rows read densely."""
+request_mode [B]: a Mode (not called mode: torch keeps that argument name of an op for itself). row_start [B]: first
+packed row. row_count [B]: rows, 0 for none. cached_length [B]: tokens in the pool before this step, so row
+row_start + i stands at position cached_length + i. page_table [B, P]: physical page of each logical page, -1 past the
+reserved ones (never read). score_rows [B]: number of trailing rows whose probabilities are given out.
+pillar_count [B]: valid entries of pillar_index, alike for all layers and heads. recent_start [B]: first position that
+draft rows read densely."""
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 

@@ -35,7 +35,7 @@ def dual_mode_attention(
     v: Tensor,
     kv: Tensor,
     scores: Tensor,
-    mode: Tensor,
+    request_mode: Tensor,
     row_start: Tensor,
     row_count: Tensor,
     cached_length: Tensor,
@@ -49,12 +49,14 @@ def dual_mode_attention(
     softcap: float,
 ) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
-    given = (mode, row_start, row_count, cached_length, page_table, score_rows, pillar_count, recent_start)
+    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, pillar_count, recent_start)
     step = dict(zip(STEP_TENSORS, given, strict=True))
     check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap))
-    _write_kv(k, v, kv, mode, row_start, row_count, cached_length, page_table)
+    _write_kv(k, v, kv, request_mode, row_start, row_count, cached_length, page_table)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lists = (t.tolist() for t in (mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start))
+    lists = (
+        t.tolist() for t in (request_mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start)
+    )
     for b, (kind, first, count, cached, scored, pillars, recent) in enumerate(zip(*lists, strict=True)):
         if kind == Mode.IDLE or count == 0:
             continue
@@ -72,14 +74,14 @@ def _write_kv(
     k: Tensor,
     v: Tensor,
     kv: Tensor,
-    mode: Tensor,
+    request_mode: Tensor,
     row_start: Tensor,
     row_count: Tensor,
     cached_length: Tensor,
     page_table: Tensor,
 ) -> None:
     """Write the K/V of every row that belongs to a request at its position."""
-    counts = row_count.where(mode != Mode.IDLE, 0)
+    counts = row_count.where(request_mode != Mode.IDLE, 0)
     owner = torch.repeat_interleave(counts).long()
     place = torch.arange(owner.shape[0], device=owner.device) - (counts.cumsum(0) - counts)[owner]
     row = row_start[owner] + place

@@ -14,7 +14,8 @@ def select_pillars(
     for b, (length, wanted) in enumerate(zip(scored_length.tolist(), budget.tolist(), strict=True)):
         if length < 0:
             continue
-        count = min(wanted, length, pillar_index.shape[2])
+        length = min(length, scores.shape[2])
+        count = min(max(wanted, 0), length, pillar_index.shape[2])
         pillar_index[b, :, :count] = _highest(scores[b, :, :length], count)
         pillar_index[b, :, count:] = -1
         pillar_count[b] = count

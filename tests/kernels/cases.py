@@ -7,8 +7,9 @@ other layers, entries of the pillar index past its count. Everything it must not
 from dataclasses import dataclass, field
 
 import torch
-from sparsespec_compile.kernels.ops import STEP_TENSORS, Mode
 from torch import Tensor
+
+from sparsespec_compile.kernels.ops import STEP_TENSORS, Mode
 
 SENTINEL = -7.0
 UNREADABLE = 2**30
@@ -94,7 +95,7 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
         "page_table": table,
         "pillar_index": pillar_index,
         "row_start": _ints(starts),
-        "mode": _ints([r.mode for r in requests]),
+        "request_mode": _ints([r.mode for r in requests]),
         "row_count": _ints([r.rows for r in requests]),
         "cached_length": _ints([r.cached for r in requests]),
         "score_rows": _ints([r.score_rows for r in requests]),

@@ -3,8 +3,9 @@
 import math
 
 import torch
-from sparsespec_compile.kernels.ops import Mode
 from torch import Tensor
+
+from sparsespec_compile.kernels.ops import Mode
 
 from .cases import SENTINEL, Case
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sparsespec_compile.kernels import ops, reference
 from sparsespec_compile.kernels.ops import Mode
 

@@ -1,0 +1,97 @@
+"""How far a float32 attention over half or float32 inputs may lie from the float64 result on the same inputs.
+
+Let e = 2**-23, the error of one float32 operation (tensor cores cut off instead of rounding, so not 2**-24); D the key
+dimension, n the most keys a row reads, L = |scale| max|q| max|k| with Euclidean norms, a bound on every logit, c the
+soft-cap (0 without).
+
+Logits. A dot product of D terms, the scale and the change to base 2 leave an error of (D + 4) e |scale| sum|q_i k_i|,
+at most (D + 4) e L. The soft-cap has slope 1 at most, so it does not enlarge this; computing it as
+c - 2c / (exp2(y) + 1) adds at most 8 e c. Together: d = (D + 4) e L + 8 e c.
+
+Weights. exp2 turns an absolute error of its argument into a relative error of its result. The argument, a difference
+of two logits, is rounded by at most 2 L e; exp2 itself errs by 2 e. Rescaling to a new maximum multiplies by further
+such factors, whose arguments add up to one difference of logits: another 2 L e in all, and 4 e for each block of keys.
+The shift itself cancels. Sums run over blocks of 16 to 64 keys and then over blocks: (64 + n / 16) e. Together, with
+5 (64 + n / 16) e for sums and blocks: t = d + 4 L e + 4 e + 5 (64 + n / 16) e, for numerator and denominator alike.
+
+Output o = sum p_j v_j, with m = sum p_j |v_j|: numerator and denominator err by t each; weights are rounded to the
+dtype of v before they are multiplied (unit roundoff u; absolutely 2**-25 for float16 below its normal numbers, and the
+denominator is at least 1), and o is rounded to that dtype:
+    |error| <= (2 t + u) m + u |o| + n tiny max|v|.
+
+Scores: the probability is computed again from the saved logarithm of the denominator, at most L + log(n) and rounded:
+another (L + 24) e, and averaged over the r rows and heads: |error| <= (3 t + (L + 24 + r) e) p.
+
+A tenth is added for products of errors, which is plenty while t is below 0.03.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels import reference
+
+from .cases import Case
+
+EPSILON = 2.0**-23
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TINY = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Float64 results and the error allowed on each element."""
+
+    output: Tensor
+    output_error: Tensor
+    scores: Tensor
+    score_error: Tensor
+    pool: Tensor
+
+
+def expect(case: Case, dtype: torch.dtype, device: str = "cpu") -> Expected:
+    """What a step, whose values are exact in ``dtype``, must give when computed in that dtype."""
+    exact = case.to(torch.float64, device, torch.float64)
+    output = reference.dual_mode_attention(*exact.arguments())
+    magnitude = reference.dual_mode_attention(*_with_absolute_values(case, device).arguments())
+    relative, logit_bound = _relative_error(exact)
+    longest = max(request.length for request in case.requests)
+    group = case.shape.q_heads // case.shape.kv_heads
+    averaged = group * max(request.score_rows for request in case.requests)
+    largest_value = exact.tensors["v"].nan_to_num().abs().max()
+    u, tiny = ROUNDOFF[dtype], TINY[dtype]
+    if dtype == torch.bfloat16 and device == "cpu":
+        u *= 2  # Triton's interpreter cuts bfloat16 off where a GPU rounds
+    error = (2 * relative + u) * magnitude + u * output.abs() + longest * tiny * largest_value
+    score_relative = 3 * relative + (logit_bound + 24 + averaged) * EPSILON
+    scores = exact.tensors["scores"]
+    return Expected(output, 1.1 * error, scores, 1.1 * score_relative * scores.abs(), exact.pool)
+
+
+def assert_within(actual: Tensor, expected: Tensor, error: Tensor) -> None:
+    """Each element within its own error; where that is 0 (sentinels, rows of no request) equal."""
+    excess = ((actual.double() - expected).abs() - error).nan_to_num(nan=torch.inf)
+    worst = excess.argmax()
+    assert excess.max() <= 0, (
+        f"element {torch.unravel_index(worst, actual.shape)}: {actual.flatten()[worst]} is not within "
+        f"{error.flatten()[worst]:.3g} of {expected.flatten()[worst]}; {(excess > 0).sum()} of {actual.numel()} fail"
+    )
+
+
+def _relative_error(case: Case) -> tuple[float, float]:
+    """t and L of the derivation."""
+    shape = case.shape
+    keys = case.tensors["kv"][..., : shape.key_dim]
+    norms = [tensor.nan_to_num().norm(dim=-1).max().item() for tensor in (case.tensors["q"], keys)]
+    bound = abs(shape.scale) * norms[0] * norms[1]
+    longest = max(request.length for request in case.requests)
+    logit = (shape.key_dim + 4) * bound + 8 * shape.softcap
+    return (logit + 4 * bound + 4 + 5 * (64 + longest / 16)) * EPSILON, bound
+
+
+def _with_absolute_values(case: Case, device: str) -> Case:
+    positive = case.to(torch.float64, device, torch.float64)
+    positive.tensors["v"].abs_()
+    positive.tensors["kv"][..., case.shape.key_dim :].abs_()
+    return positive

@@ -1,0 +1,127 @@
+"""The Triton attention against the float64 reference, each element within a derived error.
+
+Without a GPU the kernels run in Triton's interpreter; `pytest -m gpu` runs the same tests, and larger ones, on CUDA.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels.errors import KernelInputError
+from sparsespec_compile.kernels.ops import Mode
+
+from .cases import Case, Request, Shape, build
+from .error_budget import Expected, assert_within, expect
+from .steps import LAYERS, MIXED
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+LONG = [
+    Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
+    Request(Mode.VERIFY, cached=70, rows=9, score_rows=9),
+    Request(Mode.PREFILL, cached=3, rows=37, score_rows=20),
+]
+"""More keys than one block, more pillars than one block, more rows and more scored rows than one tile."""
+
+
+def launch(case: Case) -> Tensor:
+    from sparsespec_compile.kernels import triton_attention
+
+    return triton_attention.dual_mode_attention(*case.arguments())
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    expected = expect(case, dtype, device)
+    actual = case.to(dtype, device)
+    output = launch(actual)
+    check_result(output, actual, expected)
+
+
+def check_result(output: Tensor, actual: Case, expected: Expected) -> None:
+    assert_within(output, expected.output, expected.output_error)
+    assert_within(actual.tensors["scores"], expected.scores, expected.score_error * (expected.scores >= 0))
+    torch.testing.assert_close(actual.pool.double(), expected.pool, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_mixed_step_in_float32(layer: str, device: str) -> None:
+    check(build(LAYERS[layer], MIXED, torch.float32), torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", ["gqa", "unequal dims"])
+def test_mixed_step_in_half_precision(layer: str, dtype: torch.dtype, device: str) -> None:
+    check(build(LAYERS[layer], MIXED, dtype), dtype, device)
+
+
+@pytest.mark.parametrize("window", [0, 33])
+def test_several_blocks_and_tiles(window: int, device: str) -> None:
+    check(
+        build(Shape(q_heads=7, kv_heads=1, page_size=16, window=window), LONG, torch.bfloat16), torch.bfloat16, device
+    )
+    check(build(Shape(window=window), LONG, torch.float32), torch.float32, device)
+
+
+def test_more_query_heads_than_a_tile_has_rows(device: str) -> None:
+    check(build(Shape(q_heads=17, kv_heads=1), MIXED[:4], torch.float32), torch.float32, device)
+
+
+def test_bits_do_not_depend_on_company_or_pages(device: str) -> None:
+    """A request alone, and again among others, in other rows and on other pages: the same bits."""
+    alone = build(Shape(), [MIXED[1]], torch.float32)
+    among = build(Shape(), MIXED, torch.float32, seed=1)
+    _transplant(alone, 0, among, 1)
+    alone, among = alone.to(torch.float32, device), among.to(torch.float32, device)
+    first, second = launch(alone), launch(among)
+    rows, start, other = MIXED[1].rows, alone.row_start[0], among.row_start[1]
+    assert torch.equal(first[start : start + rows], second[other : other + rows])
+    scored = MIXED[1].cached
+    assert torch.equal(alone.tensors["scores"][0, :, :scored], among.tensors["scores"][1, :, :scored])
+
+
+def _transplant(source: Case, b: int, target: Case, other: int) -> None:
+    """Give request ``other`` of the target the tokens and rows of request ``b`` of the source."""
+    request, size = source.requests[b], source.shape.page_size
+    for position in range(request.cached):
+        pages = [case.tensors["page_table"][i, position // size] for case, i in ((source, b), (target, other))]
+        target.tensors["kv"][pages[1], :, position % size] = source.tensors["kv"][pages[0], :, position % size]
+    for name in ("q", "k", "v"):
+        rows = source.tensors[name][source.row_start[b] :][: request.rows]
+        target.tensors[name][target.row_start[other] :][: request.rows] = rows
+
+
+def test_no_rows_no_requests_no_scores(device: str) -> None:
+    """Empty dimensions launch nothing that could fail, and rows without requests give zeros."""
+    case = build(Shape(), [Request(Mode.PREFILL, rows=3)], torch.float32).to(torch.float32, device)
+    none = {name: tensor[:0] for name, tensor in case.tensors.items() if name not in ("q", "k", "v", "kv")}
+    assert torch.count_nonzero(launch(dataclasses.replace(case, tensors={**case.tensors, **none}))) == 0
+    empty = {name: case.tensors[name][:0] for name in ("q", "k", "v")}
+    assert launch(dataclasses.replace(case, tensors={**case.tensors, **empty})).shape == (0, 4, 16)
+    without = {"scores": case.tensors["scores"][..., :0]}
+    assert torch.isfinite(launch(dataclasses.replace(case, tensors={**case.tensors, **without}))).any()
+
+
+def test_float64_is_refused(device: str) -> None:
+    case = build(Shape(), MIXED).to(torch.float64, device)
+    with pytest.raises(KernelInputError, match=r"q is torch.float64; allowed .* torch.bfloat16, torch.float32"):
+        launch(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_budget_notices_wrong_results(dtype: torch.dtype) -> None:
+    """A window off by one, a missing score row and inputs rounded to fewer bits all fall outside the budget."""
+    case = build(Shape(window=20), MIXED, dtype)
+    expected = expect(case, dtype)
+    coarser = torch.bfloat16 if dtype == torch.float32 else torch.float8_e4m3fn
+    wrong_window = dataclasses.replace(case, shape=dataclasses.replace(case.shape, window=21))
+    fewer_scores = build(Shape(window=20), [*MIXED[:3], dataclasses.replace(MIXED[3], score_rows=3)], dtype)
+    rounded = case.to(dtype)
+    rounded.tensors["q"].copy_(rounded.tensors["q"].to(coarser))
+    for wrong in (wrong_window, rounded):
+        with pytest.raises(AssertionError):
+            assert_within(expect(wrong, dtype).output, expected.output, expected.output_error)
+    scores, error = expected.scores[3, :, :12], expected.score_error[3, :, :12]
+    with pytest.raises(AssertionError):
+        assert_within(expect(fewer_scores, dtype).scores[3, :, :12], scores, error)

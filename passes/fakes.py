@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -39,7 +40,7 @@ def fill(graph_module: GraphModule) -> None:
             node.meta["val"] = fake_mode(graph_module).from_tensor(attribute(graph_module, str(node.target)))
             continue
         arguments, keywords = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        with fake_mode(graph_module):
+        with fake_mode(graph_module), enable_python_dispatcher():
             node.meta["val"] = node.target(*arguments, **keywords)
 
 
@@ -62,7 +63,8 @@ def propagate(graph_module: GraphModule) -> None:
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     tracker = _Propagation(graph_module, fake_mode(graph_module))
     try:
-        tracker.propagate_dont_convert_inputs(*inputs)
+        with enable_python_dispatcher():
+            tracker.propagate_dont_convert_inputs(*inputs)
     except Exception as error:
         raise GraphInvariantError(
             f"{tracker.current} does not run on the shapes that reach it: {error}. A pass has left the graph broken."

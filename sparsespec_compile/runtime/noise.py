@@ -11,9 +11,12 @@ _LOW = 0xFFFFFFFF
 
 
 def _multiply(factor: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32-bit product. int64 may wrap to negative; the mask makes the shift logical."""
-    product = value * factor
-    return (product >> 32) & _LOW, product & _LOW
+    """High and low 32 bits of a 32 x 32-bit product.
+
+    The whole product would overflow int64, which compiled C++ need not wrap: so in two halves of 48 bits.
+    """
+    upper, lower = (value >> 16) * factor, (value & 0xFFFF) * factor
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,252 @@
+"""`generate` takes what HuggingFace's takes, gives what it gives, and refuses the rest by name."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import sparsespec_compile as ss
+from sparsespec_compile.errors import (
+    ConfigError,
+    ContextLengthError,
+    PoolTooSmallError,
+    PromptError,
+    SamplingError,
+    StaleParametersError,
+    UnsupportedModelError,
+)
+
+from .support.models import VOCABULARY, left_padded, tiny
+
+NEW = 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("qwen3", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return ss.optimize(model, ss.SpecConfig(draft_tokens=4, min_budget=6, pool_tokens=1024))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    input_ids, mask = left_padded(2, 9, 5)
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+class TestAsHuggingFace:
+    def test_stop_tokens_and_padding(self, model, fast, batch):
+        plain = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        stops = [int(plain[0, -30]), int(plain[1, -20])]
+        for eos, pad in [(stops, 7), (stops[0], 0), (stops[1], None)]:
+            config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, max_new_tokens=NEW, do_sample=False)
+            expected = model.generate(**batch, generation_config=config)
+            assert torch.equal(fast.generate(**batch, generation_config=config), expected)
+
+    def test_output_is_as_wide_as_the_longest_text(self, model, fast, batch):
+        plain = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        stops = plain[:, -30:-25].flatten().tolist()  # every text meets one of these
+        expected = model.generate(**batch, max_new_tokens=NEW, eos_token_id=stops, pad_token_id=3)
+        assert expected.shape[1] < plain.shape[1]
+        assert torch.equal(fast.generate(**batch, max_new_tokens=NEW, eos_token_id=stops, pad_token_id=3), expected)
+
+    def test_lengths(self, model, fast, batch):
+        for arguments in ({}, {"max_length": 33}, {"max_new_tokens": 1}, {"max_new_tokens": 3, "max_length": 99}):
+            expected = model.generate(**batch, **arguments, do_sample=False)
+            assert torch.equal(fast.generate(**batch, **arguments, do_sample=False), expected)
+
+    def test_the_models_own_generation_config_counts(self, model, fast, batch, monkeypatch):
+        monkeypatch.setattr(model.generation_config, "max_new_tokens", 11)
+        monkeypatch.setattr(model.generation_config, "eos_token_id", 5)
+        assert torch.equal(fast.generate(**batch), model.generate(**batch, do_sample=False))
+
+    def test_prompts_without_a_mask(self, model, fast):
+        input_ids = left_padded(9, 9)[0]
+        expected = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW)
+        assert torch.equal(fast.generate(input_ids, max_new_tokens=NEW), expected)
+
+    def test_streamer_hears_every_token_in_order(self, fast, batch):
+        heard = []
+
+        class Streamer:
+            def put(self, value):
+                heard.append(value.flatten().tolist())
+
+            def end(self):
+                heard.append("end")
+
+        input_ids = batch["input_ids"][1:2]
+        output = fast.generate(input_ids, max_new_tokens=NEW, streamer=Streamer())
+        assert heard[-1] == "end"
+        assert [token for piece in heard[:-1] for token in piece] == output[0].tolist()
+        with pytest.raises(SamplingError, match="one prompt, got 3"):
+            fast.generate(**batch, max_new_tokens=3, streamer=Streamer())
+
+
+class TestSampling:
+    ARGUMENTS = ({"temperature": 0.8, "top_k": 0}, {"temperature": 0.8, "top_k": 12, "top_p": 0.9})
+
+    @pytest.fixture(scope="class")
+    def plain(self, model):
+        return ss.optimize(model, ss.SpecConfig(draft_tokens=0))
+
+    @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+    def test_text_is_plain_samplings_for_20_seeds_alone_and_in_company(self, fast, plain, batch, arguments):
+        seeds = [10**17 + seed for seed in range(20)]
+        prompt, mask = batch["input_ids"][1:2], batch["attention_mask"][1:2]
+        together = fast.generate(
+            prompt.expand(20, -1), mask.expand(20, -1), max_new_tokens=NEW, do_sample=True, seed=seeds, **arguments
+        )
+        assert len({tuple(row) for row in together.tolist()}) == 20
+        for row, seed in zip(together, seeds, strict=True):
+            alone = plain.generate(prompt, mask, max_new_tokens=NEW, do_sample=True, seed=[seed], **arguments)
+            assert torch.equal(row, alone[0])
+
+    def test_one_seed_for_a_batch_gives_each_request_its_own(self, fast, plain, batch):
+        same_prompt = batch["input_ids"][1:2].expand(6, -1)
+        text = fast.generate(same_prompt, max_new_tokens=NEW, do_sample=True, top_k=0, seed=3)
+        assert len({tuple(row) for row in text.tolist()}) == 6
+        assert torch.equal(text, plain.generate(same_prompt, max_new_tokens=NEW, do_sample=True, top_k=0, seed=3))
+        assert not torch.equal(text, fast.generate(same_prompt, max_new_tokens=NEW, do_sample=True, top_k=0, seed=4))
+
+    def test_without_a_seed_torchs_generator_decides(self, fast, batch):
+        torch.manual_seed(5)
+        first = fast.generate(**batch, max_new_tokens=NEW, do_sample=True)
+        second = fast.generate(**batch, max_new_tokens=NEW, do_sample=True)
+        torch.manual_seed(5)
+        assert torch.equal(fast.generate(**batch, max_new_tokens=NEW, do_sample=True), first)
+        assert not torch.equal(first, second)
+
+    def test_settings_of_each_request(self, fast, batch):
+        """A batch with different settings gives each request the text it gets alone with them."""
+        temperatures, top_ks = [0.5, 1.0, 2.0], [0, 5, 40]
+        together = fast.generate(
+            **batch, max_new_tokens=NEW, do_sample=True, temperature=temperatures, top_k=top_ks, seed=[7, 8, 9]
+        )
+        for i in range(3):
+            alone = fast.generate(
+                batch["input_ids"][i : i + 1],
+                batch["attention_mask"][i : i + 1],
+                max_new_tokens=NEW,
+                do_sample=True,
+                temperature=temperatures[i],
+                top_k=top_ks[i],
+                seed=[7 + i],
+            )
+            assert torch.equal(together[i], alone[0])
+
+    def test_top_k_is_huggingfaces_50_unless_given(self, fast, batch):
+        settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 5.0, "seed": 1}
+        default = fast.generate(**batch, **settings)
+        assert torch.equal(default, fast.generate(**batch, **settings, top_k=50))
+        assert not torch.equal(default, fast.generate(**batch, **settings, top_k=0))
+
+
+IDS = torch.tensor([[3, 4, 5]])
+ALLOWED = {"max_new_tokens": 4}
+
+
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def still_usable(self, model, fast, batch):
+        """Whatever was refused, the object works on."""
+        yield
+        expected = model.generate(**batch, max_new_tokens=5, do_sample=False)
+        assert torch.equal(fast.generate(**batch, max_new_tokens=5), expected)
+
+    @pytest.mark.parametrize(
+        ("input_ids", "mask", "message"),
+        [
+            (torch.zeros(1, 0, dtype=torch.int64), None, "empty.*at least one token"),
+            (torch.zeros(0, 3, dtype=torch.int64), None, "empty"),
+            (IDS, torch.zeros_like(IDS), "Prompt 0 is empty"),
+            (IDS.int(), None, r"torch.int64, got torch.int32.*\.long\(\)"),
+            (IDS.float(), None, "torch.int64, got torch.float32"),
+            (IDS[0], None, r"\[batch, width\], got \[3\]"),
+            (IDS.tolist(), None, "must be a tensor.*got list"),
+            (IDS.to("meta"), None, r"is on meta, the model on cpu.*\.to\('cpu'\)"),
+            (IDS, torch.ones(1, 2), r"shape \[1, 2\], input_ids \[1, 3\]"),
+            (IDS, torch.tensor([[1, 1, 0]]), "Pad on the left"),
+            (IDS, torch.tensor([[1, 0, 1]]), "Pad on the left"),
+            (IDS + VOCABULARY, None, rf"token {VOCABULARY + 5}; the model has tokens 0 to {VOCABULARY - 1}"),
+            (IDS - 9, None, "token -6"),
+        ],
+    )
+    def test_prompts(self, fast, input_ids, mask, message):
+        with pytest.raises(PromptError, match=message):
+            fast.generate(input_ids, mask, **ALLOWED)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"temprature": 1.0}, "unknown argument.*temprature.*temperature, top_k"),
+            ({"do_sample": True, "temperature": float("nan")}, "temperature must be a finite number.*nan"),
+            ({"do_sample": True, "temperature": 0.0}, "do_sample=False for greedy"),
+            ({"do_sample": True, "temperature": [1.0, 1.0]}, "2 values for 1 requests"),
+            ({"do_sample": True, "top_p": 1.5}, "top_p must be"),
+            ({"do_sample": True, "top_k": -3}, "top_k must be"),
+            ({"do_sample": True, "seed": -1}, "seed must be"),
+            ({"do_sample": True, "seed": [1, 2, 3]}, "3 values for 1 requests"),
+            ({"num_beams": 4}, "num_beams=4 is not supported.*num_beams=1"),
+            ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
+            ({"bad_words_ids": [[3]]}, "bad_words_ids.*never ignored"),
+            ({"stop_strings": "a"}, "stop_strings"),
+            ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
+            ({"max_new_tokens": 2.5}, "got 2.5"),
+            ({"max_new_tokens": None, "max_length": 3}, "got 0"),
+        ],
+    )
+    def test_arguments(self, fast, arguments, message):
+        with pytest.raises(SamplingError, match=message):
+            fast.generate(IDS, **{**ALLOWED, **arguments})
+
+    def test_neutral_values_of_unsupported_arguments_pass(self, fast):
+        text = fast.generate(IDS, **ALLOWED, num_beams=1, repetition_penalty=1.0, use_cache=True, output_scores=False)
+        assert torch.equal(text, fast.generate(IDS, **ALLOWED))
+
+    def test_pool_too_small_for_a_request(self, fast):
+        with pytest.raises(PoolTooSmallError, match=r"needs 1022 tokens|needs 1025 tokens.*holds 1024"):
+            ss.optimize(fast.model, ss.SpecConfig(pool_tokens=1008)).generate(IDS, max_new_tokens=1019)
+
+    def test_longer_than_the_models_positions(self, fast):
+        with pytest.raises(ContextLengthError, match=r"need 1025 positions, the model has 1024"):
+            fast.generate(IDS, max_new_tokens=1022)
+
+    def test_config_of_a_wrong_type(self, model):
+        with pytest.raises(ConfigError, match="got dict"):
+            ss.optimize(model, {"draft_tokens": 4})
+
+    def test_model_on_no_device(self, model):
+        with pytest.raises(UnsupportedModelError, match="meta"):
+            ss.optimize(tiny("llama").to("meta"))
+
+
+def test_weights_changed_in_place_take_effect():
+    model = tiny("qwen3", num_hidden_layers=1)
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=3, min_budget=6))
+    input_ids, mask = left_padded(4, 11)
+    before = fast.generate(input_ids, mask, max_new_tokens=20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1).add_(0.01 * torch.randn_like(parameter))
+    after = fast.generate(input_ids, mask, max_new_tokens=20)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, model.generate(input_ids, attention_mask=mask, max_new_tokens=20, do_sample=False))
+
+
+def test_replaced_parameters_are_noticed():
+    model = tiny("qwen3", num_hidden_layers=1)
+    fast = ss.optimize(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(StaleParametersError):
+        fast.generate(IDS, max_new_tokens=3)
+
+
+def test_inductor_gives_the_same_text(model, batch):
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=3, min_budget=6, backend="inductor"))
+    for arguments in ({}, {"do_sample": True, "seed": 2}):
+        text = fast.generate(**batch, max_new_tokens=NEW, **arguments)
+        eager = ss.optimize(model, ss.SpecConfig(draft_tokens=0)).generate(**batch, max_new_tokens=NEW, **arguments)
+        assert torch.equal(text, eager)

@@ -1,0 +1,47 @@
+"""The promise: float32 greedy text equals HuggingFace's `generate`, token for token, whatever is drafted and however."""
+
+import pytest
+import torch
+
+import sparsespec_compile as ss
+
+from .support.models import FAMILIES, left_padded, tiny
+
+NEW_TOKENS = 304
+LENGTHS = (3, 41, 17)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    """A model, prompts, and HuggingFace's own text, computed before the model is optimized."""
+    model = tiny(request.param)
+    input_ids, mask = left_padded(*LENGTHS)
+    text = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert text.shape[1] == input_ids.shape[1] + NEW_TOKENS
+    assert max(len(row[-100:].unique()) for row in text) > 10, "texts that repeat a few tokens prove little"
+    return model, input_ids, mask, text
+
+
+@pytest.mark.parametrize(("draft_tokens", "min_budget"), [(0, 128), (1, 4), (4, 8), (4, 1000), (8, 24), (8, 1000)])
+def test_greedy_text_equals_huggingface(case, draft_tokens, min_budget):
+    model, input_ids, mask, expected = case
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=draft_tokens, min_budget=min_budget, budget_ratio=0.01))
+    text = fast.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(text, expected)
+    if draft_tokens and min_budget == 1000:
+        assert fast.stats.accepted_per_cycle == draft_tokens  # everything is in the index: drafts cannot be wrong
+    if draft_tokens and min_budget < 100:
+        assert fast.stats.accepted_per_cycle < draft_tokens  # the test would prove little if they never were
+
+
+def test_stats_add_up():
+    model = tiny("llama")
+    input_ids, mask = left_padded(*LENGTHS)
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=4, min_budget=6))
+    fast.generate(input_ids, attention_mask=mask, max_new_tokens=50, do_sample=False)
+    stats = fast.stats
+    assert stats.tokens == 50 * len(LENGTHS)
+    assert stats.accepted_by_position == sorted(stats.accepted_by_position, reverse=True)
+    assert stats.accepted_per_cycle == pytest.approx(sum(stats.accepted_by_position))
+    assert 1 <= stats.tokens_per_target_pass <= 5
+    assert 0 < stats.kv_bytes_share < 5

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
@@ -60,9 +63,10 @@ class _Decoder:
         body = self.model.model
         hidden = body.embed_tokens(self.tokens.index_select(1, self.position))
         rotary = self.cos.index_select(1, self.position), self.sin.index_select(1, self.position)
-        hides = torch.arange(self.cache.shape[4], device=hidden.device) > self.position
+        ahead = torch.arange(self.cache.shape[4], device=hidden.device) > self.position
+        mask = torch.zeros_like(ahead, dtype=hidden.dtype).masked_fill(ahead, -torch.inf)[None, None, None]
         for layer, cache in zip(body.layers, self.cache, strict=True):
-            hidden = hidden + self._attend(layer.self_attn, layer.input_layernorm(hidden), cache, rotary, hides)
+            hidden = hidden + self._attend(layer.self_attn, layer.input_layernorm(hidden), cache, rotary, mask)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.model.lm_head(body.norm(hidden))[:, 0]
 
@@ -72,7 +76,7 @@ class _Decoder:
         hidden: torch.Tensor,
         cache: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        hides: torch.Tensor,
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         """One token a row against the cache: hidden [R, 1, hidden], cache [2, R, Hkv, length, D]."""
         keys, values = cache
@@ -82,9 +86,11 @@ class _Decoder:
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         keys.index_copy_(2, self.position, key)
         values.index_copy_(2, self.position, attention.v_proj(hidden).view(rows, kv_heads, 1, size))
-        weights = (query.reshape(rows, kv_heads, -1, size) @ keys.transpose(2, 3)).float() * attention.scaling
-        weights = torch.softmax(weights.masked_fill(hides, -torch.inf), dim=-1).to(values.dtype)
-        return attention.o_proj((weights @ values).reshape(rows, 1, -1))
+        # The query heads that share a KV head pose as queries of it, so that its keys are read once for all of them.
+        grouped = query.reshape(rows, kv_heads, -1, size)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scaling)
+        return attention.o_proj(out.reshape(rows, 1, -1))
 
 
 def _captured(step: Callable[[], None], decoder: _Decoder) -> Callable[[], None]:
@@ -118,9 +124,12 @@ def sample(
     texts: list[list[int]] = [[] for _ in prompts]
     running = torch.arange(len(prompts))
     position = 0
+    bar = tqdm(total=limit - 1, unit="step", mininterval=5)
     while len(running) and position < limit - 1:
-        end = min(limit, position + STRETCH) - 1
-        decoder.keep((~decoder.finished).nonzero()[:, 0], end + 1)
+        end = min(limit - 1, position + STRETCH)
+        bar.set_postfix(running=len(running))
+        bar.update(position - bar.n)
+        decoder.keep((~decoder.finished).nonzero()[:, 0], position + STRETCH)
         step = decoder.step
         if model.device.type == "cuda":
             step, position = _captured(step, decoder), position + 1
@@ -131,5 +140,6 @@ def sample(
         for row, text in zip(running[over].tolist(), decoder.tokens[over.to(model.device)].tolist(), strict=True):
             texts[row] = text
         running = running[~over]
+    bar.close()
     end_token = model.config.eos_token_id
     return [text[: text.index(end_token) + 1] if end_token in text else text for text in texts]

@@ -66,14 +66,19 @@ def summary(asked: list[Puzzle], texts: list[str], lengths: list[int]) -> dict[s
     }
 
 
-def solve(args: argparse.Namespace, model: Qwen3ForCausalLM, asked: list[Puzzle]) -> dict[str, Any]:
-    """Samples a trace for every puzzle and checks the answers."""
+def solve(args: argparse.Namespace, model: Qwen3ForCausalLM, sets: dict[str, list[Puzzle]]) -> dict[str, Any]:
+    """Samples a trace for every puzzle, all sets together, and checks the answers."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    asked = [puzzle for chosen in sets.values() for puzzle in chosen]
     start = time.perf_counter()
     traces = sample(model, tokenizer([p.prompt for p in asked])["input_ids"], args.limit, args.temperature, args.seed)
-    seconds = time.perf_counter() - start
-    texts = tokenizer.batch_decode(traces, skip_special_tokens=True)
-    return {**summary(asked, texts, [len(trace) for trace in traces]), "seconds": round(seconds, 1)}
+    results: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1)}
+    remaining = iter(traces)
+    for name, chosen in sets.items():
+        part = list(islice(remaining, len(chosen)))
+        texts = tokenizer.batch_decode(part, skip_special_tokens=True)
+        results[name] = summary(chosen, texts, [len(trace) for trace in part])
+    return results
 
 
 def main() -> None:
@@ -92,12 +97,13 @@ def main() -> None:
         "limit": args.limit,
         "seed": args.seed,
     }
-    results["held_out"] = solve(args, model, list(islice(puzzles(args.seed, held_out=True), args.puzzles)))
+    sets = {"held_out": list(islice(puzzles(args.seed, held_out=True), args.puzzles))}
     if args.hard:
-        results["hard"] = solve(args, model, load_hard_puzzles()[: args.hard])
-    for name in ("held_out", "hard"):
-        shown = {key: value for key, value in results.get(name, {}).items() if key != "lengths"}
-        print(name, json.dumps(shown), flush=True)
+        sets["hard"] = load_hard_puzzles()[: args.hard]
+    results.update(solve(args, model, sets))
+    print(results["seconds"], "s")
+    for name in sets:
+        print(name, json.dumps({key: value for key, value in results[name].items() if key != "lengths"}), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results) + "\n")
 

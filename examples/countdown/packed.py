@@ -39,9 +39,7 @@ def model_config() -> Qwen3Config:
 
 def generation_config() -> GenerationConfig:
     """How the model is meant to be sampled."""
-    return GenerationConfig(
-        eos_token_id=VOCABULARY[EOS], pad_token_id=VOCABULARY[PAD], do_sample=True, temperature=0.6, max_length=CONTEXT
-    )
+    return GenerationConfig(eos_token_id=VOCABULARY[EOS], pad_token_id=VOCABULARY[PAD], do_sample=True, temperature=0.6)
 
 
 def build_model(config: Qwen3Config) -> Qwen3ForCausalLM:

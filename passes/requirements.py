@@ -9,11 +9,22 @@ from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 
 from .borrow import model_configs
-from .errors import EncoderDecoderError, PositionError, UnsupportedAttentionError, UnsupportedModelError, VersionError
+from .errors import (
+    EncoderDecoderError,
+    PositionError,
+    RowMixingError,
+    UnsupportedAttentionError,
+    UnsupportedModelError,
+    VersionError,
+)
 
 OLDEST = {"torch": "2.11", "transformers": "5.6"}
 
 ALIBI_FAMILIES = frozenset({"bloom", "mpt"})
+RECURRENT_LAYERS = frozenset({"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"})
+SELECTING_LAYERS = frozenset(
+    {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention", "minimax_m3_sparse"}
+)
 STATEFUL_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -35,7 +46,8 @@ def check_model(model: object) -> None:
     Raises:
         UnsupportedModelError: not a `PreTrainedModel`, no language-modelling head, or parameters that cannot be shared.
         EncoderDecoderError: an encoder-decoder.
-        UnsupportedAttentionError: ALiBi.
+        RowMixingError: layers that carry state along the tokens.
+        UnsupportedAttentionError: ALiBi, or layers that select tokens themselves.
         PositionError: rotary frequencies that follow the longest sequence of a call.
     """
     if not isinstance(model, PreTrainedModel):
@@ -83,6 +95,17 @@ def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
         raise UnsupportedAttentionError(
             f"{name} adds ALiBi biases to its attention scores, which the dual-mode op does not apply. Allowed: models "
             "with rotary or learned positions. Use one of those."
+        )
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers & RECURRENT_LAYERS:
+        raise RowMixingError(
+            f"{name} has layers of type {sorted(layers & RECURRENT_LAYERS)}, in which a token sees others without "
+            "attention. Allowed: layers of full or sliding-window attention. Use a model of these alone."
+        )
+    if layers & SELECTING_LAYERS:
+        raise UnsupportedAttentionError(
+            f"{name} has layers of type {sorted(layers & SELECTING_LAYERS)}, which select the tokens they attend to. "
+            "Allowed: layers of full or sliding-window attention. Use a model of these alone."
         )
     kinds = _rope_types(getattr(config, "rope_parameters", None)) & STATEFUL_ROPE
     if kinds:

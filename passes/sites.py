@@ -16,6 +16,7 @@ HARMLESS = frozenset(
         "cache_position",
         "deterministic",
         "layer_idx",
+        "logits_to_keep",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",

@@ -1,0 +1,213 @@
+"""Capture: the graph computes what the model computes, and the model is left as it was found."""
+
+import copy
+
+import pytest
+import torch
+
+from sparsespec_compile.passes.borrow import model_configs
+from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.errors import (
+    AttentionInterfaceError,
+    ExportError,
+    PositionError,
+    UnsupportedAttentionError,
+)
+
+from .families import DOZEN, OTHERS, tiny, tokens
+
+FAMILIES = (*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt")
+
+
+def run(captured, sequence, kept):
+    with torch.no_grad():
+        return captured.graph_module(
+            input_ids=sequence[None], position_ids=torch.arange(len(sequence))[None], logits_to_keep=kept
+        )[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_graph_gives_the_models_logits(bench, family):
+    case = bench(family)
+    for sequence, expected in zip(case.sequences, case.expected, strict=True):
+        assert case.close(run(case.captured, sequence, torch.arange(len(sequence))), expected)
+
+
+def test_any_number_of_rows_and_of_logits_from_two_up(bench):
+    case = bench("llama")
+    for rows in (2, 3, 64, 200):
+        sequence = tokens(rows, seed=rows)
+        kept = torch.tensor([rows - 1, 0])
+        with torch.no_grad():
+            expected = case.model(sequence[None]).logits[0, kept]
+        assert case.close(run(case.captured, sequence, kept), expected)
+
+
+def test_parameters_are_the_models_own():
+    model = tiny("qwen2")
+    own = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in capture(model).graph_module.parameters()} <= own
+
+
+def test_sites_say_what_the_model_does():
+    layers = [site.layer for site in capture(tiny("gemma2")).sites]
+    assert [layer.window for layer in layers] == [20, 0]
+    assert {layer.softcap for layer in layers} == {5.0}
+    assert {layer.scale for layer in layers} == {8**-0.5}
+    assert {(layer.q_heads, layer.kv_heads, layer.key_dim, layer.value_dim) for layer in layers} == {(6, 2, 8, 8)}
+    latent = capture(tiny("deepseek_v3")).sites[0].layer
+    assert (latent.key_dim, latent.value_dim) == (24, 12)
+
+
+def fingerprint(model):
+    """All that a capture could change: flags, settings, objects in every module, and their values."""
+    modules = [
+        (path, module.training, tuple(map(id, module._parameters.values())), tuple(map(id, module._buffers.values())))
+        for path, module in model.named_modules()
+    ]
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    return modules, [copy.deepcopy(vars(config)) for config in model_configs(model)], attributes, values
+
+
+def assert_untouched(before, after):
+    assert before[:3] == after[:3]
+    assert before[3].keys() == after[3].keys()
+    assert all(torch.equal(before[3][name], after[3][name]) for name in before[3])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_model_is_left_as_it_was(family):
+    model = tiny(family).train()
+    model.get_submodule("model.layers.1").eval()
+    model.config._attn_implementation = "eager"
+    if family == "mixtral":
+        model.config._experts_implementation = "eager"
+    before = fingerprint(model)
+    capture(model)
+    assert_untouched(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama"])
+def test_model_is_left_as_it_was_after_a_failure(family, monkeypatch):
+    model = tiny(family).train()
+    if family == "llama":
+        monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x if x.sum() > 0 else -x)
+    before = fingerprint(model)
+    with pytest.raises((UnsupportedAttentionError, ExportError)):
+        capture(model)
+    assert_untouched(before, fingerprint(model))
+
+
+def test_random_state_is_left_alone():
+    model = tiny("llama")
+    state = torch.get_rng_state()
+    capture(model)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sinks_are_refused_by_name():
+    with pytest.raises(UnsupportedAttentionError, match=r"s_aux.*attention sinks"):
+        capture(tiny("gpt_oss"))
+
+
+def test_chunked_attention_is_refused_by_name(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def chunked(**options):
+        from transformers.masking_utils import create_chunked_causal_mask
+
+        options["config"].attention_chunk_size = 4
+        return create_chunked_causal_mask(**options)
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", chunked)
+    with pytest.raises(UnsupportedAttentionError, match=r"model\.layers\.0\.self_attn.*chunked"):
+        capture(tiny("llama"))
+
+
+def test_a_mask_that_the_model_changed_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    create = modeling_llama.create_causal_mask
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **options: create(**options).float() * 2)
+    with pytest.raises(UnsupportedAttentionError, match="additive"):
+        capture(tiny("llama"))
+
+
+def test_bidirectional_attention_is_refused():
+    model = tiny("llama")
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedAttentionError, match="bidirectional"):
+        capture(model)
+
+
+def test_attention_outside_the_interface_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def own(self, hidden_states, **options):
+        return hidden_states, None
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", own)
+    with pytest.raises(AttentionInterfaceError, match="no call to transformers' AttentionInterface"):
+        capture(tiny("llama"))
+
+
+def test_a_model_without_positions_is_refused(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, use_cache=None: None)
+    with pytest.raises(PositionError, match="takes no position_ids"):
+        capture(model)
+
+
+def test_errors_of_export_are_named_and_chained(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x if x.sum() > 0 else -x)
+    with pytest.raises(ExportError, match=r"traced by torch\.export") as caught:
+        capture(model)
+    assert caught.value.__cause__ is not None
+
+
+def test_errors_of_the_model_are_named_and_chained(monkeypatch):
+    model = tiny("llama")
+
+    def broken(self, x):
+        raise ZeroDivisionError("the model's own")
+
+    monkeypatch.setattr(type(model.model.norm), "forward", broken)
+    with pytest.raises(ExportError, match="ZeroDivisionError: the model's own") as caught:
+        capture(model)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_different_number_of_calls_in_the_trace_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaDecoderLayer.forward
+    calls = []
+
+    def growing(self, hidden_states, **options):
+        calls.append(self)
+        output = forward(self, hidden_states, **options)
+        return forward(self, output, **options) if len(calls) > 3 else output
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", growing)
+    with pytest.raises(AttentionInterfaceError, match="differs between two runs"):
+        capture(tiny("llama"))
+
+
+def test_logits_are_cut_when_the_model_cannot(monkeypatch):
+    model = tiny("llama")
+    forward = type(model).forward
+    sequence = tokens(9)
+    expected = model(sequence[None]).logits[0, [2, 5]].detach()
+
+    def older(self, input_ids, position_ids=None, use_cache=None, return_dict=None):
+        return forward(self, input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model), "forward", older)
+    got = run(capture(model), sequence, torch.tensor([2, 5]))
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_families_in_this_module_exist():
+    assert set(FAMILIES) - set(OTHERS) <= set(DOZEN)

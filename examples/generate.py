@@ -1,0 +1,86 @@
+"""Generates one text with sparse self-speculation, and the same text without, and compares the two.
+
+Without arguments it lets the embedded Countdown model solve a puzzle, offline and on a CPU. With `--model` it takes any
+causal LM that `AutoModelForCausalLM` loads.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from countdown.puzzles import check_answer, puzzles
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+
+import sparsespec_compile as ss
+
+COUNTDOWN = Path(__file__).parent / "countdown" / "model"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=str(COUNTDOWN), help="folder or hub id")
+    parser.add_argument("--prompt", help="text to continue; default: a Countdown puzzle")
+    parser.add_argument("--max-new-tokens", type=int, default=8192)
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 = greedy")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--draft-tokens", type=int, default=8)
+    parser.add_argument("--drafter", default="pillar", choices=["pillar", "window", "full"])
+    parser.add_argument("--min-budget", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def generate(
+    model: PreTrainedModel, config: ss.SpecConfig, input_ids: torch.Tensor, streamer: TextStreamer | None, **settings
+) -> tuple[torch.Tensor, ss.Stats, float]:
+    """The text, what speculation achieved, and the seconds it took; compilation and a first short text stay outside."""
+    fast = ss.optimize(model, config)
+    fast.generate(input_ids, **{**settings, "max_new_tokens": min(32, settings["max_new_tokens"])})
+    start = time.perf_counter()
+    output = fast.generate(input_ids, streamer=streamer, **settings)
+    return output, fast.stats, time.perf_counter() - start
+
+
+def summary(stats: ss.Stats, seconds: float, plain_seconds: float, config: ss.SpecConfig) -> Table:
+    table = Table(title=f"{config.drafter} drafting", show_header=False)
+    table.add_row("tokens", f"{stats.tokens:,}")
+    table.add_row(f"accepted of {config.draft_tokens} drafts", f"{stats.accepted_per_cycle:.2f}")
+    table.add_row("full-attention passes saved", f"{1 - stats.target_passes / stats.tokens:.1%}")
+    table.add_row("KV bytes read, of plain decoding's", f"{stats.kv_bytes_share:.1%}")
+    table.add_row("time, and plain decoding's in this engine", f"{seconds:.1f} s, {plain_seconds:.1f} s")
+    return table
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console()
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
+    prompt = arguments.prompt or next(puzzles(arguments.seed, held_out=True)).prompt
+    input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(arguments.device)
+    settings = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if arguments.temperature > 0:
+        settings |= {"temperature": arguments.temperature, "top_k": 0, "seed": arguments.seed}
+
+    config = ss.SpecConfig(
+        draft_tokens=arguments.draft_tokens, drafter=arguments.drafter, min_budget=arguments.min_budget
+    )
+    output, stats, seconds = generate(model, config, input_ids, TextStreamer(tokenizer), **settings)
+    console.print("\nThe same once more, token by token ...")
+    plain, _, plain_seconds = generate(model, ss.SpecConfig(draft_tokens=0), input_ids, None, **settings)
+
+    text = tokenizer.decode(output[0])
+    if arguments.model == str(COUNTDOWN) and arguments.prompt is None:
+        verdict = check_answer(text)
+        console.print(f"answer: {'[green]' if verdict.correct else '[red]'}{verdict.reason}")
+    same = torch.equal(output, plain)
+    console.print(f"text equals plain decoding's: {'[green]yes' if same else '[red]no'}")
+    console.print(summary(stats, seconds, plain_seconds, config))
+
+
+if __name__ == "__main__":
+    main()

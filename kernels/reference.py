@@ -106,6 +106,8 @@ def _draft(
 ) -> Tensor:
     """Rows [r, Hq, Dk] over pillars [Hkv, m] and positions recent_start .. cached + r - 1."""
     end = cached + q.shape[0]
+    if window:
+        recent_start = max(recent_start, cached - window + 1)
     recent = torch.arange(recent_start, end, device=q.device, dtype=torch.int32)
     position = torch.cat((pillars, recent.expand(pillars.shape[0], -1)), 1)
     head = torch.arange(kv.shape[1], device=q.device)[:, None]

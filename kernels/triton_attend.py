@@ -120,7 +120,6 @@ def attention_kernel(
     value_dim = tl.arange(0, VALUE_PAD)[None, :]
     pair_index = row * (tl.num_programs(1) * GROUP) + q_head
     target = out + pair_index[:, None] * VALUE_DIM + value_dim
-    total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing gives zeros
     result = sums / total[:, None]
     tl.store(target, result.to(out.dtype.element_ty), mask=real_row[:, None] & (value_dim < VALUE_DIM))
     tl.store(lse + pair_index, largest + tl.log2(total), mask=real_row)

@@ -103,11 +103,10 @@ def _sizes(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, scores: Tensor, step: dict[str, Tensor], pillar_index: Tensor
 ) -> dict[str, int]:
     """Sizes and strides as the kernels name them."""
-    requests, _, positions = scores.shape
+    requests = scores.shape[0]
     group = q.shape[1] // k.shape[1]
     return {
         "requests": requests,
-        "positions": positions,
         **_strides("q", q, "row", "head"),
         **_strides("k", k, "row", "head"),
         **_strides("v", v, "row", "head"),

@@ -18,7 +18,6 @@ def score_kernel(
     cached_length,
     page_table,
     score_rows,
-    positions,
     stride_q_row,
     stride_q_head,
     stride_page,
@@ -56,7 +55,7 @@ def score_kernel(
     if (kind == IDLE) | (kind == DRAFT) | (scored <= 0) | (start >= scored_end):
         return
     position = start + tl.arange(0, BLOCK_N)
-    real = position < tl.minimum(scored_end, positions)
+    real = position < scored_end
     wide_request = request.to(tl.int64)
     token = token_pointers(
         kv,

@@ -1,7 +1,8 @@
 """Builds steps for the attention op: requests at any phase, packed in any order, over a page pool full of NaN.
 
-Everything the op must not read is poisoned: free pages, slots past a request's tokens, rows of no request, bytes of
-other layers, entries of the pillar index past its count. Everything it must not write holds a sentinel.
+Everything the op must not read is poisoned: free pages, slots past a request's tokens, tokens that a draft has no
+pillar for, pages hidden by the window, rows of no request, bytes of other layers, entries of the pillar index past its
+count. Everything it must not write holds a sentinel.
 """
 
 from dataclasses import dataclass, field
@@ -82,12 +83,14 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
     history = [_normal((shape.kv_heads, r.length, width), generator, dtype) for r in requests]
     table, pages = _page_table(shape, requests, generator)
     pool, kv = _pool(shape, pages, dtype)
+    pillar_index = _pillar_index(shape, requests, generator)
     for b, request in enumerate(requests):
+        readable = _readable(shape, request, pillar_index[b])
         for position in range(request.cached if request.length else 0):
             page = table[b, position // shape.page_size]
-            kv[page, :, position % shape.page_size] = history[b][:, position]
+            token = history[b][:, position].where(readable[:, position, None], torch.nan)
+            kv[page, :, position % shape.page_size] = token
     starts, total = _pack(requests, generator)
-    pillar_index = _pillar_index(shape, requests, generator)
     tensors = {
         **_packed_rows(shape, requests, history, starts, total, generator, dtype),
         "kv": kv,
@@ -103,6 +106,17 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
         "recent_start": _ints([r.recent for r in requests]),
     }
     return Case(shape, requests, tensors, history, starts, pool)
+
+
+def _readable(shape: Shape, request: Request, pillar_index: Tensor) -> Tensor:
+    """Which cached tokens [Hkv, cached] the op may read: of the page in which a window begins, all."""
+    position = torch.arange(request.cached)
+    first = max(0, request.cached - shape.window + 1) if shape.window else 0
+    if request.mode != Mode.DRAFT:
+        return (position >= first // shape.page_size * shape.page_size).expand(shape.kv_heads, -1)
+    pillar = torch.zeros(shape.kv_heads, request.cached, dtype=torch.bool)
+    pillar.scatter_(1, pillar_index[:, : request.pillars].long(), True)
+    return pillar | (position >= max(first, request.recent))
 
 
 def _ints(values: list[int]) -> Tensor:

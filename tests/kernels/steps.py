@@ -5,10 +5,10 @@ from sparsespec_compile.kernels.ops import Mode
 from .cases import Request, Shape
 
 MIXED = [
-    Request(Mode.DRAFT, cached=23, pillars=5, recent=17),
-    Request(Mode.VERIFY, cached=30, rows=5, score_rows=5),
-    Request(Mode.IDLE, cached=9, rows=3),
-    Request(Mode.PREFILL, cached=8, rows=11, score_rows=4),
+    Request(Mode.DRAFT, cached=23, pillars=5, recent=17, score_rows=1),
+    Request(Mode.VERIFY, cached=30, rows=5, score_rows=5, pillars=6, recent=25),
+    Request(Mode.IDLE, cached=9, rows=3, score_rows=2, pillars=1, recent=4),
+    Request(Mode.PREFILL, cached=8, rows=11, score_rows=4, recent=3),
     Request(Mode.DRAFT, cached=12),
     Request(Mode.PREFILL, rows=6),
     Request(Mode.VERIFY, cached=16, rows=1, score_rows=1),
@@ -19,7 +19,8 @@ MIXED = [
     Request(Mode.DRAFT, cached=20, rows=0),
 ]
 """All modes: drafts with and without pillars and of several rows, prompts whole and in chunks, scores on and off, a
-request with one token, rows that end on a page boundary."""
+request with one token, rows that end on a page boundary; and entries left from an earlier phase, which the mode of the
+request must override."""
 
 LAYERS = {
     "gqa": Shape(),
@@ -28,5 +29,5 @@ LAYERS = {
     "window": Shape(window=6),
     "window of 1": Shape(window=1),
     "softcap": Shape(softcap=3.0, scale=1.0),
-    "unequal dims": Shape(key_dim=24, value_dim=8, window=9, softcap=5.0, page_size=16),
+    "unequal dims": Shape(key_dim=24, value_dim=5, window=9, softcap=5.0, page_size=16),
 }

@@ -68,6 +68,12 @@ def test_more_query_heads_than_a_tile_has_rows(device: str) -> None:
     check(build(Shape(q_heads=17, kv_heads=1), MIXED[:4], torch.float32), torch.float32, device)
 
 
+@pytest.mark.usefixtures("last_program_first")
+def test_programs_may_run_in_any_order(device: str) -> None:
+    """No program depends on another of its launch, nor do two write one place."""
+    check(build(Shape(q_heads=7, kv_heads=1), LONG[1:], torch.float32), torch.float32, device)
+
+
 def test_bits_do_not_depend_on_company_or_pages(device: str) -> None:
     """A request alone, and again among others, in other rows and on other pages: the same bits."""
     alone = build(Shape(), [MIXED[1]], torch.float32)

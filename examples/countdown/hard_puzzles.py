@@ -14,10 +14,10 @@ from .tokenizer import CONTEXT
 from .trace import write_trace
 
 FILE = Path(__file__).with_name("hard_puzzles.json")
-COUNT = 20
+COUNT = 50
 SEED = 7
 MIN_TOKENS = 12_000
-TRIES = 16
+TRIES = 6
 """A puzzle is hard if this many searches in different orders all need over `MIN_TOKENS` tokens and one succeeds."""
 
 

@@ -101,8 +101,7 @@ def _kth_highest(scores, length, count, BLOCK: tl.constexpr):
     found = tl.full((), 0, tl.uint32)
     known = tl.full((), 0, tl.uint32)
     room = count
-    for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+    for shift in tl.static_range(24, -8, -8):
         bins = tl.zeros((256,), tl.int32)
         for start in range(0, length, BLOCK):
             position = start + tl.arange(0, BLOCK)

@@ -122,4 +122,4 @@ def _ordered_bits(scores, position, real):
     score = tl.load(scores + position, mask=real, other=0.0)
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
     bits = score.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) == 1, ~bits, bits | 0x80000000)
+    return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)

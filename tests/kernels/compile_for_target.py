@@ -1,0 +1,111 @@
+"""Compiles every Triton kernel for one GPU architecture, without a GPU, and prints what each needs as JSON.
+
+Run as a script in a fresh process (`compile_for_target.py 90`): the interpreter leaves traces in triton.language that
+would get in the compiler's way. The launchers are called as they are; their kernels are compiled instead of started.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sparsespec_compile.kernels import triton_attention, triton_select
+
+LAYERS = {
+    "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0),
+    "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0),
+    "Phi-3": (32, 32, 96, torch.float16, 2047, 0.0),
+    "float32": (7, 1, 64, torch.float32, 0, 0.0),
+    "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0),
+}
+"""Name: query heads, KV heads, head dimension, dtype, window, soft-cap."""
+
+POINTERS = {
+    torch.int32: "*i32",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+Launch = tuple[JITFunction, dict[str, Any]]
+
+
+def main() -> None:
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    launches: list[Launch] = []
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
+    results = []
+    for name, layer in LAYERS.items():
+        _launch_attention(*layer)
+        results += [(name, *_compile(*launch, target)) for launch in launches]
+        launches.clear()
+    _launch_select()
+    results += [("selection", *_compile(*launch, target)) for launch in launches]
+    print(json.dumps(results))
+
+
+def _by_name(kernel: JITFunction, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(kernel.arg_names, positional, strict=False)), **named}
+
+
+def _launch_attention(q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int, softcap: float) -> None:
+    q, k = torch.zeros(16, q_heads, dim, dtype=dtype), torch.zeros(16, kv_heads, dim, dtype=dtype)
+    kv = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=dtype)
+    scores, pillars = torch.zeros(64, kv_heads, 48), torch.zeros(64, kv_heads, 16, dtype=torch.int32)
+    slot = torch.zeros(64, dtype=torch.int32)
+    table = torch.zeros(64, 16, dtype=torch.int32)
+    step = (slot, slot, slot, slot, table, slot, slot, slot)
+    triton_attention.dual_mode_attention(q, k, k, kv, scores, *step, pillars, dim**-0.5, window, softcap)
+
+
+def _launch_select() -> None:
+    slot = torch.zeros(64, dtype=torch.int32)
+    triton_select.select_pillars(torch.zeros(64, 8, 48), slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot)
+
+
+def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int]:
+    """Name, bytes of stack a thread and bytes of shared memory. Arguments divisible by 16 are known to be."""
+    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+    signature, constants, hints = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = arguments[name]
+        signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
+        if parameter.is_constexpr:
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
+    compiled = triton.compile(source, target=target, options=options)
+    return kernel.fn.__name__, _stack_bytes(compiled.asm["cubin"]), compiled.metadata.shared
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    """What a thread keeps in memory for want of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+).* LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"no resource usage in: {usage}")
+    return int(found[1]) + int(found[2])
+
+
+if __name__ == "__main__":
+    main()

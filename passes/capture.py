@@ -185,11 +185,14 @@ def _trace(packed: PackedModel, sites: tuple[Site, ...]) -> GraphModule:
         raise
     except Exception as error:
         raise ExportError(_failure(packed, "was traced by torch.export", error)) from error
-    return program.module(check_guards=False)
+    exported = program.module(check_guards=False)
+    return GraphModule(exported, exported.graph)  # without the exported module's hooks, which check its signature
 
 
 def _failure(packed: PackedModel, when: str, error: Exception) -> str:
     first_line = (str(error).strip().splitlines() or [""])[0]
+    if "Constraints violated" in first_line:
+        first_line = "the number of tokens must be of a special form, as for layers that work on chunks of tokens"
     return (
         f"{type(packed.model).__name__} failed when it {when}: {type(error).__name__}: {first_line}. Allowed: a "
         "forward pass free of branches on token values and of sizes tied to the number of tokens. The cause is "

@@ -48,7 +48,7 @@ class FuseProjections(GraphPass):
                     self._fuse(graph_module, table, source, alike)
                 elif len(group) > 1:
                     self.notes.append(
-                        f"left {_weight(alike[0])}: no other projection of its input has its kind of bias"
+                        f"left {_path(_weights(alike[0])[0])}: no other projection of its input has its kind of bias"
                     )
         graph_module.graph.eliminate_dead_code()
         fill(graph_module)
@@ -57,7 +57,7 @@ class FuseProjections(GraphPass):
         for argument in _weights(linear):
             reason = table.why_fixed(argument)
             if reason is not None:
-                self.notes.append(f"left {argument.target}: {reason}")
+                self.notes.append(f"left {_path(argument)}: {reason}")
                 return False
         return True
 
@@ -67,7 +67,7 @@ class FuseProjections(GraphPass):
         for name, column in zip(names, columns, strict=False):
             fused = fuse_storage([table.parameter(node) for node in column])
             graph_module.register_parameter(name, torch.nn.Parameter(fused, requires_grad=False))
-        self.notes.append(f"fused {' + '.join(_weight(linear) for linear in linears)}")
+        self.notes.append(f"fused {' + '.join(_path(_weights(linear)[0]) for linear in linears)}")
         _rewrite_group(graph_module.graph, source, linears, names[: len(columns)])
         self.matches += 1
 
@@ -77,8 +77,9 @@ def _weights(linear: Node) -> list[Node]:
     return linear.all_input_nodes[1:]
 
 
-def _weight(linear: Node) -> str:
-    return str(input_node(linear, 1).target).removeprefix("model.")
+def _path(weight: Node) -> str:
+    """Path of a weight in the model, which the captured module holds as `model`."""
+    return str(weight.target).removeprefix("model.")
 
 
 def _by_input(graph: Graph) -> dict[Node, list[Node]]:

@@ -94,11 +94,12 @@ def compile_model(
     graph_module = captured.graph_module
     skipped = () if fuse else (FuseProjections,)
     for number, kind in enumerate(kind for kind in PASSES if kind not in skipped):
-        graph_module = _run_pass(number, kind(context), graph_module, dumper)
+        _run_pass(number, kind(context), graph_module, dumper)
     started = time.perf_counter()
     verify_shapes(graph_module)
     report.passes.append(PassRecord("verify shapes", time.perf_counter() - started, len(graph_module.graph.nodes)))
-    return CompiledModel(graph_module, context.layout, report, SharedParameters(model))
+    only_what_it_reads = GraphModule(graph_module, graph_module.graph)
+    return CompiledModel(only_what_it_reads, context.layout, report, SharedParameters(model))
 
 
 def _context(model: PreTrainedModel, captured: Captured, page_size: int, report: CompileReport) -> PassContext:
@@ -107,16 +108,14 @@ def _context(model: PreTrainedModel, captured: Captured, page_size: int, report:
     return PassContext(model, layout, report)
 
 
-def _run_pass(number: int, graph_pass: GraphPass, graph_module: GraphModule, dumper: Dumper) -> GraphModule:
+def _run_pass(number: int, graph_pass: GraphPass, graph_module: GraphModule, dumper: Dumper) -> None:
     dumper.write(number, graph_pass.name, "before", graph_module)
     started = time.perf_counter()
     graph_pass(graph_module)
-    clean = GraphModule(graph_module, graph_module.graph)  # keeps only what the graph reads
-    verify(clean, graph_pass.context.layout)
+    verify(graph_module, graph_pass.context.layout)
     if os.environ.get(VERIFY_VARIABLE):
-        verify_shapes(clean)
+        verify_shapes(graph_module)
     seconds = time.perf_counter() - started
     record = PassRecord(graph_pass.name, seconds, graph_pass.matches, tuple(graph_pass.notes))
     graph_pass.context.report.passes.append(record)
-    dumper.write(number, graph_pass.name, "after", clean)
-    return clean
+    dumper.write(number, graph_pass.name, "after", graph_module)

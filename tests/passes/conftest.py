@@ -1,6 +1,6 @@
 """Models and their compilations, made once for the whole session."""
 
-from functools import cache
+from functools import cache, cached_property
 
 import pytest
 import torch
@@ -23,15 +23,21 @@ def verify_after_every_pass():
 
 
 class Bench:
-    """One family: its model, HuggingFace's logits for two sequences, the captured graph and the compiled one."""
+    """One family: its model, HuggingFace's logits for two sequences, the captured graph, the compiled one."""
 
     def __init__(self, family):
         self.family = family
         self.model = tiny(family)
         self.sequences = [tokens(11, seed=1), tokens(37, seed=2)]
         self.expected = [logits(self.model, sequence) for sequence in self.sequences]
-        self.captured = capture(self.model)
-        self.compiled = compile_model(self.model, page_size=PAGE_SIZE)
+
+    @cached_property
+    def captured(self):
+        return capture(self.model)
+
+    @cached_property
+    def compiled(self):
+        return compile_model(self.model, page_size=PAGE_SIZE)
 
     def close(self, got, expected):
         """Whether logits agree up to the rounding of float32 sums in another order."""

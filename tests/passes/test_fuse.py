@@ -1,0 +1,199 @@
+"""Fused projections: one storage, the model's parameters as views of it, in every use of either."""
+
+import gc
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sparsespec_compile.passes.errors import StaleParametersError
+from sparsespec_compile.passes.pipeline import compile_model
+
+from .families import DOZEN, logits, tiny, tokens
+from .prefill import prefill
+
+aten = torch.ops.aten
+SEQUENCE = tokens(13)
+
+
+def compiled_logits(compiled):
+    return prefill(compiled, [SEQUENCE])[0]
+
+
+def linears(compiled):
+    return len(compiled.graph_module.graph.find_nodes(op="call_function", target=aten.linear.default))
+
+
+def storage_bytes(*modules):
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("family", DOZEN)
+def test_linears_that_share_an_input_are_one(bench, family):
+    case = bench(family)
+    inputs = [
+        node.args[0]
+        for node in case.compiled.graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    ]
+    left = [note for note in case.compiled.report.notes("fuse projections") if note.startswith("left")]
+    assert len(set(inputs)) == len(inputs) or left
+
+
+def test_llama_has_four_linears_a_layer(bench):
+    compiled = bench("llama").compiled
+    assert linears(compiled) == 4 * len(compiled.layout.layers) + 1
+    assert len(compiled.report.notes("fuse projections")) == 2 * len(compiled.layout.layers)
+
+
+def test_biases_are_fused_with_the_weights():
+    model = tiny("qwen2")
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            torch.nn.init.normal_(getattr(layer.self_attn, name).bias)
+    expected = logits(model, SEQUENCE)
+    compiled = compile_model(model, page_size=16)
+    assert any(name.startswith("fused_bias") for name, _ in compiled.graph_module.named_parameters())
+    assert torch.allclose(compiled_logits(compiled), expected, atol=1e-4)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.bias += 1
+    changed = logits(model, SEQUENCE)
+    assert not torch.allclose(changed, expected, atol=1e-2)
+    assert torch.allclose(compiled_logits(compiled), changed, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj", "lm_head"]
+)
+def test_changes_in_place_reach_the_graph(path):
+    model = tiny("llama")
+    compiled = compile_model(model, page_size=16)
+    before = compiled_logits(compiled)
+    weight = model.get_submodule(path).weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    expected = logits(model, SEQUENCE)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert torch.allclose(compiled_logits(compiled), expected, atol=1e-4)
+    model.load_state_dict(tiny("llama", seed=3).state_dict())
+    assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
+    assert compiled.parameters_are_shared()
+
+
+def test_an_optimizer_step_reaches_the_graph():
+    model = tiny("llama")
+    compiled = compile_model(model, page_size=16)
+    before = compiled_logits(compiled)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(SEQUENCE[None], labels=SEQUENCE[None]).loss.backward()
+    optimizer.step()
+    expected = logits(model, SEQUENCE)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert torch.allclose(compiled_logits(compiled), expected, atol=1e-4)
+
+
+def test_saved_model_is_the_same(tmp_path):
+    model = tiny("qwen3")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected_logits = logits(model, SEQUENCE)
+    compile_model(model, page_size=16)
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, SEQUENCE), expected_logits)
+
+
+def test_no_bytes_are_doubled():
+    model = tiny("qwen3", tie_word_embeddings=False)
+    before = storage_bytes(model)
+    compiled = compile_model(model, page_size=16)
+    gc.collect()
+    assert storage_bytes(model, compiled.graph_module) == before
+
+
+def test_compiling_twice_shares_the_same_storage():
+    model = tiny("llama")
+    first = compile_model(model, page_size=16)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    second = compile_model(model, page_size=16)
+    assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
+    assert linears(second) == linears(first)
+    assert first.parameters_are_shared()
+    assert torch.equal(compiled_logits(first), compiled_logits(second))
+
+
+def test_without_fusing_storage_stays():
+    model = tiny("llama")
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    compiled = compile_model(model, page_size=16, fuse=False)
+    assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
+    assert linears(compiled) == 7 * len(compiled.layout.layers) + 1
+    assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
+
+
+def tie(model):
+    model.model.layers[0].self_attn.k_proj.weight = model.model.layers[0].self_attn.v_proj.weight
+
+
+def repeat(model):
+    model.model.layers[0].forward = lambda x, **options: twice(type(model.model.layers[0]), model, x, options)
+
+
+def twice(layer, model, x, options):
+    return layer.forward(model.model.layers[0], layer.forward(model.model.layers[0], x, **options), **options)
+
+
+def transpose(model):
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(tie, "is tied"), (transpose, "not contiguous"), (repeat, "used more than once")],
+)
+def test_odd_parameters_are_left_alone_with_the_reason(change, reason):
+    model = tiny("llama")
+    change(model)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    address = weight.data_ptr()
+    compiled = compile_model(model, page_size=16)
+    left = [note for note in compiled.report.notes("fuse projections") if note.startswith("left")]
+    assert any("layers.0.self_attn" in note and reason in note for note in left)
+    assert weight.data_ptr() == address
+    assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
+
+
+def test_a_lone_bias_keeps_its_projection_apart():
+    model = tiny("llama")
+    projection = model.model.layers[0].self_attn.v_proj
+    projection.bias = torch.nn.Parameter(torch.randn(projection.out_features))
+    compiled = compile_model(model, page_size=16)
+    notes = compiled.report.notes("fuse projections")
+    assert any(note.startswith("left model.layers.0.self_attn.v_proj.weight") and "bias" in note for note in notes)
+    assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model: model.double(),
+        lambda model: setattr(model.model.norm, "weight", torch.nn.Parameter(torch.ones(48))),
+        lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+        lambda model: setattr(model.model.layers[0].mlp.up_proj.weight, "data", torch.zeros(96, 48)),
+    ],
+    ids=["double", "replaced", "assigned", "data"],
+)
+def test_moved_parameters_are_noticed(move):
+    model = tiny("llama")
+    compiled = compile_model(model, page_size=16)
+    compiled.require_shared_parameters()
+    assert compiled.parameters_are_shared()
+    move(model)
+    assert not compiled.parameters_are_shared()
+    with pytest.raises(StaleParametersError, match=r"weight was moved or replaced.*optimize\(model\)"):
+        compiled.require_shared_parameters()

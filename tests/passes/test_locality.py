@@ -1,0 +1,140 @@
+"""The row-locality probe: what mixes tokens outside attention is found and named, what does not is let through."""
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from sparsespec_compile.passes.base import PassContext
+from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.errors import RowMixingError
+from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.passes.locality import ProveRowLocality
+from sparsespec_compile.passes.lockstep import row_wise
+from sparsespec_compile.passes.normalise import Normalise
+from sparsespec_compile.passes.report import CompileReport
+
+from .families import DOZEN, tiny
+
+
+def probe(model):
+    captured = capture(model)
+    layout = KVLayout(tuple(site.layer for site in captured.sites), 16)
+    context = PassContext(model, layout, CompileReport("", ""))
+    graph_module = captured.graph_module
+    Normalise(context)(graph_module)
+    graph_pass = ProveRowLocality(context)
+    graph_pass(graph_module)
+    return graph_pass.matches
+
+
+@pytest.mark.parametrize("family", [*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt"])
+def test_attention_alone_passes(bench, family):
+    report = bench(family).compiled.report
+    record = next(record for record in report.passes if record.name == "prove row locality")
+    assert record.matches == len(report.attention)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("mixtral", torch.bfloat16), ("mixtral", torch.float16), ("olmoe", torch.bfloat16), ("gemma2", torch.float64)],
+)
+def test_rounding_of_any_type_passes(family, dtype):
+    assert probe(tiny(family).to(dtype)) == 2
+
+
+def test_experts_of_one_token_pass():
+    """With one expert a token, the regrouped rows are as many as the rows, and in another order."""
+    assert probe(tiny("mixtral", num_experts_per_tok=1)) == 2
+
+
+def test_convolutions_are_found():
+    with pytest.raises(RowMixingError, match=r"aten\.conv1d.*layers\.0\.conv.*mixes rows"):
+        probe(tiny("lfm2"))
+
+
+def test_positions_counted_by_row_are_found():
+    with pytest.raises(RowMixingError, match=r"aten\.arange.*depends on the number of a row"):
+        probe(tiny("bart"))
+
+
+def patched(monkeypatch, change):
+    """A Llama whose MLPs' input goes through `change`, `[1, T, hidden]` to the same."""
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: forward(self, change(x)))
+    return tiny("llama")
+
+
+def token_shift(x):
+    return torch.nn.functional.pad(x, (0, 0, 1, -1)) * 0.5 + x * 0.5
+
+
+def recurrence(x):
+    return x + 0.1 * torch.cumsum(x, dim=1)
+
+
+def own_attention(x):
+    scores = x @ x.transpose(1, 2) / x.shape[2]
+    rows = torch.arange(x.shape[1])
+    return torch.where(rows[:, None] >= rows, scores, -torch.inf).softmax(-1) @ x
+
+
+def batch_norm(x):
+    return x - x.mean(dim=1, keepdim=True)
+
+
+def scale_of_all_rows(x):
+    return x / x.abs().amax()
+
+
+@pytest.mark.parametrize(
+    ("change", "operation"),
+    [
+        (token_shift, "pad"),
+        (recurrence, "cumsum"),
+        (own_attention, "matmul"),
+        (batch_norm, "mean"),
+        (scale_of_all_rows, "amax"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixing_of_every_kind_is_found_where_it_happens(monkeypatch, change, operation, dtype):
+    with pytest.raises(RowMixingError, match=rf"= aten\.{operation}\..*layers\.0\.mlp.*mixes rows"):
+        probe(patched(monkeypatch, change).to(dtype))
+
+
+@pytest.mark.parametrize("source", ["q", "k", "v"])
+def test_mixing_is_found_on_every_way_into_a_site(monkeypatch, source):
+    model = tiny("llama")
+    projection = getattr(model.model.layers[1].self_attn, f"{source}_proj")
+    projection.register_forward_hook(lambda module, inputs, output: token_shift(output))
+    with pytest.raises(RowMixingError, match="mixes rows"):
+        probe(model)
+
+
+def test_mixing_after_the_last_site_is_found():
+    model = tiny("llama")
+    model.model.norm.register_forward_hook(lambda module, inputs, output: token_shift(output))
+    with pytest.raises(RowMixingError, match="mixes rows"):
+        probe(model)
+
+
+def test_state_between_calls_is_found():
+    model = tiny("llama")
+
+    def remember(module, inputs, output):
+        model.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inv_freq * 1.01)
+
+    model.model.norm.register_forward_hook(remember)
+    with pytest.raises(RowMixingError, match=r"copy_.*keeps a result between calls"):
+        probe(model)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_the_stand_in_for_attention_shows_all_of_q_k_and_v(changed):
+    tensors = [torch.randn(1, heads, 5, 8, dtype=torch.float64) for heads in (6, 2, 2)]
+    expected = row_wise(*tensors)
+    assert expected.shape == (1, 5, 6, 8)
+    tensors[changed][0, 1, 3, 4] += 1
+    differs = (row_wise(*tensors) != expected).any(-1)[0]
+    assert differs.any(1).tolist() == [False, False, False, True, False]

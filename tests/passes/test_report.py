@@ -1,0 +1,70 @@
+"""Report and dumps: what the compiler did, for people."""
+
+import ast
+import io
+
+import pytest
+from rich.console import Console
+
+from sparsespec_compile.passes.pipeline import PASSES, compile_model
+
+from .families import tiny
+
+NAMES = ["normalise", "prove row locality", "attention to dual mode", "fuse projections"]
+
+
+def test_passes_are_reported_in_order(bench):
+    report = bench("gemma2").compiled.report
+    assert [kind.name for kind in PASSES] == NAMES
+    assert [record.name for record in report.passes] == ["capture", *NAMES, "verify shapes"]
+    assert all(record.seconds > 0 and record.matches > 0 for record in report.passes)
+    assert report.seconds == pytest.approx(sum(record.seconds for record in report.passes))
+
+
+def test_every_attention_node_is_reported(bench):
+    case = bench("gemma2")
+    for record, layer in zip(case.compiled.report.attention, case.compiled.layout.layers, strict=True):
+        assert record.module == f"model.layers.{layer.layer}.self_attn"
+        assert record.outcome == "rewritten"
+        for name in ("layer", "q_heads", "kv_heads", "key_dim", "value_dim", "scale", "window", "softcap"):
+            assert getattr(record, name) == getattr(layer, name)
+
+
+def test_report_prints(bench):
+    report = bench("gemma2").compiled.report
+    text = str(report)
+    for word in ("Gemma2ForCausalLM", "torch", *NAMES, "model.layers.1.self_attn", "rewritten", "0.3536", "20", "5.0"):
+        assert word in text
+    assert "fused model.layers.0.mlp.gate_proj.weight + model.layers.0.mlp.up_proj.weight" in " ".join(text.split())
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(report)
+    assert "attention nodes" in console.export_text()
+
+
+def test_without_dumps_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPARSESPEC_DUMP", raising=False)
+    monkeypatch.chdir(tmp_path)
+    compile_model(tiny("llama"), page_size=16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["environment", "argument"])
+def test_dumps_show_the_graph_before_and_after_each_pass(tmp_path, monkeypatch, way):
+    folder = tmp_path / "graphs"
+    if way == "environment":
+        monkeypatch.setenv("SPARSESPEC_DUMP", str(folder))
+        compile_model(tiny("llama"), page_size=16)
+    else:
+        compile_model(tiny("llama"), page_size=16, dump_dir=folder)
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == [
+        f"{number:02d}_{name.replace(' ', '_')}_{moment}.py"
+        for number, name in enumerate(NAMES)
+        for moment in ("after", "before")
+    ]
+    before, after = ((folder / f"02_attention_to_dual_mode_{moment}.py").read_text() for moment in ("before", "after"))
+    assert before.count("torch.ops.sparsespec.attention_site") == 2
+    assert after.count("torch.ops.sparsespec.dual_mode_attention") == 2
+    assert 'kv_pool: "f32[' in after
+    for file in folder.iterdir():
+        ast.parse(file.read_text())

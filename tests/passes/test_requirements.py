@@ -1,0 +1,124 @@
+"""What is refused at the front, and how it is said: what was got, what is allowed, what to do."""
+
+import pytest
+import torch
+from transformers import AutoConfig, BartForConditionalGeneration, LlamaModel
+
+from sparsespec_compile.kernels.ops import SparseSpecError
+from sparsespec_compile.passes import errors
+from sparsespec_compile.passes.pipeline import compile_model
+from sparsespec_compile.passes.requirements import check_model, check_versions
+
+from .families import tiny
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "transformers_version", "named"),
+    [
+        ("2.10.1+cu130", "5.23.0", r"torch 2\.10\.1\+cu130 is installed.*2\.11 or newer.*pip install 'torch>=2\.11'"),
+        ("2.9.0", "5.23.0", "torch 2.9.0"),
+        ("2.11.0", "5.5.9", r"transformers 5\.5\.9 is installed.*5\.6 or newer"),
+        ("2.11.0", "4.57.3", "transformers 4.57.3"),
+    ],
+)
+def test_old_versions_are_refused(torch_version, transformers_version, named):
+    with pytest.raises(errors.VersionError, match=named):
+        check_versions(torch_version, transformers_version)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "transformers_version"),
+    [("2.11.0a0+git1234", "5.6.0"), ("2.13.0+cpu", "5.23.0"), ("2.11.0", "5.10.0"), ("3.0.0", "5.6.0.dev0")],
+)
+def test_versions_from_the_oldest_on_are_accepted(torch_version, transformers_version):
+    check_versions(torch_version, transformers_version)
+
+
+def test_installed_versions_are_checked(monkeypatch):
+    monkeypatch.setattr("sparsespec_compile.passes.requirements.OLDEST", {"torch": "99.0", "transformers": "5.6"})
+    with pytest.raises(errors.VersionError, match=r"99\.0 or newer"):
+        compile_model(tiny("llama"), page_size=16)
+
+
+def with_setting(name, value):
+    model = tiny("llama")
+    setattr(model.config, name, value)
+    return model
+
+
+def on_two_devices():
+    model = tiny("llama")
+    model.lm_head.to("meta")
+    return model
+
+
+def quantised():
+    model = tiny("llama")
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = weight
+    return model
+
+
+def encoder_decoder():
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForConditionalGeneration(AutoConfig.for_model("bart", vocab_size=64, d_model=16, **small))
+
+
+CASES = {
+    "not a model": (lambda: torch.nn.Linear(2, 2), errors.UnsupportedModelError, "got a Linear"),
+    "no head": (lambda: LlamaModel(tiny("llama").config), errors.UnsupportedModelError, "no language-modelling head"),
+    "encoder-decoder": (encoder_decoder, errors.EncoderDecoderError, "is an encoder-decoder"),
+    "two devices": (on_two_devices, errors.UnsupportedModelError, r"parameters on \['cpu', 'meta'\]"),
+    "quantised": (quantised, errors.UnsupportedModelError, r"up_proj.weight is a Parameter of torch.int8"),
+    "bloom": (lambda: with_setting("model_type", "bloom"), errors.UnsupportedAttentionError, "ALiBi"),
+    "mpt": (lambda: with_setting("model_type", "mpt"), errors.UnsupportedAttentionError, "ALiBi"),
+    "falcon": (lambda: with_setting("alibi", True), errors.UnsupportedAttentionError, "ALiBi"),
+    "mamba": (lambda: with_setting("layer_types", ["mamba", "full_attention"]), errors.RowMixingError, "mamba"),
+    "hybrid": (lambda: tiny("falcon_h1"), errors.RowMixingError, "hybrid"),
+    "conv": (lambda: tiny("lfm2"), errors.RowMixingError, r"\['conv'\]"),
+    "indexer": (
+        lambda: with_setting("layer_types", ["indexed_attention", "full_attention"]),
+        errors.UnsupportedAttentionError,
+        "select the tokens",
+    ),
+    "longrope": (
+        lambda: with_setting("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
+        errors.PositionError,
+        "longrope",
+    ),
+    "dynamic rope of one layer type": (
+        lambda: with_setting("rope_parameters", {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4}}),
+        errors.PositionError,
+        "dynamic",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unsupported_models_are_refused_by_name(case):
+    build, error, named = CASES[case]
+    model = build()
+    with pytest.raises(error, match=named) as caught:
+        compile_model(model, page_size=16)
+    assert type(caught.value) is error
+    assert "Allowed:" in str(caught.value)
+
+
+def test_supported_models_pass(bench):
+    for family in ("llama", "gemma2", "mixtral", "gpt2"):
+        check_model(bench(family).model)
+
+
+def test_every_error_of_the_compiler_is_a_named_one():
+    named = [
+        value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__
+    ]
+    assert len(named) == 12
+    assert all(issubclass(error, SparseSpecError) and error.__doc__ for error in named)
+    refusals = set(named) - {
+        errors.CompileError,
+        errors.PassMatchError,
+        errors.GraphInvariantError,
+        errors.StaleParametersError,
+    }
+    assert all(issubclass(error, errors.UnsupportedModelError) for error in refusals)

@@ -1,0 +1,173 @@
+"""The verifier, by passes that break a graph in each way it looks for."""
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from sparsespec_compile.kernels.ops import attention_site, dual_mode_attention
+from sparsespec_compile.passes import pipeline
+from sparsespec_compile.passes.base import GraphPass, find_calls
+from sparsespec_compile.passes.errors import GraphInvariantError
+from sparsespec_compile.passes.verify import VERIFY_VARIABLE, verify, verify_shapes
+
+from .families import tiny
+
+aten = torch.ops.aten
+
+
+def copy_of(bench):
+    compiled = bench("gemma2").compiled
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(compiled.graph_module.graph, {}))
+    return GraphModule(compiled.graph_module, graph), compiled.layout
+
+
+def dual_nodes(graph_module):
+    return find_calls(graph_module.graph, dual_mode_attention)
+
+
+def drop_a_layer(graph_module):
+    node = dual_nodes(graph_module)[1]
+    node.replace_all_uses_with(node.args[0])
+    graph_module.graph.erase_node(node)
+
+
+def swap_layers(graph_module):
+    first, second = dual_nodes(graph_module)
+    first.args, second.args = (*first.args[:14], *second.args[14:]), (*second.args[:14], *first.args[14:])
+
+
+def change_scale(graph_module):
+    node = dual_nodes(graph_module)[0]
+    node.args = (*node.args[:14], 1.0, *node.args[15:])
+
+
+def share_pages(graph_module):
+    first, second = dual_nodes(graph_module)
+    second.args = (*second.args[:3], first.args[3], *second.args[4:])
+
+
+def share_scores(graph_module):
+    first, second = dual_nodes(graph_module)
+    second.args = (*second.args[:4], first.args[4], *second.args[5:])
+
+
+def scores_as_pillars(graph_module):
+    node = dual_nodes(graph_module)[0]
+    node.args = (*node.args[:13], node.args[4], *node.args[14:])
+
+
+def swap_step_tensors(graph_module):
+    node = dual_nodes(graph_module)[0]
+    node.args = (*node.args[:5], node.args[6], node.args[5], *node.args[7:])
+
+
+def leave_a_site(graph_module):
+    dual_nodes(graph_module)[0].target = attention_site
+
+
+def swap_inputs(graph_module):
+    graph = graph_module.graph
+    first, second, *_ = graph.find_nodes(op="placeholder")
+    second.append(first)
+
+
+def write_into_the_pool(graph_module):
+    graph = graph_module.graph
+    pool = next(node for node in graph.find_nodes(op="placeholder") if node.target == "kv_pool")
+    with graph.inserting_before(dual_nodes(graph_module)[0]):
+        graph.call_function(aten.zero_.default, (graph.call_function(aten.slice.Tensor, (pool, 0, 0, 1)),))
+
+
+def write_into_a_weight(graph_module):
+    graph = graph_module.graph
+    weight = next(iter(graph.find_nodes(op="get_attr")))
+    with graph.inserting_before(dual_nodes(graph_module)[0]):
+        graph.call_function(aten.mul_.Scalar, (weight, 2.0))
+
+
+BREAKS = {
+    drop_a_layer: "1 attention nodes, the layout 2",
+    swap_layers: r"has \(scale, window, softcap, layer\)",
+    change_scale: r"has \(scale, window, softcap, layer\)",
+    share_pages: r"must work on kv_pool\[:, \d+:\d+\]",
+    share_scores: r"must work on scores\[:, 2:4\]",
+    scores_as_pillars: r"must work on pillar_index\[:, 0:2\]",
+    swap_step_tensors: "takes the step tensors",
+    leave_a_site: "must not be in a graph after the attention rewrite",
+    swap_inputs: "inputs are",
+    write_into_the_pool: r"aten\.zero_.*writes into an input",
+    write_into_a_weight: r"aten\.mul_.*writes into an input, a parameter",
+}
+
+
+def test_a_good_graph_passes(bench):
+    graph_module, layout = copy_of(bench)
+    verify(graph_module, layout)
+    verify_shapes(graph_module)
+
+
+@pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__name__)
+def test_a_broken_graph_is_refused(bench, change):
+    graph_module, layout = copy_of(bench)
+    change(graph_module)
+    with pytest.raises(GraphInvariantError, match=BREAKS[change]):
+        verify(graph_module, layout)
+
+
+def wrong_dtype(graph_module):
+    node = find_calls(graph_module.graph, aten.linear.default)[0]
+    node.meta["val"] = node.meta["val"].double()
+
+
+def wrong_size(graph_module):
+    node = find_calls(graph_module.graph, aten.linear.default)[0]
+    node.meta["val"] = node.meta["val"][..., :1]
+
+
+@pytest.mark.parametrize("change", [wrong_dtype, wrong_size])
+def test_a_wrong_record_of_a_shape_is_refused(bench, change):
+    graph_module, _ = copy_of(bench)
+    change(graph_module)
+    with pytest.raises(GraphInvariantError, match=r"linear.*was recorded as"):
+        verify_shapes(graph_module)
+
+
+def test_a_graph_that_does_not_run_is_refused(bench):
+    graph_module, _ = copy_of(bench)
+    node = find_calls(graph_module.graph, aten.linear.default)[1]
+    node.args = (node.args[0], find_calls(graph_module.graph, aten.linear.default)[0].args[1])
+    with pytest.raises(GraphInvariantError, match="does not run on the shapes that reach it"):
+        verify_shapes(graph_module)
+
+
+class Sabotage(GraphPass):
+    """A pass with a bug."""
+
+    name = "sabotage"
+    change = staticmethod(change_scale)
+
+    def rewrite(self, graph_module):
+        self.change(graph_module)
+
+
+@pytest.mark.parametrize(("change", "strict"), [(share_pages, ""), (wrong_size, "1")])
+def test_the_pipeline_stops_at_a_broken_pass(monkeypatch, change, strict):
+    class Broken(Sabotage):
+        pass
+
+    Broken.change = staticmethod(change)
+    monkeypatch.setenv(VERIFY_VARIABLE, strict)
+    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES[:3], Broken))
+    with pytest.raises(GraphInvariantError):
+        pipeline.compile_model(tiny("llama"), page_size=16)
+
+
+def test_shapes_are_checked_at_the_end_in_any_case(monkeypatch):
+    class Broken(Sabotage):
+        change = staticmethod(wrong_size)
+
+    monkeypatch.setenv(VERIFY_VARIABLE, "")
+    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES, Broken))
+    with pytest.raises(GraphInvariantError, match="was recorded as"):
+        pipeline.compile_model(tiny("llama"), page_size=16)

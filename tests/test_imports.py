@@ -1,0 +1,117 @@
+"""Who may import whom, and what product code may not contain. Read from the source with `ast`; nothing is run."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "sparsespec_compile"
+FOLDERS = {"passes": f"{PACKAGE}.passes", "kernels": f"{PACKAGE}.kernels", PACKAGE: PACKAGE}
+PRODUCT = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_of(path):
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    parts = [FOLDERS[folder], *(part for part in rest if part != "__init__")]
+    return ".".join(parts)
+
+
+def imports_of(path):
+    """Absolute names of all that a file imports, at its top and within functions; `from a import b` gives a.b."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found.update(f"{source}.{name.name}" for name in node.names)
+    return found
+
+
+def within(name, *modules):
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def ours(path):
+    return {name for name in imports_of(path) if within(name, PACKAGE)}
+
+
+def files(folder):
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", files("kernels"))
+def test_kernels_import_nothing_of_ours(path):
+    assert all(within(name, f"{PACKAGE}.kernels") for name in ours(path))
+    assert not any(within(name, "transformers", "torch.fx") for name in imports_of(path))
+
+
+@pytest.mark.parametrize("path", files("passes"))
+def test_passes_import_only_the_ops(path):
+    outside = {name for name in ours(path) if not within(name, f"{PACKAGE}.passes")}
+    assert all(within(name, f"{PACKAGE}.kernels.ops") for name in outside)
+
+
+@pytest.mark.parametrize("path", files(f"{PACKAGE}/runtime"))
+def test_the_runtime_knows_neither_fx_nor_transformers(path):
+    assert not any(within(name, "torch.fx", "torch.export", "transformers") for name in imports_of(path))
+    from_passes = {name for name in ours(path) if within(name, f"{PACKAGE}.passes")}
+    assert all(within(name, f"{PACKAGE}.passes.layout") for name in from_passes)
+
+
+def test_the_layout_is_plain_data():
+    assert not any(within(name, "torch", "transformers", PACKAGE) for name in imports_of(ROOT / "passes" / "layout.py"))
+
+
+def test_triton_and_reference_never_import_each_other():
+    triton = sorted((ROOT / "kernels").glob("triton*.py"))
+    reference = sorted((ROOT / "kernels").glob("reference*.py"))
+    assert triton
+    assert reference
+    for path in triton:
+        assert not any(f"{PACKAGE}.kernels.reference" in name for name in imports_of(path))
+    for path in reference:
+        names = imports_of(path)
+        assert not any(f"{PACKAGE}.kernels.triton" in name or within(name, "triton") for name in names)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in PRODUCT])
+def test_product_code_has_no_asserts_and_no_bare_folders(path):
+    tree = ast.parse(path.read_text())
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    assert not any(within(name, "passes", "kernels") for name in imports_of(path))
+
+
+def test_tests_and_scripts_import_the_installed_names():
+    for folder in ("tests", "examples", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            names = {
+                name.name if isinstance(node, ast.Import) else node.module
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+                for name in node.names
+            }
+            assert not any(within(name, "passes", "kernels") for name in names if name), path
+
+
+def test_importing_the_package_registers_every_op_once():
+    """Run from the root of the repository, where bare folders `kernels` and `passes` can be found as modules.
+
+    transformers imports a library called `kernels` when there is one; what it finds here must be empty.
+    """
+    script = f"import {PACKAGE}, sys; print([n for n in sys.modules if n.split('.')[0] in ('kernels', 'passes')])"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() in ("[]", "['kernels']")
+
+
+@pytest.mark.parametrize("folder", ["kernels", "passes"])
+def test_a_bare_import_of_a_folder_loads_nothing_of_it(folder):
+    script = f"import {folder}, {PACKAGE}, sys; print([n for n in sys.modules if n.startswith('{folder}.')])"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -27,11 +27,13 @@ class PassContext:
         model: the model that was captured; only the fusing pass touches it, and only the storage of parameters.
         layout: its attention layers and the pool that the runtime will allocate.
         report: passes write the outcome of each attention node here.
+        moved: parameters whose storage a pass has moved; they get one of their own back when a later step fails.
     """
 
     model: PreTrainedModel
     layout: KVLayout
     report: CompileReport
+    moved: list[nn.Parameter] = field(default_factory=list)
 
 
 class GraphPass(PassBase, ABC):

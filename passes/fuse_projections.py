@@ -65,7 +65,7 @@ class FuseProjections(GraphPass):
         names = [FUSED.format(kind, self.matches) for kind in ("weight", "bias")]
         columns = list(zip(*map(_weights, linears), strict=True))
         for name, column in zip(names, columns, strict=False):
-            fused = fuse_storage([table.parameter(node) for node in column])
+            fused = fuse_storage([table.parameter(node) for node in column], self.context.moved)
             graph_module.register_parameter(name, torch.nn.Parameter(fused, requires_grad=False))
         self.notes.append(f"fused {' + '.join(_path(_weights(linear)[0]) for linear in linears)}")
         _rewrite_group(graph_module.graph, source, linears, names[: len(columns)])

@@ -49,11 +49,11 @@ class ParameterTable:
         return None
 
 
-def fuse_storage(parameters: Sequence[nn.Parameter]) -> Tensor:
+def fuse_storage(parameters: Sequence[nn.Parameter], moved: list[nn.Parameter]) -> Tensor:
     """One tensor with the rows of all parameters, which become views of it; the old storages are released.
 
     Parameters that already lie one after the other in one storage, as after an earlier compilation of the same model,
-    are taken as they are.
+    are taken as they are. The others are added to `moved`.
     """
     existing = _adjacent(parameters)
     if existing is not None:
@@ -65,7 +65,14 @@ def fuse_storage(parameters: Sequence[nn.Parameter]) -> Tensor:
         rows = parameter.shape[0]
         parameter.data = fused[row : row + rows]
         row += rows
+    moved.extend(parameters)
     return fused
+
+
+def give_back_storage(parameters: Sequence[nn.Parameter]) -> None:
+    """Undoes `fuse_storage`: each parameter has a storage of its own again."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
 
 
 def _adjacent(parameters: Sequence[nn.Parameter]) -> Tensor | None:

@@ -16,7 +16,7 @@ from .capture import Captured, capture
 from .dual_mode import AttentionToDualMode
 from .dump import Dumper
 from .fuse_projections import FuseProjections
-from .fused_storage import SharedParameters
+from .fused_storage import SharedParameters, give_back_storage
 from .layout import KVLayout
 from .locality import ProveRowLocality
 from .normalise import Normalise
@@ -91,21 +91,31 @@ def compile_model(
     captured = capture(model)
     context = _context(model, captured, page_size, report)
     report.passes.append(PassRecord("capture", time.perf_counter() - started, len(captured.sites)))
-    graph_module = captured.graph_module
-    skipped = () if fuse else (FuseProjections,)
-    for number, kind in enumerate(kind for kind in PASSES if kind not in skipped):
-        _run_pass(number, kind(context), graph_module, dumper)
-    started = time.perf_counter()
-    verify_shapes(graph_module)
-    report.passes.append(PassRecord("verify shapes", time.perf_counter() - started, len(graph_module.graph.nodes)))
-    only_what_it_reads = GraphModule(graph_module, graph_module.graph)
-    return CompiledModel(only_what_it_reads, context.layout, report, SharedParameters(model))
+    kinds = PASSES if fuse else tuple(kind for kind in PASSES if kind is not FuseProjections)
+    try:
+        graph_module = _run_passes(context, captured.graph_module, kinds, dumper)
+    except BaseException:
+        give_back_storage(context.moved)
+        raise
+    return CompiledModel(graph_module, context.layout, report, SharedParameters(model))
 
 
 def _context(model: PreTrainedModel, captured: Captured, page_size: int, report: CompileReport) -> PassContext:
     layout = KVLayout(tuple(site.layer for site in captured.sites), page_size)
     report.attention.extend(AttentionRecord(module=site.module, **asdict(site.layer)) for site in captured.sites)
     return PassContext(model, layout, report)
+
+
+def _run_passes(
+    context: PassContext, graph_module: GraphModule, kinds: tuple[type[GraphPass], ...], dumper: Dumper
+) -> GraphModule:
+    for number, kind in enumerate(kinds):
+        _run_pass(number, kind(context), graph_module, dumper)
+    started = time.perf_counter()
+    verify_shapes(graph_module)
+    nodes = len(graph_module.graph.nodes)
+    context.report.passes.append(PassRecord("verify shapes", time.perf_counter() - started, nodes))
+    return GraphModule(graph_module, graph_module.graph)  # holds only the parameters that the graph reads
 
 
 def _run_pass(number: int, graph_pass: GraphPass, graph_module: GraphModule, dumper: Dumper) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
 
 STRETCH = 1024
 """The cache grows, and finished rows are dropped, after this many tokens."""
@@ -34,7 +34,9 @@ class _Decoder:
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         positions = torch.arange(limit, device=device)[None]
         self.cos, self.sin = model.model.rotary_emb(model.lm_head.weight, positions)
-        shape = (config.num_hidden_layers, 2, len(prompts), config.num_key_value_heads, 0, config.head_dim)
+        attention = model.model.layers[0].self_attn
+        kv_heads = attention.k_proj.out_features // attention.head_dim
+        shape = (config.num_hidden_layers, 2, len(prompts), kv_heads, 0, attention.head_dim)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
@@ -72,7 +74,7 @@ class _Decoder:
 
     def _attend(
         self,
-        attention: torch.nn.Module,
+        attention: Qwen3Attention,
         hidden: torch.Tensor,
         cache: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],

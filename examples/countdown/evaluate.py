@@ -87,7 +87,8 @@ def main() -> None:
     model = Qwen3ForCausalLM.from_pretrained(
         args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
     )
-    model.to(device).eval()
+    torch.nn.Module.to(model, device)
+    model.eval()
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": str(model.dtype),

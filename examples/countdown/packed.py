@@ -72,9 +72,9 @@ def _packed_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if query.is_cuda:
-        q, k, v = (tensor[0].transpose(0, 1).to(torch.bfloat16).contiguous() for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1).to(torch.bfloat16).contiguous() for tensor in (query, key, value))
         # The longest trace possible, not the longest here: a constant, so that nothing is compiled twice.
-        out = varlen_attn(q, k, v, boundaries, boundaries, CONTEXT, CONTEXT, scale=scaling, window_size=(-1, 0))
+        out: Any = varlen_attn(q, k, v, boundaries, boundaries, CONTEXT, CONTEXT, scale=scaling, window_size=(-1, 0))
         return out[None], None
     edges = boundaries.tolist()
     pieces = [

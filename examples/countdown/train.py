@@ -76,7 +76,8 @@ class Trainer:
         torch.manual_seed(args.seed)
         torch.set_float32_matmul_precision("high")
         config = Qwen3Config.from_json_file(args.config) if args.config else model_config()
-        self.model = build_model(config).to(self.device)
+        self.model = build_model(config)
+        torch.nn.Module.to(self.model, self.device)
         self.optimizers = build_optimizers(self.model, args.learning_rate)
         self.progress = Progress()
         self.checkpoint = args.out / "checkpoint.pt"
@@ -161,7 +162,8 @@ class Trainer:
 
     def run(self) -> None:
         args, progress = self.args, self.progress
-        window, data, held_out = 0, iter(()), None
+        window = self.window()
+        data, held_out = self.data(window)
         losses: list[torch.Tensor] = []
         reported = last = time.perf_counter()
         while self.done < 1.0:
@@ -194,7 +196,7 @@ class Trainer:
         trained = Qwen3ForCausalLM(self.model.config)
         trained.load_state_dict(self.model.state_dict())
         trained.generation_config = self.model.generation_config
-        trained.to(torch.bfloat16).save_pretrained(folder)
+        trained.bfloat16().save_pretrained(folder)
         save_tokenizer(folder)
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
         record = {

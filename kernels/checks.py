@@ -78,7 +78,8 @@ def check_select(
 
 
 def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor, kv_heads: int) -> None:
-    requests = step["request_mode"].shape[0] if step["request_mode"].dim() else 0
+    _check_rank({"request_mode": step["request_mode"]}, 1)
+    requests = step["request_mode"].shape[0]
     for name, tensor in step.items():
         if name != "page_table":
             _check_index(name, tensor, (requests,))
@@ -91,7 +92,7 @@ def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor
 def _check_rank(tensors: Mapping[str, Tensor], rank: int) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() != rank:
-            raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions")
+            raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; its number of dimensions must be {rank}")
 
 
 def _check_size(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:

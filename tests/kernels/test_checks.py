@@ -1,0 +1,111 @@
+"""Every argument that does not fit is refused by name, with what it is and what it should be."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels import ops
+from sparsespec_compile.kernels.errors import KernelInputError, SparseSpecError
+from sparsespec_compile.kernels.ops import STEP_TENSORS
+
+from .cases import Shape, build
+from .steps import MIXED
+
+NAMES = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index", "scale", "window", "softcap")
+
+Change = Callable[[Tensor], object]
+
+WRONG_ATTENTION: list[tuple[str, Change, str]] = [
+    ("q", lambda q: q[0], "q has shape .*; its number of dimensions must be 3"),
+    ("q", lambda q: q.int(), "q is torch.int32; allowed on cpu: torch.float16, torch.bfloat16"),
+    ("q", lambda q: q[:, :3], "3 query heads over 2 KV heads; the first must be a multiple"),
+    ("q", lambda q: q.transpose(1, 2).contiguous().transpose(1, 2), "q has last stride 4; it must be 1"),
+    ("k", lambda k: k[1:], "k has shape .*; the other arguments call for"),
+    ("k", lambda k: k.half(), "k is torch.float16 but q is torch.float32; give both one dtype"),
+    ("k", lambda k: k[:, :0], "4 query heads over 0 KV heads"),
+    ("v", lambda v: v[:, :1], "v has shape .*; the other arguments call for"),
+    ("kv", lambda kv: kv[..., 1:], "kv has shape .*; the other arguments call for"),
+    ("kv", lambda kv: kv.double(), "kv is torch.float64 but q is torch.float32"),
+    ("kv", lambda kv: kv[0], "kv has shape .*; its number of dimensions must be 4"),
+    ("scores", lambda scores: scores.double(), "scores is torch.float64; allowed on cpu: torch.float32"),
+    ("scores", lambda scores: scores[:, :1], "scores has shape .*; the other arguments call for"),
+    ("scores", lambda scores: scores[..., ::2], "scores has last stride 2; it must be 1"),
+    ("request_mode", lambda mode: mode[0], r"request_mode has shape \(\); its number of dimensions must be 1"),
+    ("row_count", lambda count: count.long(), r"row_count is torch.int64; it must be torch.int32: call .to"),
+    ("row_start", lambda start: start[1:], "row_start has shape .*; the other arguments call for"),
+    ("page_table", lambda table: table[0], "page_table has shape .*; its number of dimensions must be 2"),
+    ("page_table", lambda table: table[1:], "page_table has shape .*; the other arguments call for"),
+    ("pillar_index", lambda index: index[1:], "pillar_index has shape .*; the other arguments call for"),
+    ("pillar_index", lambda index: index[..., ::2], "pillar_index has last stride 2; it must be 1"),
+    ("scale", lambda _: float("nan"), "scale is nan; it must be finite"),
+    ("window", lambda _: -1, "window is -1; give the number of positions a row sees, or 0 for all"),
+    ("softcap", lambda _: -2.0, "softcap is -2.0; give a finite positive cap, or 0 for none"),
+    ("softcap", lambda _: float("inf"), "softcap is inf"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG_ATTENTION)
+def test_dual_mode_attention_refuses(name: str, change: Change, message: str) -> None:
+    case = build(Shape(), MIXED, torch.float32)
+    before = case.pool.clone()
+    arguments = dict(zip(NAMES, case.arguments(), strict=True))
+    arguments[name] = change(arguments[name])
+    with pytest.raises(KernelInputError, match=message):
+        ops.dual_mode_attention(*arguments.values())
+    assert torch.equal(case.pool.nan_to_num(), before.nan_to_num())
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    from sparsespec_compile.kernels.reference import dual_mode_attention
+
+    case = build(Shape(), MIXED, torch.float32)
+    arguments = dict(zip(NAMES, case.arguments(), strict=True))
+    arguments["page_table"] = arguments["page_table"].to("meta")
+    with pytest.raises(KernelInputError, match="page_table is on meta, others on cpu; move them to one device"):
+        dual_mode_attention(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "message"),
+    [
+        (((2, 4, 5, 16), (2, 2, 5, 16), (2, 2, 5, 16)), (1.0, 0, 0.0), "q has batch size 2; packed tokens have 1"),
+        (((1, 4, 5, 16), (1, 2, 6, 16), (1, 2, 5, 16)), (1.0, 0, 0.0), "k has shape .*; the other arguments call for"),
+        (((1, 4, 5, 16), (1, 2, 5, 16), (1, 2, 6, 16)), (1.0, 0, 0.0), "v has shape .*; the other arguments call for"),
+        (
+            ((4, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)),
+            (1.0, 0, 0.0),
+            "q has shape .*; its number of dimensions must be 4",
+        ),
+        (((1, 4, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)), (1.0, -3, 0.0), "window is -3"),
+    ],
+)
+def test_attention_site_refuses(shapes: tuple, settings: tuple, message: str) -> None:
+    with pytest.raises(KernelInputError, match=message):
+        ops.attention_site(*(torch.zeros(shape) for shape in shapes), *settings, 0)
+
+
+@pytest.mark.parametrize(
+    ("position", "tensor", "message"),
+    [
+        (0, torch.zeros(2, 3), "scores has shape .*; its number of dimensions must be 3"),
+        (0, torch.zeros(2, 3, 9, dtype=torch.float64), "scores are torch.float64; the selection takes torch.float32"),
+        (0, torch.zeros(2, 3, 18)[..., ::2], "scores has last stride 2"),
+        (1, torch.zeros(3, dtype=torch.int32), "scored_length has shape .*; the other arguments call for"),
+        (2, torch.zeros(2), "budget is torch.float32; it must be torch.int32"),
+        (3, torch.zeros(2, 4, 5, dtype=torch.int32), "pillar_index has shape .*; the other arguments call for"),
+        (4, torch.zeros(2, dtype=torch.int64), "pillar_count is torch.int64; it must be torch.int32"),
+    ],
+)
+def test_select_pillars_refuses(position: int, tensor: Tensor, message: str) -> None:
+    slot = torch.zeros(2, dtype=torch.int32)
+    arguments = [torch.zeros(2, 3, 9), slot, slot.clone(), torch.zeros(2, 3, 5, dtype=torch.int32), slot.clone()]
+    arguments[position] = tensor
+    with pytest.raises(KernelInputError, match=message):
+        ops.select_pillars(*arguments)
+
+
+def test_errors_share_one_base() -> None:
+    assert issubclass(KernelInputError, SparseSpecError)
+    assert issubclass(KernelInputError, ValueError)

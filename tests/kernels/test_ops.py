@@ -1,0 +1,40 @@
+"""The ops as torch sees them: schemas, fakes, and what Inductor makes of a pool that many layers share."""
+
+import pytest
+import torch
+
+from sparsespec_compile.kernels import ops
+from sparsespec_compile.kernels.ops import STEP_TENSORS, Mode
+
+from .cases import Shape, build
+from .steps import MIXED
+
+
+def test_modes_of_the_kernels() -> None:
+    tiles = pytest.importorskip("sparsespec_compile.kernels.triton_tiles", reason="Triton is published for Linux only")
+    assert (tiles.IDLE.value, tiles.DRAFT.value) == (Mode.IDLE, Mode.DRAFT)
+
+
+def test_step_tensors_are_the_arguments_of_the_op() -> None:
+    names = [argument.name for argument in ops.dual_mode_attention._schema.arguments]
+    assert tuple(names[5 : 5 + len(STEP_TENSORS)]) == STEP_TENSORS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dual_mode_attention_keeps_its_schema(dtype: torch.dtype) -> None:
+    case = build(Shape(window=6, value_dim=8), MIXED[:6], dtype)
+    case.pool.nan_to_num_()
+    for name in ("q", "k", "v"):
+        case.tensors[name].nan_to_num_()
+    torch.library.opcheck(ops.dual_mode_attention, case.arguments())
+
+
+def test_attention_site_keeps_its_schema() -> None:
+    q, k, v = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 8)
+    torch.library.opcheck(ops.attention_site, (q, k, v, 0.25, 3, 2.0, 1))
+
+
+def test_select_pillars_keeps_its_schema() -> None:
+    scores, index = torch.rand(2, 3, 20), torch.zeros(2, 3, 8, dtype=torch.int32)
+    length, budget, count = (torch.tensor(pair, dtype=torch.int32) for pair in ([20, -1], [5, 5], [0, 3]))
+    torch.library.opcheck(ops.select_pillars, (scores, length, budget, index, count))

@@ -13,8 +13,6 @@ import torch
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The device of the tensors to hand to a Triton launcher. Interpreted kernels take CPU tensors."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
         yield "cuda"
         return
     if torch.cuda.is_available():

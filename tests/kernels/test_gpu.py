@@ -1,0 +1,148 @@
+"""What only a GPU shows: models' own shapes at length, CUDA graphs, pools beyond 2**31 elements."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels import ops, reference_select
+from sparsespec_compile.kernels.ops import Mode
+
+from .cases import Case, Request, Shape, build
+from .error_budget import expect
+from .test_triton_attention import check_result
+
+pytestmark = pytest.mark.gpu
+
+STEP = [
+    Request(Mode.DRAFT, cached=8200, pillars=410, recent=8192, score_rows=1),
+    Request(Mode.VERIFY, cached=8192, rows=9, score_rows=9, pillars=410, recent=8192),
+    Request(Mode.PREFILL, cached=2048, rows=600, score_rows=9),
+    Request(Mode.IDLE, cached=100),
+    Request(Mode.VERIFY, cached=1023, rows=9, score_rows=9),
+    Request(Mode.DRAFT, cached=128),
+    Request(Mode.PREFILL, rows=1, score_rows=0),
+    Request(Mode.DRAFT, cached=5003, rows=1, pillars=251, recent=5000),
+    Request(Mode.PREFILL, rows=97, score_rows=9),
+]
+
+MODELS = {
+    "Qwen3-8B": (Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5), torch.bfloat16),
+    "Qwen3-8B, page 1": (Shape(32, 8, 128, 128, page_size=1, scale=128**-0.5), torch.bfloat16),
+    "Qwen2.5-7B": (Shape(28, 4, 128, 128, page_size=16, scale=128**-0.5), torch.float16),
+    "Gemma-2": (Shape(8, 4, 256, 256, page_size=16, window=1000, softcap=50.0, scale=0.0625), torch.bfloat16),
+    "Phi-3": (Shape(32, 32, 96, 96, page_size=16, window=2047, scale=96**-0.5), torch.bfloat16),
+    "float32": (Shape(16, 8, 64, 64, page_size=16, scale=0.125), torch.float32),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_step_at_length(model: str) -> None:
+    shape, dtype = MODELS[model]
+    case = build(shape, STEP, dtype)
+    expected = expect(case, dtype, "cuda")
+    actual = case.to(dtype, "cuda")
+    check_result(ops.dual_mode_attention(*actual.arguments()), actual, expected)
+
+
+def test_site_on_cuda_equals_cpu() -> None:
+    q, k, v = torch.randn(1, 8, 700, 64), torch.randn(1, 2, 700, 64), torch.randn(1, 2, 700, 64)
+    expected = ops.attention_site(q.double(), k.double(), v.double(), 0.125, 300, 20.0, 0)
+    actual = ops.attention_site(q.cuda().double(), k.cuda().double(), v.cuda().double(), 0.125, 300, 20.0, 0)
+    torch.testing.assert_close(actual.cpu(), expected)
+
+
+def test_graph_replays_with_other_lengths() -> None:
+    """A captured step and selection, replayed after modes, lengths, rows and pages changed in place: eager's bits."""
+    shape = Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5)
+    first = build(shape, STEP, torch.bfloat16).to(torch.bfloat16, "cuda")
+    others = [STEP[b] for b in (1, 0, 3, 2, 7, 6, 5, 4, 8)]
+    second = build(shape, others, torch.bfloat16, seed=1).to(torch.bfloat16, "cuda")
+    first, second = _alike(first, second)
+    budget = torch.full((len(STEP),), 300, dtype=torch.int32, device="cuda")
+    eager = [_step_and_select(case, budget) for case in (_copy(first), _copy(second))]
+    static = _copy(first)
+    _step_and_select(_copy(first), budget)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _step_and_select(static, budget)
+    for case, expected in zip((first, second, first), (*eager, eager[0]), strict=True):
+        for name, tensor in case.tensors.items():
+            static.tensors[name].copy_(tensor)
+        results[0].fill_(torch.nan)
+        graph.replay()
+        for got, wanted in zip(results, expected, strict=True):
+            assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+def _step_and_select(case: Case, budget: Tensor) -> tuple[Tensor, ...]:
+    out = ops.dual_mode_attention(*case.arguments())
+    tensors = case.tensors
+    scored = (tensors["cached_length"] + tensors["row_count"] - tensors["score_rows"]).int()
+    scored = scored.where((tensors["score_rows"] > 0) & (tensors["request_mode"] >= Mode.VERIFY), -1)
+    index, count = tensors["pillar_index"].clone(), tensors["pillar_count"].clone()
+    ops.select_pillars(tensors["scores"], scored.int(), budget, index, count)
+    return out, tensors["scores"], tensors["kv"], index, count
+
+
+def _alike(*cases: Case) -> tuple[Case, ...]:
+    """Pad the tensors of each case to the largest, so that one set of static tensors takes them in turn."""
+    names = cases[0].tensors
+    sizes = {name: [max(s) for s in zip(*(c.tensors[name].shape for c in cases), strict=True)] for name in names}
+    return tuple(dataclasses.replace(c, tensors={n: _padded(c.tensors[n], sizes[n]) for n in names}) for c in cases)
+
+
+def _padded(tensor: Tensor, size: list[int]) -> Tensor:
+    grown = tensor.new_zeros(size)
+    grown[tuple(slice(0, n) for n in tensor.shape)] = tensor
+    return grown
+
+
+def _copy(case: Case) -> Case:
+    return dataclasses.replace(case, tensors={name: tensor.clone() for name, tensor in case.tensors.items()})
+
+
+def test_buffers_beyond_32_bit_offsets() -> None:
+    """Pages, scores and pillars more than 2**31 elements apart."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    shape = Shape(page_size=4)
+    requests = [
+        Request(Mode.VERIFY, cached=9, rows=3, score_rows=3),
+        Request(Mode.DRAFT, cached=9, pillars=4, recent=7),
+        Request(Mode.VERIFY, cached=21, rows=3, score_rows=3),
+    ]
+    case = build(shape, requests, torch.bfloat16)
+    expected = expect(case, torch.bfloat16, "cuda")
+    actual = case.to(torch.bfloat16, "cuda")
+    pages = actual.tensors["kv"].shape[0]
+    for name, parts in (("kv", pages), ("scores", 3), ("pillar_index", 3)):
+        actual.tensors[name] = _spread(actual.tensors[name], 2**31 // (parts - 1) + 64)
+    out = ops.dual_mode_attention(*actual.arguments())
+    actual.pool[:, 32:-32] = actual.tensors["kv"].flatten(1)
+    check_result(out, actual, expected)
+
+
+def _spread(tensor: Tensor, stride: int) -> Tensor:
+    """The same values with ``stride`` elements between the entries of the first dimension."""
+    buffer = tensor.new_empty(stride * tensor.shape[0])
+    spread = buffer.as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
+    spread.copy_(tensor)
+    return spread
+
+
+def test_selection_of_long_contexts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(3, 16, 131072, generator=generator) ** 20
+    scores[1] = (scores[1] * 50).floor()
+    length, budget = (torch.tensor(x, dtype=torch.int32) for x in ([131072, 99991, 8192], [6554, 3000, 410]))
+    results = []
+    for device in ("cpu", "cuda"):
+        index = torch.zeros(3, 16, 6600, dtype=torch.int32, device=device)
+        count = torch.zeros(3, dtype=torch.int32, device=device)
+        select = reference_select.select_pillars if device == "cpu" else ops.select_pillars
+        select(scores.to(device), length.to(device), budget.to(device), index, count)
+        results.append((index.cpu(), count.cpu()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -53,6 +53,15 @@ def test_site_on_cuda_equals_cpu() -> None:
     torch.testing.assert_close(actual.cpu(), expected)
 
 
+def test_tensors_on_a_device_that_is_not_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    case = build(Shape(), STEP[-1:], torch.float32)
+    expected = expect(case, torch.float32, "cuda:1")
+    actual = case.to(torch.float32, "cuda:1")
+    check_result(ops.dual_mode_attention(*actual.arguments()), actual, expected)
+
+
 def test_graph_replays_with_other_lengths() -> None:
     """A captured step and selection, replayed after modes, lengths, rows and pages changed in place: eager's bits."""
     shape = Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5)

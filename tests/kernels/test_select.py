@@ -93,7 +93,7 @@ def test_nothing_else_is_written() -> None:
     assert (index[..., CAPACITY:] == SENTINEL).all()
 
 
-@pytest.mark.parametrize("capacity", [CAPACITY, 1, 0])
+@pytest.mark.parametrize("capacity", [CAPACITY, 0])
 def test_triton_equals_reference(capacity: int, device: str) -> None:
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     from sparsespec_compile.kernels import triton_select

@@ -39,12 +39,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def configurations(arguments: argparse.Namespace) -> list[ss.SpecConfig]:
-    """Plain decoding, full drafting, then window and pillar drafting at each budget."""
+    """Plain decoding, full drafting, then window, the paper's pillar and this project's pillar at each budget."""
     common = {"draft_tokens": arguments.draft_tokens, "max_requests": arguments.puzzles}
     sparse = [
-        ss.SpecConfig(**common, drafter=drafter, min_budget=budget)
+        ss.SpecConfig(**common, min_budget=budget, **policy)
         for budget in arguments.budgets
-        for drafter in ("window", "pillar")
+        for policy in ({"drafter": "window"}, {"drafter": "pillar", "local_ratio": 0.0}, {"drafter": "pillar"})
     ]
     plain = ss.SpecConfig(draft_tokens=0, max_requests=arguments.puzzles)
     return [plain, ss.SpecConfig(**common, drafter="full"), *sparse]
@@ -62,6 +62,7 @@ def measure(model, prompts: dict[str, Tensor], config: ss.SpecConfig, settings: 
         "drafter": config.drafter if config.draft_tokens else "none",
         "draft_tokens": config.draft_tokens,
         "min_budget": config.min_budget if config.draft_tokens and config.drafter != "full" else None,
+        "local_ratio": config.local_ratio if config.draft_tokens and config.drafter == "pillar" else None,
         "requests": len(texts),
         "tokens": stats.tokens,
         "cycles": stats.cycles,
@@ -97,9 +98,10 @@ def show(rows: list[dict]) -> Table:
     for row in rows:
         accepted = "-" if row["accepted_per_cycle"] is None else f"{row['accepted_per_cycle']:.2f}"
         budget = "-" if row["min_budget"] is None else f"max({row['min_budget']}, 5%)"
+        drafter = row["drafter"] + (" (as in the paper)" if row["local_ratio"] == 0 else "")
         passes, share = f"{row['tokens_per_target_pass']:.2f}", f"{row['kv_bytes_share']:.1%}"
         equal = f"{row['texts_equal_to_plain']} of {row['requests']}"
-        table.add_row(row["drafter"], budget, accepted, passes, share, str(row["iterations"]), equal)
+        table.add_row(drafter, budget, accepted, passes, share, str(row["iterations"]), equal)
     return table
 
 

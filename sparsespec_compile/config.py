@@ -22,6 +22,8 @@ class SpecConfig:
         drafter: what a draft reads besides the tokens since the last verification. "pillar": the positions with the
             highest attention in that verification (paper, PillarAttn). "window": the first 4 and the latest ones
             (StreamingLLM), as many as "pillar" would read. "full": everything.
+        local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
+            verification instead of on the highest scores. 0 is the paper's choice.
         page_size: tokens in a page of the KV pool.
         pool_tokens: tokens the KV pool holds. None: as many as the requests of a call need together, within the
             device's free memory; requests beyond it wait their turn.
@@ -38,6 +40,7 @@ class SpecConfig:
     budget_ratio: float = 0.05
     min_budget: int = 128
     drafter: Drafter = "pillar"
+    local_ratio: float = 0.25
     page_size: int = 16
     pool_tokens: int | None = None
     max_requests: int = 64
@@ -62,15 +65,20 @@ class SpecConfig:
             self._check_int("pool_tokens", self.page_size)
         self._check_choice("drafter", get_args(Drafter))
         self._check_choice("backend", get_args(Backend))
-        ratio = self.budget_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:  # NaN fails too
-            raise ConfigError(f"budget_ratio must be a number in (0, 1], got {ratio!r}.")
+        self._check_ratio("budget_ratio", zero=False)
+        self._check_ratio("local_ratio", zero=True)
 
     def _check_int(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
             allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
             raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
+
+    def _check_ratio(self, name: str, *, zero: bool) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1 or (value == 0 and not zero):  # NaN fails too
+            raise ConfigError(f"{name} must be a number in {'[' if zero else '('}0, 1], got {value!r}.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)

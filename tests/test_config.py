@@ -19,6 +19,8 @@ from sparsespec_compile.errors import ConfigError, SparseSpecError
         ("budget_ratio", 1.5, r"\(0, 1\]"),
         ("budget_ratio", float("nan"), r"\(0, 1\]"),
         ("budget_ratio", "5%", r"\(0, 1\]"),
+        ("local_ratio", -0.1, r"\[0, 1\]"),
+        ("local_ratio", 1.01, r"\[0, 1\]"),
         ("min_budget", 0, "at least 1"),
         ("drafter", "ngram", "'pillar', 'window', 'full'"),
         ("page_size", 0, "at least 1"),

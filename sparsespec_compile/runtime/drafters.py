@@ -32,11 +32,14 @@ def choose_policy(config: SpecConfig) -> Policy | None:
         return None
 
     def pillar(state: State, scored_length: Tensor) -> None:
-        """Positions with the highest attention in the last verification (paper, PillarAttn)."""
+        """Positions with the highest attention in the last verification (paper, PillarAttn), and the ones before it."""
+        budget = budgets(scored_length, config)
+        local = torch.minimum((budget.double() * config.local_ratio).int(), scored_length.clamp(min=0))
+        selected_from = torch.where(scored_length >= 0, scored_length - local, -1).int()
         torch.ops.sparsespec.select_pillars(
-            state.scores, scored_length, budgets(scored_length, config), state.pillar_index, state.pillar_count
+            state.scores, selected_from, budget - local, state.pillar_index, state.pillar_count
         )
-        _renew(state.recent_start, scored_length, scored_length)
+        _renew(state.recent_start, selected_from, scored_length)
 
     def window(state: State, scored_length: Tensor) -> None:
         """The first positions and the latest ones, as many as `pillar` would choose (StreamingLLM, MagicDec)."""

@@ -83,25 +83,32 @@ def equal_texts(texts: Tensor, plain: Tensor) -> int:
     return int((padded[0] == padded[1]).all(dim=1).sum())
 
 
+HEADINGS = ("drafter", "budget", "accepted", "tokens per target pass", "KV bytes read", "texts equal to plain")
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """A row of the result as text, under `HEADINGS`."""
+    sparse = row["min_budget"] is not None
+    return (
+        row["drafter"] + (", all by score (paper)" if row["local_ratio"] == 0 else ""),
+        f"max({row['min_budget']}, 5%)" if sparse else "-",
+        f"{row['accepted_per_cycle']:.2f}" if row["cycles"] else "-",
+        f"{row['tokens_per_target_pass']:.2f}",
+        f"{row['kv_bytes_share']:.1%}",
+        f"{row['texts_equal_to_plain']} of {row['requests']}",
+    )
+
+
+def markdown(rows: list[dict]) -> str:
+    """The result as the table that the README shows."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def show(rows: list[dict]) -> Table:
-    table = Table(title="drafting on the Countdown model")
-    for heading in (
-        "drafter",
-        "budget",
-        "accepted",
-        "tokens per target pass",
-        "KV bytes read",
-        "iterations",
-        "texts equal",
-    ):
-        table.add_column(heading)
+    table = Table(*HEADINGS, title="drafting on the Countdown model")
     for row in rows:
-        accepted = "-" if row["accepted_per_cycle"] is None else f"{row['accepted_per_cycle']:.2f}"
-        budget = "-" if row["min_budget"] is None else f"max({row['min_budget']}, 5%)"
-        drafter = row["drafter"] + (" (as in the paper)" if row["local_ratio"] == 0 else "")
-        passes, share = f"{row['tokens_per_target_pass']:.2f}", f"{row['kv_bytes_share']:.1%}"
-        equal = f"{row['texts_equal_to_plain']} of {row['requests']}"
-        table.add_row(drafter, budget, accepted, passes, share, str(row["iterations"]), equal)
+        table.add_row(*cells(row))
     return table
 
 

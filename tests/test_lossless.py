@@ -1,11 +1,11 @@
-"""The promise: float32 greedy text equals HuggingFace's `generate`, token for token, whatever is drafted and however."""
+"""The promise: float32 greedy text equals HuggingFace's `generate`, token for token, whatever is drafted."""
 
 import pytest
 import torch
 
 import sparsespec_compile as ss
 
-from .support.models import FAMILIES, left_padded, tiny
+from .support.models import FAMILIES, countdown, left_padded, tiny
 
 NEW_TOKENS = 304
 LENGTHS = (3, 41, 17)
@@ -32,6 +32,19 @@ def test_greedy_text_equals_huggingface(case, draft_tokens, min_budget):
         assert fast.stats.accepted_per_cycle == draft_tokens  # everything is in the index: drafts cannot be wrong
     if draft_tokens and min_budget < 100:
         assert fast.stats.accepted_per_cycle < draft_tokens  # the test would prove little if they never were
+
+
+@pytest.mark.parametrize(("draft_tokens", "min_budget"), [(0, 128), (8, 12), (8, 128)])
+def test_reasoning_equals_huggingface(draft_tokens, min_budget):
+    """On a trained model, whose drafts are mostly right and sometimes wrong."""
+    puzzles = ("21 6 24 2 for 102", "39 36 32 40 for 75", "3 37 5 9 1 for 90")
+    model, input_ids, mask = countdown(*(f"solve {puzzle}\n" for puzzle in puzzles))
+    expected = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=draft_tokens, min_budget=min_budget, budget_ratio=0.01))
+    text = fast.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(text, expected)
+    if draft_tokens:
+        assert 1 < fast.stats.accepted_per_cycle < 8
 
 
 def test_stats_add_up():

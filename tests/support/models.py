@@ -1,7 +1,9 @@
 """Small random models of the families that people run, with weights large enough to give texts that vary."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 VOCABULARY = 151
 _COMMON = {
@@ -49,6 +51,14 @@ def tiny(family: str, seed: int = 0, **settings) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**_COMMON, **_SPECIAL[family], **settings})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def countdown(*prompts: str) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
+    """The embedded trained model in float32, and prompts for it: (model, input_ids, attention_mask)."""
+    folder = Path(__file__).parents[2] / "examples" / "countdown" / "model"
+    batch = AutoTokenizer.from_pretrained(folder)(list(prompts), padding=True, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, batch["input_ids"], batch["attention_mask"]
 
 
 def left_padded(*lengths: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,8 +64,8 @@ class OptimizedModel:
     def __init__(self, model: PreTrainedModel, config: SpecConfig) -> None:
         self.model = model
         self.config = config
-        device = _single_device(model)
         self._compiled: CompiledModel = compile_model(model, page_size=config.page_size)
+        device = _device(model)
         self.report: CompileReport = self._compiled.report
         inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
         graph = self._compiled.graph_module
@@ -160,11 +160,7 @@ class OptimizedModel:
             )
 
 
-def _single_device(model: PreTrainedModel) -> torch.device:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
-        raise UnsupportedModelError(
-            f"The model's parameters are on {', '.join(sorted(map(str, devices))) or 'no device'}. They must all be on "
-            "one CPU or CUDA device: load it without device_map, then model.to(device)."
-        )
-    return devices.pop()
+def _device(model: PreTrainedModel) -> torch.device:
+    if model.device.type not in ("cpu", "cuda"):
+        raise UnsupportedModelError(f"The model is on {model.device}; kernels exist for CPU and CUDA. Move it there.")
+    return model.device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -87,42 +86,36 @@ def _adjacent(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Where one tensor of the model was when the graph was compiled."""
-
-    owner: nn.Module
-    attribute: str
-    path: str
-    address: int
-    dtype: torch.dtype
-
-    def is_there(self) -> bool:
-        value = getattr(self.owner, self.attribute, None)
-        return isinstance(value, Tensor) and value.data_ptr() == self.address and value.dtype == self.dtype
-
-
 class SharedParameters:
-    """Remembers where the model's parameters and buffers were, so that a later move is noticed."""
+    """Remembers the model's modules and where its parameters were, so that a later change of either is noticed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.held = [
-            _Held(module, name, f"{path}.{name}" if path else name, value.data_ptr(), value.dtype)
-            for path, module in model.named_modules()
-            for name, value in (*module._parameters.items(), *module._buffers.items())
-            if value is not None
-        ]
+        self.model = model
+        self.compiled = _fingerprint(model)
 
     def moved(self) -> str | None:
-        """Path of the first parameter or buffer that is no longer where it was, None when all are."""
-        return next((held.path for held in self.held if not held.is_there()), None)
+        """Path of the first module, parameter or buffer that is not the one that was compiled, None when all are."""
+        found = _fingerprint(self.model)
+        paths = (*self.compiled, *found)
+        return next((path for path in paths if self.compiled.get(path) != found.get(path)), None)
 
     def require(self) -> None:
-        """Raises StaleParametersError when a parameter was moved or replaced."""
+        """Raises StaleParametersError when the model is no longer the one that was compiled."""
         path = self.moved()
         if path is not None:
             raise StaleParametersError(
-                f"{path} was moved or replaced since the model was compiled (model.to, half, load with assign=True), "
-                "so the graph still computes with the old values. Allowed: changes in place, such as parameter.copy_() "
-                "or load_state_dict. Call optimize(model) again."
+                f"{path} was moved, replaced, added or removed since the model was compiled (model.to, half, loading "
+                "with assign=True, adapters, hooks), so the graph still computes as before. Allowed: changes in place, "
+                "such as parameter.copy_() or load_state_dict. Call optimize(model) again."
             )
+
+
+def _fingerprint(model: nn.Module) -> dict[str, tuple]:
+    """By path: the kind and hooks of each module, the place and dtype of each parameter and buffer."""
+    found: dict[str, tuple] = {}
+    for path, module in model.named_modules():
+        found[path or type(model).__name__] = (type(module), *module._forward_hooks, *module._forward_pre_hooks)
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                found[f"{path}.{name}"] = (value.data_ptr(), value.dtype)
+    return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, ContextLengthError, SamplingError, UnsupportedModelError
+from sparsespec_compile.errors import ConfigError, ContextLengthError, CopyError, SamplingError, UnsupportedModelError
 from sparsespec_compile.generation import resolve_generation
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
-from sparsespec_compile.prompts import pad, unpad
+from sparsespec_compile.prompts import pad, shape_of, unpad
 from sparsespec_compile.runtime.engine import Engine, Target
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.sampling import sample
@@ -99,7 +99,7 @@ class OptimizedModel:
 
         Args:
             input_ids: int64 [batch, width] on the model's device, padded on the left.
-            attention_mask: [batch, width], 0 = padding; None = no padding.
+            attention_mask: [batch, width], 0 = padding; None = the padding token is padding, as in HuggingFace.
             generation_config: overrides the model's own.
             seed: for sampling. One integer for the batch, from which each request's own seed is derived; a sequence
                 with each request's own, which reproduces its text in any batch; None draws one from torch's generator.
@@ -121,15 +121,12 @@ class OptimizedModel:
         """
         self._compiled.require_shared_parameters()
         vocabulary = self.model.config.get_text_config().vocab_size
-        prompts = unpad(input_ids, attention_mask, self._engine.target.device, vocabulary)
+        batch, width = shape_of(input_ids)
         generation = resolve_generation(
-            self.model.generation_config,
-            generation_config,
-            arguments,
-            batch=len(prompts),
-            prompt_width=input_ids.shape[1],
-            seed=seed,
+            self.model.generation_config, generation_config, arguments, batch=batch, prompt_width=width, seed=seed
         )
+        device = self._engine.target.device
+        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, device, vocabulary)
         requests = [
             Request(prompt, generation.max_new_tokens, params, generation.stop_tokens)
             for prompt, params in zip(prompts, generation.params, strict=True)
@@ -137,6 +134,12 @@ class OptimizedModel:
         self._check_context(requests)
         self._run(requests, input_ids, streamer)
         return pad(input_ids, [request.output for request in requests], generation.pad_token)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise CopyError(
+            "A compiled model cannot be copied or pickled: its graph works on the parameters of this very model. Copy "
+            "or save the model and call optimize on the copy."
+        )
 
     def _run(self, requests: list[Request], input_ids: Tensor, streamer: "BaseStreamer | None") -> None:
         if streamer is not None:

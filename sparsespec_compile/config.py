@@ -57,22 +57,21 @@ class SpecConfig:
 
     def __post_init__(self) -> None:
         self._check_int("draft_tokens", 0, 64)
-        self._check_int("min_budget", 1)
-        self._check_int("page_size", 1)
-        self._check_int("max_requests", 1)
-        self._check_int("prefill_chunk", 1)
+        self._check_int("min_budget", 1, 2**20)
+        self._check_int("page_size", 1, 2**12)
+        self._check_int("max_requests", 1, 2**16)
+        self._check_int("prefill_chunk", 1, 2**20)
         if self.pool_tokens is not None:
-            self._check_int("pool_tokens", self.page_size)
+            self._check_int("pool_tokens", self.page_size, 2**40)
         self._check_choice("drafter", get_args(Drafter))
         self._check_choice("backend", get_args(Backend))
         self._check_ratio("budget_ratio", zero=False)
         self._check_ratio("local_ratio", zero=True)
 
-    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+    def _check_int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-            allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
-            raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
 
     def _check_ratio(self, name: str, *, zero: bool) -> None:
         value = getattr(self, name)

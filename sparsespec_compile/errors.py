@@ -1,6 +1,6 @@
 """Every named error of the project, in one place. All derive from `SparseSpecError`."""
 
-from sparsespec_compile.kernels.errors import KernelInputError, SparseSpecError
+from sparsespec_compile.kernels.errors import KernelInputError, KernelUnavailableError, SparseSpecError
 from sparsespec_compile.passes.errors import (
     AttentionInterfaceError,
     CompileError,
@@ -37,6 +37,10 @@ class ContextLengthError(SparseSpecError, ValueError):
     """Prompt and new tokens together exceed the positions the model was built for."""
 
 
+class CopyError(SparseSpecError, TypeError):
+    """A compiled model was copied or pickled."""
+
+
 class EngineBusyError(SparseSpecError, RuntimeError):
     """A generation was started while an earlier one of the same object is unfinished."""
 
@@ -46,11 +50,13 @@ __all__ = [
     "CompileError",
     "ConfigError",
     "ContextLengthError",
+    "CopyError",
     "EncoderDecoderError",
     "EngineBusyError",
     "ExportError",
     "GraphInvariantError",
     "KernelInputError",
+    "KernelUnavailableError",
     "PassMatchError",
     "PoolTooSmallError",
     "PositionError",

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -13,6 +15,7 @@ from sparsespec_compile.runtime.sampling import SamplingParams
 
 # Values that `model.generate` falls back to when neither the call nor the model says anything.
 _DEFAULTS: Mapping[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+_OFF: Mapping[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _DEFAULT_NEW_TOKENS = 20
 
 _PER_REQUEST = ("temperature", "top_k", "top_p", "min_p")
@@ -77,12 +80,14 @@ class Generation:
         params: one for each request.
         stop_tokens: ids that end a text; may be empty.
         pad_token: fills the output behind a text; None when no text can end early and no padding is needed.
+        prompt_padding: what stands for padding in prompts without a mask: the padding token, unless it also ends texts.
     """
 
     max_new_tokens: int
     params: list[SamplingParams]
     stop_tokens: frozenset[int]
     pad_token: int | None
+    prompt_padding: int | None
 
 
 def resolve_generation(
@@ -111,14 +116,24 @@ def resolve_generation(
     """
     settings = _merge(model_config, call_config, arguments)
     _refuse_unsupported(settings)
-    stop_tokens = _token_ids(settings.get("eos_token_id"))
-    pad_token = settings.get("pad_token_id")
-    if pad_token is None and stop_tokens:
-        pad_token = stop_tokens[0]
-    seeds = _seeds(seed, batch, needed=bool(settings["do_sample"]))
+    if not isinstance(settings["do_sample"], bool):
+        raise SamplingError(f"do_sample must be True or False, got {settings['do_sample']!r}.")
+    stop_tokens = _token_ids("eos_token_id", settings.get("eos_token_id"))
+    pad_tokens = _token_ids("pad_token_id", settings.get("pad_token_id"))
+    if len(pad_tokens) > 1:
+        raise SamplingError(f"pad_token_id must be one token, got {pad_tokens}.")
+    seeds = _seeds(seed, batch, needed=settings["do_sample"])
+    if settings["do_sample"] and isinstance(settings["temperature"], Real) and settings["temperature"] == 0:
+        raise SamplingError("temperature must be above 0 when do_sample=True, got 0. Use do_sample=False for greedy.")
     columns = {name: _per_request(name, settings[name], batch) for name in _PER_REQUEST}
     params = [_params(settings["do_sample"], {n: columns[n][i] for n in _PER_REQUEST}, seeds[i]) for i in range(batch)]
-    return Generation(_new_tokens(settings, prompt_width), params, frozenset(stop_tokens), pad_token)
+    return Generation(
+        _new_tokens(settings, prompt_width),
+        params,
+        frozenset(stop_tokens),
+        next(iter(pad_tokens + stop_tokens), None),
+        next((token for token in pad_tokens if token not in stop_tokens), None),
+    )
 
 
 def _merge(
@@ -131,11 +146,14 @@ def _merge(
             f"generate got unknown argument(s) {', '.join(unknown)}. It takes input_ids, attention_mask, "
             f"generation_config, seed, streamer, and from GenerationConfig {', '.join(sorted(_READ))}."
         )
+    if call_config is not None and not isinstance(call_config, GenerationConfig):
+        raise SamplingError(f"generation_config must be a GenerationConfig, got {type(call_config).__name__}.")
     settings = dict(_DEFAULTS)
     for source in (model_config, call_config):
         if source is not None:
             settings |= {name: value for name, value in source.to_dict().items() if value is not None}
-    return settings | {name: value for name, value in arguments.items() if value is not None}
+    settings |= arguments  # a None switches off what the configs say, as in HuggingFace
+    return settings | {name: _OFF[name] for name in _OFF if settings[name] is None}
 
 
 def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
@@ -143,37 +161,35 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
         if name in _READ or name in _NO_EFFECT or value is None or value is False:
             continue
         neutral = _NEUTRAL.get(name)
-        if neutral is None or value != neutral:
-            off = f"{name}={neutral}" if neutral is not None else f"{name}=None in the generation_config"
+        if neutral is None or isinstance(value, torch.Tensor) or value != neutral:
             raise SamplingError(
-                f"{name}={value!r} is not supported: it would change the text, and it is never ignored. Set {off}, or "
-                "use the HuggingFace model's own generate."
+                f"{name}={value!r} is not supported, and nothing that is asked for is ignored. Pass "
+                f"{name}={neutral!r}, or use the HuggingFace model's own generate."
             )
+    if settings.get("cache_implementation") == "quantized":
+        raise SamplingError("cache_implementation='quantized' would change the text and is not supported. Pass None.")
 
 
 def _new_tokens(settings: Mapping[str, Any], prompt_width: int) -> int:
-    value = settings.get("max_new_tokens")
-    if value is None:
-        length = settings.get("max_length")
-        value = _DEFAULT_NEW_TOKENS if length is None else length - prompt_width
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SamplingError(
-            f"max_new_tokens must be an integer of at least 1, got {value!r}. Without it, max_length (prompt included) "
-            f"minus the {prompt_width} columns of input_ids is used."
-        )
-    return value
+    new_tokens, length = settings.get("max_new_tokens"), settings.get("max_length")
+    if new_tokens is None and length is None:
+        return _DEFAULT_NEW_TOKENS
+    name, value, least = (
+        ("max_length", length, prompt_width + 1) if new_tokens is None else ("max_new_tokens", new_tokens, 1)
+    )
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise SamplingError(f"{name} must be an integer of at least {least} here, got {value!r}.")
+    return int(value) - least + 1
 
 
 def _params(do_sample: bool, values: dict[str, Any], seed: int) -> SamplingParams:
     if not do_sample:
         return SamplingParams()
-    if values["temperature"] == 0:
-        raise SamplingError("temperature must be above 0 when do_sample=True, got 0. Use do_sample=False for greedy.")
     return SamplingParams(**values, seed=seed)
 
 
 def _per_request(name: str, value: Any, batch: int) -> list[Any]:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * batch
@@ -187,16 +203,19 @@ def _seeds(seed: Any, batch: int, *, needed: bool) -> list[int]:
         if not needed:
             return [0] * batch
         seed = int(torch.randint(2**63 - 1, ()))
-    own = seed.tolist() if isinstance(seed, torch.Tensor) else seed
+    own = seed.tolist() if isinstance(seed, torch.Tensor | np.ndarray) else seed
     if isinstance(own, Sequence) and not isinstance(own, str):
         return _per_request("seed", own, batch)
     base = SamplingParams(seed=own).seed  # checks its range
-    return [derive_seed(base, index) for index in range(batch)]
+    return [derive_seed(int(base), index) for index in range(batch)]
 
 
-def _token_ids(value: Any) -> list[int]:
+def _token_ids(name: str, value: Any) -> list[int]:
     if value is None:
         return []
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         value = value.flatten().tolist()
-    return list(value) if isinstance(value, Sequence) else [int(value)]
+    ids = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    if not all(isinstance(token, Integral) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise SamplingError(f"{name} must be a token id of at least 0, or several, got {value!r}.")
+    return [int(token) for token in ids]

@@ -6,12 +6,15 @@ from torch import Tensor
 from sparsespec_compile.errors import PromptError
 
 
-def unpad(input_ids: Tensor, attention_mask: Tensor | None, device: torch.device, vocabulary: int) -> list[list[int]]:
+def unpad(
+    input_ids: Tensor, attention_mask: Tensor | None, padding: int | None, device: torch.device, vocabulary: int
+) -> list[list[int]]:
     """The prompts of a left-padded batch, without their padding.
 
     Args:
         input_ids: int64 [batch, width].
-        attention_mask: [batch, width], zeros then ones in each row; None = no padding.
+        attention_mask: [batch, width], zeros then ones in each row; None = zero where `padding` stands.
+        padding: the token that is padding where there is no mask; None = there is no padding.
         device: where the model is.
         vocabulary: tokens must lie in [0, vocabulary).
 
@@ -27,6 +30,8 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None, device: torch.device
             "tokenizer's bos_token_id."
         )
     rows = input_ids.tolist()
+    if attention_mask is None and padding is not None:
+        attention_mask = input_ids != padding
     if attention_mask is not None:
         rows = _drop_padding(rows, input_ids, attention_mask, device)
     for index, row in enumerate(rows):
@@ -48,11 +53,17 @@ def pad(input_ids: Tensor, outputs: list[list[int]], pad_token: int | None) -> T
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
 
 
-def _check_tensor(name: str, value: Tensor, device: torch.device) -> None:
+def shape_of(value: Tensor, name: str = "input_ids") -> tuple[int, int]:
+    """Batch and width of a tensor [batch, width]; PromptError for anything else."""
     if not isinstance(value, torch.Tensor):
         raise PromptError(f"{name} must be a tensor [batch, width], got {type(value).__name__}.")
     if value.dim() != 2:
         raise PromptError(f"{name} must have shape [batch, width], got {list(value.shape)}.")
+    return value.shape[0], value.shape[1]
+
+
+def _check_tensor(name: str, value: Tensor, device: torch.device) -> None:
+    shape_of(value, name)
     if value.device != device:
         raise PromptError(f"{name} is on {value.device}, the model on {device}. Move it with .to({str(device)!r}).")
 
@@ -71,10 +82,10 @@ def _drop_padding(
     columns = torch.arange(mask.shape[1], device=device)
     if not torch.equal(mask, columns >= starts[:, None]):
         raise PromptError(
-            "attention_mask must be zeros (padding) followed by ones in every row. Pad on the left: "
-            "tokenizer.padding_side = 'left'."
+            "attention_mask must be zeros (padding) followed by ones in every row; without one, the padding token "
+            "counts as zero. Pad on the left: tokenizer.padding_side = 'left'."
         )
     for index, start in enumerate(starts.tolist()):
         if start == mask.shape[1]:
-            raise PromptError(f"Prompt {index} is empty: its attention_mask is all zeros. Leave it out of the batch.")
+            raise PromptError(f"Prompt {index} is empty: it holds nothing but padding. Leave it out of the batch.")
     return [row[start:] for row, start in zip(rows, starts.tolist(), strict=True)]

@@ -1,5 +1,8 @@
 """`generate` takes what HuggingFace's takes, gives what it gives, and refuses the rest by name."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -8,6 +11,7 @@ import sparsespec_compile as ss
 from sparsespec_compile.errors import (
     ConfigError,
     ContextLengthError,
+    CopyError,
     PoolTooSmallError,
     PromptError,
     SamplingError,
@@ -67,6 +71,28 @@ class TestAsHuggingFace:
         expected = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW)
         assert torch.equal(fast.generate(input_ids, max_new_tokens=NEW), expected)
 
+    def test_padding_without_a_mask_is_found_as_huggingface_finds_it(self, model, fast, batch):
+        settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        expected = model.generate(batch["input_ids"], **settings)
+        assert torch.equal(expected, model.generate(**batch, **settings))
+        assert torch.equal(fast.generate(batch["input_ids"], **settings), expected)
+        settings["eos_token_id"] = 0  # now it is an ordinary token
+        expected = model.generate(batch["input_ids"], **settings)
+        assert torch.equal(fast.generate(batch["input_ids"], **settings), expected)
+
+    def test_none_switches_a_configs_setting_off(self, model, fast, batch, monkeypatch):
+        stop = int(model.generate(**batch, max_new_tokens=NEW, do_sample=False)[1, -20])
+        monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
+        expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        assert torch.equal(fast.generate(**batch, max_new_tokens=NEW, eos_token_id=None), expected)
+        assert not torch.equal(fast.generate(**batch, max_new_tokens=NEW), expected)
+
+    def test_inside_and_outside_of_inference_mode(self, model, batch):
+        fast = ss.optimize(model, ss.SpecConfig(draft_tokens=2, min_budget=6))
+        with torch.inference_mode():
+            inside = fast.generate(**batch, max_new_tokens=NEW)
+        assert torch.equal(fast.generate(**batch, max_new_tokens=NEW), inside)
+
     def test_streamer_hears_every_token_in_order(self, fast, batch):
         heard = []
 
@@ -121,7 +147,7 @@ class TestSampling:
 
     def test_settings_of_each_request(self, fast, batch):
         """A batch with different settings gives each request the text it gets alone with them."""
-        temperatures, top_ks = [0.5, 1.0, 2.0], [0, 5, 40]
+        temperatures, top_ks = np.array([0.5, 1.0, 2.0]), torch.tensor([0, 5, 40])
         together = fast.generate(
             **batch, max_new_tokens=NEW, do_sample=True, temperature=temperatures, top_k=top_ks, seed=[7, 8, 9]
         )
@@ -131,11 +157,16 @@ class TestSampling:
                 batch["attention_mask"][i : i + 1],
                 max_new_tokens=NEW,
                 do_sample=True,
-                temperature=temperatures[i],
-                top_k=top_ks[i],
-                seed=[7 + i],
+                temperature=float(temperatures[i]),
+                top_k=int(top_ks[i]),
+                seed=np.array([7 + i]),
             )
             assert torch.equal(together[i], alone[0])
+
+    def test_greedy_requests_beside_sampled_ones(self, fast, batch):
+        mixed = fast.generate(**batch, max_new_tokens=NEW, do_sample=True, temperature=[0.0, 1.0, 0.0], seed=5)
+        greedy = fast.generate(**batch, max_new_tokens=NEW)
+        assert mixed.eq(greedy).all(dim=1).tolist() == [True, False, True]
 
     def test_top_k_is_huggingfaces_50_unless_given(self, fast, batch):
         settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 5.0, "seed": 1}
@@ -182,7 +213,7 @@ class TestRefusals:
         ("arguments", "message"),
         [
             ({"temprature": 1.0}, "unknown argument.*temprature.*temperature, top_k"),
-            ({"do_sample": True, "temperature": float("nan")}, "temperature must be a finite number.*nan"),
+            ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number in.*nan"),
             ({"do_sample": True, "temperature": 0.0}, "do_sample=False for greedy"),
             ({"do_sample": True, "temperature": [1.0, 1.0]}, "2 values for 1 requests"),
             ({"do_sample": True, "top_p": 1.5}, "top_p must be"),
@@ -191,11 +222,21 @@ class TestRefusals:
             ({"do_sample": True, "seed": [1, 2, 3]}, "3 values for 1 requests"),
             ({"num_beams": 4}, "num_beams=4 is not supported.*num_beams=1"),
             ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
-            ({"bad_words_ids": [[3]]}, "bad_words_ids.*never ignored"),
+            ({"bad_words_ids": [[3]]}, "bad_words_ids.*nothing that is asked for is ignored"),
             ({"stop_strings": "a"}, "stop_strings"),
-            ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
+            ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1 here, got 0"),
             ({"max_new_tokens": 2.5}, "got 2.5"),
-            ({"max_new_tokens": None, "max_length": 3}, "got 0"),
+            ({"max_new_tokens": None, "max_length": 3}, "max_length must be an integer of at least 4 here, got 3"),
+            ({"max_length": "20", "max_new_tokens": None}, "max_length must be an integer"),
+            ({"do_sample": "no"}, "do_sample must be True or False, got 'no'"),
+            ({"do_sample": True, "temperature": 1e-38}, "temperature must be a number in"),
+            ({"do_sample": True, "temperature": 1e39}, "temperature must be a number in"),
+            ({"eos_token_id": 2.7}, "eos_token_id must be a token id.*2.7"),
+            ({"eos_token_id": ["a"]}, "eos_token_id must be a token id"),
+            ({"pad_token_id": -1}, "pad_token_id must be a token id"),
+            ({"pad_token_id": [0, 1]}, "pad_token_id must be one token"),
+            ({"cache_implementation": "quantized"}, "would change the text"),
+            ({"generation_config": {"max_new_tokens": 3}}, "generation_config must be a GenerationConfig, got dict"),
         ],
     )
     def test_arguments(self, fast, arguments, message):
@@ -234,6 +275,22 @@ def test_weights_changed_in_place_take_effect():
     after = fast.generate(input_ids, mask, max_new_tokens=20)
     assert not torch.equal(before, after)
     assert torch.equal(after, model.generate(input_ids, attention_mask=mask, max_new_tokens=20, do_sample=False))
+
+
+def test_a_compiled_model_cannot_be_copied(fast):
+    with pytest.raises(CopyError, match="call optimize on the copy"):
+        copy.deepcopy(fast)
+
+
+def test_stats_count_nothing_behind_the_end(model):
+    """A text of 3 tokens needs two verified positions, however many the last verification went on."""
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=8, drafter="full"))
+    prompt = left_padded(9)[0]
+    text = fast.generate(prompt, max_new_tokens=40)
+    whole = fast.stats
+    fast.generate(prompt, max_new_tokens=40, eos_token_id=int(text[0, 11]))
+    assert (fast.stats.tokens, fast.stats.cycles, fast.stats.accepted_at) == (3, 0, [0] * 8)
+    assert 0 < fast.stats.kv_read_plain < whole.kv_read_plain / 10
 
 
 def test_replaced_parameters_are_noticed():

@@ -1,6 +1,5 @@
 """The loop: requests in, final tokens out."""
 
-import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,9 @@ from sparsespec_compile.runtime.state import Capacity, State
 from sparsespec_compile.runtime.stats import Stats, StatsRecorder
 from sparsespec_compile.runtime.step import Forward, Sampler, Step
 
-_FREE_MEMORY_SHARE = 0.8  # of the device's free memory, for a pool without a given size; the rest is for activations
+_FREE_MEMORY_SHARE = (
+    0.8  # of the GPU's free memory, for a pool without a given size; the rest is for scores and activations
+)
 _TOKENS_MULTIPLE = 256  # the longest request is rounded up to this, so that similar calls share their state
 
 
@@ -109,9 +110,8 @@ class Engine:
         for item in work:
             request = running[item.slot]
             count, *tokens = results[item.slot]
-            recorder.record(request, item, cached[item.slot], count)
             added = request.append(tokens[:count])
-            recorder.stats.tokens += len(added)
+            recorder.record(request, item, cached[item.slot], len(added), cut=len(added) < count)
             if request.finished:
                 scheduler.release(request)
             if added:
@@ -120,9 +120,21 @@ class Engine:
     def _state_for(self, requests: Sequence[Request]) -> State:
         needed = self._capacity_for(requests)
         if self._state is None or not self._state.capacity.covers(needed):
-            self._state = None  # frees the old one before the new one is allocated
-            self._state = State(self.target.layout, needed, self.target.dtype, self.target.device)
+            self._state = None  # the old one makes room before the new one is allocated
+            self._state = self._build_state(needed)
         return self._state
+
+    def _build_state(self, capacity: Capacity) -> State:
+        try:
+            # Tensors made in inference mode could not be written to outside of it, in a later call.
+            with torch.inference_mode(False):
+                return State(self.target.layout, capacity, self.target.dtype, self.target.device)
+        except RuntimeError as error:  # torch's out-of-memory errors, on CPU and CUDA
+            raise PoolTooSmallError(
+                f"No memory for the state of {capacity.slots} requests of up to {capacity.tokens} tokens and a KV pool "
+                f"of {capacity.pages * self.config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
+                "max_new_tokens."
+            ) from error
 
     def _capacity_for(self, requests: Sequence[Request]) -> Capacity:
         config = self.config
@@ -144,12 +156,9 @@ class Engine:
         if config.pool_tokens is not None:
             return config.pool_tokens // config.page_size
         needed = sum(sorted((-(-length // config.page_size) for length in lengths), reverse=True)[:slots])
+        if self.target.device.type != "cuda":
+            return needed
         held = self._state.capacity.pages if self._state is not None else 0
         page_bytes = self.target.layout.elements_per_page * self.target.dtype.itemsize
-        return min(needed, held + int(_free_bytes(self.target.device) * _FREE_MEMORY_SHARE) // page_bytes)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free_bytes = torch.cuda.mem_get_info(self.target.device)[0]
+        return min(needed, held + int(free_bytes * _FREE_MEMORY_SHARE) // page_bytes)

@@ -20,11 +20,6 @@ class PageAllocator:
         """Pages that hold `tokens` tokens."""
         return -(-tokens // self.page_size)
 
-    @property
-    def free_pages(self) -> int:
-        """Pages that no request holds."""
-        return len(self._free)
-
     def allocate(self, tokens: int) -> list[int] | None:
         """Pages for `tokens` tokens of one request, or None when too few are free."""
         needed = self.pages_for(tokens)

@@ -7,6 +7,7 @@ is accepted while it equals the target's token, so the text is the one that plai
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class SamplingParams:
     """How one request's tokens are drawn.
 
     Args:
-        temperature: 0.0 = greedy; t > 0 divides the logits.
+        temperature: 0.0 = greedy; t in [1e-5, 1e5] divides the logits.
         top_k: 0 = off; k > 0 keeps the k most likely tokens (all that tie with the k-th).
         top_p: 1.0 = off; p in (0, 1) keeps the most likely tokens until their probabilities reach p (and all that tie
             with the last of them).
@@ -41,16 +42,15 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check("temperature", float, lambda t: t >= 0 and math.isfinite(t), "a finite number >= 0 (0 = greedy)")
-        self._check("top_k", int, lambda k: 0 <= k < 2**31, "the number of tokens to keep, 0 = off")
-        self._check("top_p", float, lambda p: 0 < p <= 1, "a number in (0, 1], 1 = off")
-        self._check("min_p", float, lambda m: 0 <= m <= 1, "a number in [0, 1], 0 = off")
-        self._check("seed", int, lambda s: 0 <= s < 2**63, "an integer in [0, 2**63)")
+        self._check("temperature", Real, lambda t: t == 0 or 1e-5 <= t <= 1e5, "a number in [1e-5, 1e5], or 0 = greedy")
+        self._check("top_k", Integral, lambda k: 0 <= k < 2**31, "the number of tokens to keep, 0 = off")
+        self._check("top_p", Real, lambda p: 0 < p <= 1, "a number in (0, 1], 1 = off")
+        self._check("min_p", Real, lambda m: 0 <= m <= 1, "a number in [0, 1], 0 = off")
+        self._check("seed", Integral, lambda s: 0 <= s < 2**63, "an integer in [0, 2**63)")
 
     def _check(self, name: str, kind: type, allowed: Callable[[Any], bool], text: str) -> None:
         value = getattr(self, name)
-        kinds = (int, float) if kind is float else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not allowed(value):  # NaN passes no comparison
+        if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):  # NaN passes no comparison
             raise SamplingError(f"{name} must be {text}; got {value!r}.")
 
     @property

@@ -18,7 +18,7 @@ class Stats:
         tokens: tokens that became part of a text.
         iterations: passes of the graph, whatever they held.
         target_passes: verifications and prompts, one for each request they served: what plain decoding needs a token.
-        cycles: verifications of k drafts. Shorter cycles (a request's first, and the one cut by its longest text) are
+        cycles: verifications of k drafts. Shorter cycles (a request's first, and the one in which its text ends) are
             not counted here or in `accepted_at`.
         accepted_at: [k], cycles in which the draft at this place was accepted.
         kv_read: key and value elements that drafts and verifications read from the pool.
@@ -58,11 +58,12 @@ class Stats:
         return self.kv_read / self.kv_read_plain if self.kv_read_plain else float("nan")
 
     def __str__(self) -> str:
-        return (
-            f"{self.tokens} tokens in {self.target_passes} target passes ({self.tokens_per_target_pass:.2f} each), "
-            f"{self.accepted_per_cycle:.2f} of {self.draft_tokens} drafts accepted, "
-            f"{self.kv_bytes_share:.1%} of plain decoding's KV bytes read"
-        )
+        parts = [f"{self.tokens} tokens in {self.target_passes} target passes"]
+        if self.cycles:
+            parts.append(f"{self.accepted_per_cycle:.2f} of {self.draft_tokens} drafts accepted")
+        if self.kv_read_plain:
+            parts.append(f"{self.kv_bytes_share:.1%} of plain decoding's KV bytes read")
+        return ", ".join(parts)
 
 
 class StatsRecorder:
@@ -77,15 +78,17 @@ class StatsRecorder:
         self._layers = [(layer.window, layer.elements_per_token()) for layer in layout.layers]
         self._pillars: dict[Request, tuple[int, int]] = {}
 
-    def record(self, request: Request, work: Work, cached: int, final: int) -> None:
+    def record(self, request: Request, work: Work, cached: int, final: int, *, cut: bool) -> None:
         """Count one request's share of an iteration.
 
         Args:
             request: whose work it was.
             work: what was planned for it.
             cached: positions with exact K/V before it.
-            final: tokens that it made final.
+            final: tokens that it added to the text.
+            cut: whether the text ended before all verified tokens were used.
         """
+        self.stats.tokens += final
         first = cached + work.offset
         rows = max(0, min(work.rows, request.max_length - 1 - first))
         if rows == 0:
@@ -101,7 +104,8 @@ class StatsRecorder:
         if work.mode == Mode.VERIFY:
             self.stats.kv_read += self._elements(first + rows, first, rows)
             self.stats.kv_read_plain += sum(self._elements(at + 1, at, 1) for at in range(first, first + final))
-            self._count_cycle(rows, final)
+            if not cut:
+                self._count_cycle(rows, final)
 
     def _count_cycle(self, rows: int, final: int) -> None:
         if rows == self._config.draft_tokens + 1 > 1:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from sparsespec_compile.passes.errors import StaleParametersError
 from sparsespec_compile.passes.pipeline import compile_model
@@ -168,6 +169,26 @@ def test_odd_parameters_are_left_alone_with_the_reason(change, reason):
     assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
 
 
+def test_an_input_that_is_written_between_projections_is_not_shared(monkeypatch):
+    """The second projection reads another value of the same tensor; fused, it would read the first one's."""
+    forward = modeling_llama.LlamaMLP.forward
+
+    def writing(self, x):
+        x = x.clone()
+        gate = self.act_fn(self.gate_proj(x))
+        x[0].mul_(0.5)
+        return self.down_proj(gate * self.up_proj(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", writing)
+    model = tiny("llama")
+    compiled = compile_model(model, page_size=16)
+    expected = logits(model, SEQUENCE)
+    assert torch.allclose(compiled_logits(compiled), expected, atol=1e-4)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    assert not torch.allclose(logits(model, SEQUENCE), expected, atol=1e-2)
+    assert any("written in place" in note for note in compiled.report.notes("fuse projections"))
+
+
 def test_a_lone_bias_keeps_its_projection_apart():
     model = tiny("llama")
     projection = model.model.layers[0].self_attn.v_proj
@@ -195,5 +216,30 @@ def test_moved_parameters_are_noticed(move):
     assert compiled.parameters_are_shared()
     move(model)
     assert not compiled.parameters_are_shared()
-    with pytest.raises(StaleParametersError, match=r"weight was moved or replaced.*optimize\(model\)"):
+    with pytest.raises(StaleParametersError, match=r"weight was moved, replaced.*optimize\(model\)"):
+        compiled.require_shared_parameters()
+
+
+def _replace_embeddings(model):
+    model.set_input_embeddings(torch.nn.Embedding(*model.get_input_embeddings().weight.shape))
+
+
+def _remove_layer(model):
+    del model.model.layers[1]
+
+
+def _wrap_projection(model):
+    model.model.layers[0].mlp.down_proj = torch.nn.Sequential(model.model.layers[0].mlp.down_proj)
+
+
+def _hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [_replace_embeddings, _remove_layer, _wrap_projection, _hook])
+def test_changes_of_the_modules_are_noticed(change):
+    model = tiny("llama")
+    compiled = compile_model(model, page_size=16)
+    change(model)
+    with pytest.raises(StaleParametersError, match="optimize"):
         compiled.require_shared_parameters()

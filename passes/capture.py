@@ -166,6 +166,7 @@ def _rehearse(packed: PackedModel) -> tuple[Site, ...]:
         raise
     except Exception as error:
         raise ExportError(_failure(packed, "ran on packed tokens without a cache", error)) from error
+    _check_windows(packed.model, rehearsal.sites)
     if not rehearsal.sites:
         raise AttentionInterfaceError(
             f"{type(packed.model).__name__} makes no call to transformers' AttentionInterface: its attention is "
@@ -173,6 +174,19 @@ def _rehearse(packed: PackedModel) -> tuple[Site, ...]:
             "in current transformers)."
         )
     return tuple(rehearsal.sites)
+
+
+def _check_windows(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Without `layer_types`, transformers' cache keeps only `config.sliding_window` tokens of every layer."""
+    config = model.config.get_text_config(decoder=True)
+    cached = getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
+    for site in sites:
+        if cached and not site.layer.window:
+            raise UnsupportedAttentionError(
+                f"{site.module} attends to all earlier tokens, but config.sliding_window is {cached}, to which "
+                "transformers' own cache cuts what is kept: its text with a cache is not the one without. Allowed: "
+                "masks and cache that agree. Set config.sliding_window = None, or use another model."
+            )
 
 
 def _trace(packed: PackedModel, sites: tuple[Site, ...]) -> GraphModule:
@@ -193,6 +207,8 @@ def _failure(packed: PackedModel, when: str, error: Exception) -> str:
     first_line = (str(error).strip().splitlines() or [""])[0]
     if "Constraints violated" in first_line:
         first_line = "the number of tokens must be of a special form, as for layers that work on chunks of tokens"
+    if "data-dependent" in first_line:
+        first_line = "it branches on values, as in a loop over the experts that tokens have chosen"
     return (
         f"{type(packed.model).__name__} failed when it {when}: {type(error).__name__}: {first_line}. Allowed: a "
         "forward pass free of branches on token values and of sizes tied to the number of tokens. The cause is "

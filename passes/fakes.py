@@ -37,10 +37,12 @@ def fill(graph_module: GraphModule) -> None:
         if "val" in node.meta or node.op not in ("call_function", "get_attr"):
             continue
         if node.op == "get_attr":
-            node.meta["val"] = fake_mode(graph_module).from_tensor(attribute(graph_module, str(node.target)))
+            node.meta["val"] = fake_mode(graph_module).from_tensor(
+                attribute(graph_module, str(node.target)), static_shapes=True
+            )
             continue
         arguments, keywords = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        with fake_mode(graph_module), enable_python_dispatcher():
+        with fake_mode(graph_module), enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = node.target(*arguments, **keywords)
 
 
@@ -63,7 +65,7 @@ def propagate(graph_module: GraphModule) -> None:
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     tracker = _Propagation(graph_module, fake_mode(graph_module))
     try:
-        with enable_python_dispatcher():
+        with enable_python_dispatcher(), torch.no_grad():
             tracker.propagate_dont_convert_inputs(*inputs)
     except Exception as error:
         raise GraphInvariantError(

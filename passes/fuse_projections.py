@@ -6,7 +6,7 @@ Before (q, k, v of one layer; gate and up of another):
     v: [1, T, c] = aten.linear(x, wv [c, H])
 After:
     y: [1, T, a + b + c] = aten.linear(x, w [a + b + c, H])
-    q, k, v = aten.split_with_sizes(y, [a, b, c], -1)
+    q: [1, T, a] = aten.slice(y, 2, 0, a); k: [1, T, b] = aten.slice(y, 2, a, a + b); v likewise
 
 `w` is the storage, and the model's own parameters become views of its rows: a change in place of one reaches the
 graph, no bytes are doubled, and `state_dict` and `save_pretrained` give what they gave before. Biases are joined
@@ -19,10 +19,10 @@ Ensures: shapes and values of all other nodes are unchanged up to rounding.
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from .base import GraphPass, find_calls, input_node
@@ -44,7 +44,11 @@ class FuseProjections(GraphPass):
         for source, linears in _by_input(graph_module.graph).items():
             group = [linear for linear in linears if self._can_fuse(table, linear)]
             for alike in _split_by_kind(group):
-                if len(alike) > 1:
+                if len(alike) > 1 and _writes_between(alike):
+                    self.notes.append(
+                        f"left {_path(_weights(alike[0])[0])}: something is written in place before the next"
+                    )
+                elif len(alike) > 1:
                     self._fuse(graph_module, table, source, alike)
                 elif len(group) > 1:
                     self.notes.append(
@@ -100,18 +104,28 @@ def _split_by_kind(linears: list[Node]) -> list[list[Node]]:
     return list(kinds.values())
 
 
+def _writes_between(linears: list[Node]) -> bool:
+    """Whether a value is changed in place between the first and the last: the input might be, and so must wait."""
+    nodes = list(linears[0].graph.nodes)
+    between = nodes[nodes.index(linears[0]) : nodes.index(linears[-1])]
+    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in between)
+
+
 def _rewrite_group(graph: Graph, source: Node, linears: list[Node], names: list[str]) -> None:
-    sizes = [input_node(linear, 1).meta["val"].shape[0] for linear in linears]
+    last = input_node(linears[0], 0).meta["val"].dim() - 1
     with graph.inserting_before(linears[0]):
         joined = [graph.get_attr(name) for name in names]
         whole = graph.call_function(aten.linear.default, (source, *joined))
-        pieces = graph.call_function(aten.split_with_sizes.default, (whole, sizes, -1))
-        parts = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(linears))]
-    for linear, part in zip(linears, parts, strict=True):
-        for node in (part, whole, pieces):
-            node.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
-        linear.replace_all_uses_with(part)
-        _reshape_views(part)
+        start = 0
+        for linear in linears:
+            end = start + input_node(linear, 1).meta["val"].shape[0]
+            part = graph.call_function(aten.slice.Tensor, (whole, last, start, end))
+            for node in (whole, part):
+                node.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
+            linear.replace_all_uses_with(part)
+            _reshape_views(part)
+            start = end
+    for linear in linears:
         graph.erase_node(linear)
 
 

@@ -21,6 +21,7 @@ from .errors import (
 OLDEST = {"torch": "2.11", "transformers": "5.6"}
 
 ALIBI_FAMILIES = frozenset({"bloom", "mpt"})
+CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention"})
 RECURRENT_LAYERS = frozenset({"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"})
 SELECTING_LAYERS = frozenset(
     {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention", "minimax_m3_sparse"}
@@ -45,7 +46,7 @@ def check_model(model: object) -> None:
 
     Raises:
         UnsupportedModelError: not a `PreTrainedModel`, no language-modelling head, or parameters that cannot be shared.
-        EncoderDecoderError: an encoder-decoder.
+        EncoderDecoderError: an encoder-decoder, or the decoder of one.
         RowMixingError: layers that carry state along the tokens.
         UnsupportedAttentionError: ALiBi, or layers that select tokens themselves.
         PositionError: rotary frequencies that follow the longest sequence of a call.
@@ -56,6 +57,7 @@ def check_model(model: object) -> None:
             "AutoModelForCausalLM.from_pretrained."
         )
     _check_kind(model)
+    _check_cross_attention(model)
     _check_parameters(model)
     for config in model_configs(model):
         _check_attention(type(model).__name__, config)
@@ -68,10 +70,18 @@ def _check_kind(model: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder. Allowed: decoder-only causal LMs. Load the decoder alone, if its family "
             "has a causal LM class, or another model."
         )
-    if model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+    if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"{name} has no language-modelling head. Allowed: causal LMs. Load it with AutoModelForCausalLM."
         )
+
+
+def _check_cross_attention(model: PreTrainedModel) -> None:
+    for path, _ in model.named_modules():
+        if path.rpartition(".")[2] in CROSS_ATTENTION:
+            raise EncoderDecoderError(
+                f"{path} attends to an encoder. Allowed: decoder-only causal LMs. Use a model without cross-attention."
+            )
 
 
 def _check_parameters(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import AttentionInterfaceError, UnsupportedAttentionError
 from .layout import AttentionLayer
+from .masks import SPAN
 
 HARMLESS = frozenset(
     {
@@ -71,7 +72,7 @@ def read_site(
         key_dim=q.shape[-1],
         value_dim=v.shape[-1],
         scale=scale,
-        window=window or 0,
+        window=_window(module, options, window),
         softcap=softcap,
     )
     return Site(layer, module)
@@ -122,6 +123,18 @@ def _explain(module: str, name: str, value: object) -> str:
     return (
         f"{module} passes {name}={shown} to attention: {what}. Allowed: scaling, softcap and a sliding window. "
         "Use a model without it; dropping it would change the text."
+    )
+
+
+def _window(module: str, options: Mapping[str, object], masked: int | None) -> int:
+    """The window that mask and `sliding_window` agree on. A mask cannot show one of SPAN tokens or more."""
+    passed = options.get("sliding_window") or 0
+    if isinstance(passed, int) and (passed == (masked or 0) or (passed >= SPAN and masked == 0)):
+        return passed
+    raise UnsupportedAttentionError(
+        f"{module} passes sliding_window={passed} to attention, but its mask shows a window of {masked} tokens (0 = "
+        "none), so its text depends on the attention implementation. Allowed: a mask and a window that agree. Use a "
+        "newer transformers, or another model."
     )
 
 

@@ -66,7 +66,10 @@ DOZEN = (*FAMILIES, "mixtral", "gpt2")
 def tiny(family: str, **settings: object) -> PreTrainedModel:
     """A float32 CPU model with random weights, the same for the same arguments."""
     if family in FAMILIES:
-        return common_tiny(family, **settings)
+        model = common_tiny(family, **settings)
+        if getattr(model.config, "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # older transformers' default, sdpa, leaves soft-capping out
+        return model
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**OTHERS[family], **settings})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

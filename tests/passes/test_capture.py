@@ -125,6 +125,14 @@ def test_chunked_attention_is_refused_by_name(monkeypatch):
         capture(tiny("llama"))
 
 
+def test_a_window_in_the_cache_alone_is_refused(monkeypatch):
+    """The masks show everything, transformers' cache would keep a window: with it the text is another."""
+    model = tiny("llama")
+    model.config.sliding_window = 9
+    with pytest.raises(UnsupportedAttentionError, match=r"config\.sliding_window is 9"):
+        capture(model)
+
+
 def test_a_mask_that_the_model_changed_is_refused(monkeypatch):
     from transformers.models.llama import modeling_llama
 

@@ -68,6 +68,11 @@ CASES = {
     "not a model": (lambda: torch.nn.Linear(2, 2), errors.UnsupportedModelError, "got a Linear"),
     "no head": (lambda: LlamaModel(tiny("llama").config), errors.UnsupportedModelError, "no language-modelling head"),
     "encoder-decoder": (encoder_decoder, errors.EncoderDecoderError, "is an encoder-decoder"),
+    "decoder of an encoder-decoder": (
+        lambda: tiny("bart"),
+        errors.EncoderDecoderError,
+        "encoder_attn attends to an encoder",
+    ),
     "two devices": (on_two_devices, errors.UnsupportedModelError, r"parameters on \['cpu', 'meta'\]"),
     "quantised": (quantised, errors.UnsupportedModelError, r"up_proj.weight is a Parameter of torch.int8"),
     "bloom": (lambda: with_setting("model_type", "bloom"), errors.UnsupportedAttentionError, "ALiBi"),

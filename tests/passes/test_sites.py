@@ -37,6 +37,10 @@ def test_settings_and_harmless_options():
     assert (layer.scale, layer.window, layer.softcap) == (0.25, 7, 30.0)
 
 
+def test_a_window_too_wide_for_a_mask_to_show_is_kept():
+    assert read(window=0, sliding_window=SPAN).window == SPAN
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -46,6 +50,9 @@ def test_settings_and_harmless_options():
         ({"dropout": 0.1}, "dropout=0.1"),
         ({"something_new": 4}, "something_new=4.*does not know"),
         ({"scaling": torch.ones(5)}, "scaling of type Tensor"),
+        ({"sliding_window": 8, "window": 0}, "sliding_window=8.*window of 0"),
+        ({"sliding_window": None, "window": 8}, "sliding_window=0.*window of 8"),
+        ({"sliding_window": 8, "window": None}, "sliding_window=8.*window of None"),
         ({"is_causal": False, "window": None}, "is_causal=False.*later tokens"),
     ],
 )

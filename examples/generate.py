@@ -47,7 +47,8 @@ def generate(
 def summary(stats: ss.Stats, seconds: float, plain_seconds: float, config: ss.SpecConfig) -> Table:
     table = Table(title=f"{config.drafter} drafting", show_header=False)
     table.add_row("tokens", f"{stats.tokens:,}")
-    table.add_row(f"accepted of {config.draft_tokens} drafts", f"{stats.accepted_per_cycle:.2f}")
+    if stats.cycles:
+        table.add_row(f"accepted of {config.draft_tokens} drafts", f"{stats.accepted_per_cycle:.2f}")
     table.add_row("full-attention passes saved", f"{1 - stats.target_passes / stats.tokens:.1%}")
     table.add_row("KV bytes read, of plain decoding's", f"{stats.kv_bytes_share:.1%}")
     table.add_row("time, and plain decoding's in this engine", f"{seconds:.1f} s, {plain_seconds:.1f} s")
@@ -56,14 +57,23 @@ def summary(stats: ss.Stats, seconds: float, plain_seconds: float, config: ss.Sp
 
 def main() -> None:
     arguments = parse_arguments()
-    console = Console()
+    try:
+        run(arguments, Console())
+    except ss.SparseSpecError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
-    prompt = arguments.prompt or next(puzzles(arguments.seed, held_out=True)).prompt
+    own_puzzle = arguments.model == str(COUNTDOWN) and arguments.prompt is None
+    prompt = next(puzzles(arguments.seed, held_out=True)).prompt if own_puzzle else arguments.prompt
+    if prompt is None:
+        raise SystemExit("--model needs a --prompt; puzzles are for the embedded model alone")
     input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(arguments.device)
-    settings = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
-    if arguments.temperature > 0:
+    settings = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature != 0}
+    if arguments.temperature != 0:
         settings |= {"temperature": arguments.temperature, "top_k": 0, "seed": arguments.seed}
 
     config = ss.SpecConfig(
@@ -74,7 +84,7 @@ def main() -> None:
     plain, _, plain_seconds = generate(model, ss.SpecConfig(draft_tokens=0), input_ids, None, **settings)
 
     text = tokenizer.decode(output[0])
-    if arguments.model == str(COUNTDOWN) and arguments.prompt is None:
+    if own_puzzle:
         verdict = check_answer(text)
         console.print(f"answer: {'[green]' if verdict.correct else '[red]'}{verdict.reason}")
     same = torch.equal(output, plain)

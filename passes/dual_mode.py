@@ -1,4 +1,4 @@
-"""Pass 3: every attention site becomes a dual-mode node on its layer's view of the KV pool.
+"""Every attention site becomes a dual-mode node on its layer's view of the KV pool.
 
 Before, for layer i:
     out: [1, T, Hq, Dv] = sparsespec.attention_site(q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv],

@@ -1,4 +1,4 @@
-"""Pass 4: projections that share an input become one GEMM.
+"""Projections that share an input become one GEMM.
 
 Before (q, k, v of one layer; gate and up of another):
     q: [1, T, a] = aten.linear(x, wq [a, H])

@@ -1,4 +1,4 @@
-"""Pass 2: proves that nothing but the attention sites mixes rows. Changes nothing.
+"""Proves that nothing but the attention sites mixes rows. Changes nothing.
 
 Requests can only be packed side by side, and drafts thrown away, if a token's row depends on other rows through
 attention alone. Short convolutions, state-space layers, token shift and attention written out in a model's own code

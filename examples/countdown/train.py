@@ -1,6 +1,6 @@
 """Trains the Countdown model from scratch; one H200 needs minutes.
 
-    python -m examples.countdown.train --out /tmp/countdown --minutes 9
+    python -m examples.countdown.train --out countdown-run --minutes 9
 
 Most of the time goes into traces cut off at 4,096 tokens, the last part into traces of up to 16,384. The learning rate
 follows the clock, so that it reaches zero exactly when the time is up. Started again, it goes on from its checkpoint.

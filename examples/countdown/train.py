@@ -198,7 +198,7 @@ class Trainer:
         trained.generation_config = self.model.generation_config
         trained.bfloat16().save_pretrained(folder)
         save_tokenizer(folder)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
+        settings = {name: value for name, value in vars(self.args).items() if not isinstance(value, Path)}
         record = {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,

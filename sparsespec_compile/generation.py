@@ -216,6 +216,6 @@ def _token_ids(name: str, value: Any) -> list[int]:
     if isinstance(value, torch.Tensor | np.ndarray):
         value = value.flatten().tolist()
     ids = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
-    if not all(isinstance(token, Integral) and not isinstance(token, bool) and token >= 0 for token in ids):
+    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise SamplingError(f"{name} must be a token id of at least 0, or several, got {value!r}.")
     return [int(token) for token in ids]

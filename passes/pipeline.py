@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -83,10 +83,14 @@ def compile_model(
     """
     check_versions()
     check_model(model)
+    with torch.inference_mode(False):  # parameters made in inference mode could never be changed again
+        return _compile(model, page_size, fuse, Dumper(dump_dir))
+
+
+def _compile(model: PreTrainedModel, page_size: int, fuse: bool, dumper: Dumper) -> CompiledModel:
     report = CompileReport(
         model=type(model).__name__, versions=f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
-    dumper = Dumper(dump_dir)
     started = time.perf_counter()
     captured = capture(model)
     context = _context(model, captured, page_size, report)
@@ -102,7 +106,7 @@ def compile_model(
 
 def _context(model: PreTrainedModel, captured: Captured, page_size: int, report: CompileReport) -> PassContext:
     layout = KVLayout(tuple(site.layer for site in captured.sites), page_size)
-    report.attention.extend(AttentionRecord(module=site.module, **asdict(site.layer)) for site in captured.sites)
+    report.attention.extend(AttentionRecord(site.layer, site.module) for site in captured.sites)
     return PassContext(model, layout, report)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from rich.console import Console, Group
 from rich.table import Table
 
+from .layout import AttentionLayer
+
 WIDTH = 140
 
 
@@ -30,22 +32,16 @@ class PassRecord:
 
 @dataclass
 class AttentionRecord:
-    """One attention node; fields as in `AttentionLayer`, and what became of it.
+    """One attention node, and what became of it.
 
     Attributes:
+        layer: its heads, dimensions, scale, window and soft-capping.
         module: path of the calling module in the model.
         outcome: "rewritten", or why the node was left as it was.
     """
 
-    layer: int
+    layer: AttentionLayer
     module: str
-    q_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    scale: float
-    window: int
-    softcap: float
     outcome: str = "not reached"
 
 
@@ -95,15 +91,16 @@ class CompileReport:
         for heading in ("layer", "module", "heads", "KV heads", "dims", "scale", "window", "softcap", "outcome"):
             table.add_column(heading)
         for record in self.attention:
+            layer = record.layer
             table.add_row(
-                str(record.layer),
+                str(layer.layer),
                 record.module,
-                str(record.q_heads),
-                str(record.kv_heads),
-                f"{record.key_dim}/{record.value_dim}",
-                f"{record.scale:.4g}",
-                str(record.window or "-"),
-                str(record.softcap or "-"),
+                str(layer.q_heads),
+                str(layer.kv_heads),
+                f"{layer.key_dim}/{layer.value_dim}",
+                f"{layer.scale:.4g}",
+                str(layer.window or "-"),
+                str(layer.softcap or "-"),
                 record.outcome,
             )
         return table

@@ -70,10 +70,18 @@ def _check_kind(model: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder. Allowed: decoder-only causal LMs. Load the decoder alone, if its family "
             "has a causal LM class, or another model."
         )
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None or not _has_token_embedding(model):
         raise UnsupportedModelError(
-            f"{name} has no language-modelling head. Allowed: causal LMs. Load it with AutoModelForCausalLM."
+            f"{name} has no token embedding, or no language-modelling head. Allowed: causal LMs. Load it with "
+            "AutoModelForCausalLM."
         )
+
+
+def _has_token_embedding(model: PreTrainedModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:
+        return False
 
 
 def _check_cross_attention(model: PreTrainedModel) -> None:

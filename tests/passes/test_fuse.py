@@ -94,6 +94,15 @@ def test_an_optimizer_step_reaches_the_graph():
     assert torch.allclose(compiled_logits(compiled), expected, atol=1e-4)
 
 
+def test_compiling_in_inference_mode_leaves_parameters_that_can_be_changed():
+    model = tiny("llama")
+    with torch.inference_mode():
+        compiled = compile_model(model, page_size=16)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(SEQUENCE[None], labels=SEQUENCE[None]).loss.backward()
+    assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
+
+
 def test_saved_model_is_the_same(tmp_path):
     model = tiny("qwen3")
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}

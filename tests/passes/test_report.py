@@ -26,8 +26,7 @@ def test_every_attention_node_is_reported(bench):
     for record, layer in zip(case.compiled.report.attention, case.compiled.layout.layers, strict=True):
         assert record.module == f"model.layers.{layer.layer}.self_attn"
         assert record.outcome == "rewritten"
-        for name in ("layer", "q_heads", "kv_heads", "key_dim", "value_dim", "scale", "window", "softcap"):
-            assert getattr(record, name) == getattr(layer, name)
+        assert record.layer == layer
 
 
 def test_report_prints(bench):

@@ -29,7 +29,7 @@ EQUAL = (
     "starcoder2",
 )
 REFUSED = {
-    "bart": "RowMixingError",
+    "bart": "EncoderDecoderError",
     "bloom": "UnsupportedAttentionError",
     "gpt_oss": "UnsupportedAttentionError",
     "llama4_text": "UnsupportedAttentionError",

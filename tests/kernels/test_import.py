@@ -19,7 +19,7 @@ print(ops.attention_site(q, q, q, 1.0, 0, 0.0, 0).shape)
 
 
 def test_cpu_needs_no_triton() -> None:
-    run = subprocess.run([sys.executable, "-c", CPU_WITHOUT_TRITON], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", CPU_WITHOUT_TRITON], cwd="/", capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "torch.Size([1, 3, 2, 4])" in run.stdout
 

@@ -101,17 +101,19 @@ def test_tests_and_scripts_import_the_installed_names():
 
 
 def test_importing_the_package_registers_every_op_once():
-    """Run with the root of the repository on the path, where bare folders `kernels` and `passes` can be found as modules.
+    """Run with the root of the repository on the path, where `kernels` and `passes` can be found.
 
     transformers imports a library called `kernels` when there is one; what it finds here must be empty.
     """
-    script = f"import sys; sys.path.append({str(ROOT)!r}); import {PACKAGE}; print([n for n in sys.modules if n.split('.')[0] in ('kernels', 'passes')])"
+    script = f"import sys; sys.path.append({str(ROOT)!r}); import {PACKAGE}; "
+    script += "print([n for n in sys.modules if n.split('.')[0] in ('kernels', 'passes')])"
     run = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True, check=True)
     assert run.stdout.strip() in ("[]", "['kernels']")
 
 
 @pytest.mark.parametrize("folder", ["kernels", "passes"])
 def test_a_bare_import_of_a_folder_loads_nothing_of_it(folder):
-    script = f"import sys; sys.path.append({str(ROOT)!r}); import {folder}, {PACKAGE}; print([n for n in sys.modules if n.startswith('{folder}.')])"
+    script = f"import sys; sys.path.append({str(ROOT)!r}); import {folder}, {PACKAGE}; "
+    script += f"print([n for n in sys.modules if n.startswith('{folder}.')])"
     run = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ from sparsespec_compile.errors import ConfigError
 
 Drafter = Literal["pillar", "window", "full"]
 Backend = Literal["auto", "eager", "inductor"]
+Schedule = Literal["balanced", "random", "in_phase"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,15 @@ class SpecConfig:
         pool_tokens: tokens the KV pool holds. None: as many as the requests of a call need together, within the
             device's free memory; requests beyond it wait their turn.
         max_requests: requests decoded together. Further ones wait.
+        host_pool_tokens: tokens of KV that host memory takes when the pool is full: whole requests move there and come
+            back, nothing is recomputed. Taken as needed, pinned. 0: no request starts before the pool can hold its
+            longest text. None: half of the free host memory on CUDA, 0 on CPU.
+        schedule: in which iterations requests verify. "balanced": so that every iteration reads about as many bytes
+            (paper, unified batch scheduling). "in_phase": all in the same one; "random": any. For comparison.
+        overlap: whether an iteration is enqueued before the results of the one before are read (paper, delayed
+            verification). False is for comparison.
         prefill_chunk: prompt tokens processed in one iteration, all requests together.
+        cuda_graphs: whether iterations on CUDA are captured once and replayed.
         backend: "inductor" compiles the graph with TorchInductor, "eager" runs it node by node, "auto" is "inductor"
             on CUDA and "eager" on CPU.
 
@@ -43,8 +52,12 @@ class SpecConfig:
     local_ratio: float = 0.25
     page_size: int = 16
     pool_tokens: int | None = None
+    host_pool_tokens: int | None = None
     max_requests: int = 64
     prefill_chunk: int = 2048
+    schedule: Schedule = "balanced"
+    overlap: bool = True
+    cuda_graphs: bool = True
     backend: Backend = "auto"
 
     def __new__(cls, *args: Any, **settings: Any) -> "SpecConfig":
@@ -63,7 +76,13 @@ class SpecConfig:
         self._check_int("prefill_chunk", 1, 2**20)
         if self.pool_tokens is not None:
             self._check_int("pool_tokens", self.page_size, 2**40)
+        if self.host_pool_tokens is not None:
+            self._check_int("host_pool_tokens", 0, 2**40)
+        for name in ("overlap", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("drafter", get_args(Drafter))
+        self._check_choice("schedule", get_args(Schedule))
         self._check_choice("backend", get_args(Backend))
         self._check_ratio("budget_ratio", zero=False)
         self._check_ratio("local_ratio", zero=True)

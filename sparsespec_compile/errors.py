@@ -33,6 +33,10 @@ class PoolTooSmallError(SparseSpecError, ValueError):
     """A request needs more KV pages than the pool has."""
 
 
+class MemoryPlanError(PoolTooSmallError):
+    """What a model's state and steps need does not fit the device's free memory."""
+
+
 class ContextLengthError(SparseSpecError, ValueError):
     """Prompt and new tokens together exceed the positions the model was built for."""
 
@@ -57,6 +61,7 @@ __all__ = [
     "GraphInvariantError",
     "KernelInputError",
     "KernelUnavailableError",
+    "MemoryPlanError",
     "PassMatchError",
     "PoolTooSmallError",
     "PositionError",

@@ -5,6 +5,7 @@ inside the step, after the model has run, with the number of positions each requ
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,18 @@ from sparsespec_compile.runtime.state import State
 SINK_TOKENS = 4
 """First positions that the window drafter always reads (StreamingLLM's attention sinks)."""
 
-Policy = Callable[[State, Tensor], None]
-"""(state, scored_length int32 [S]): renew the pillars of requests with scored_length >= 0, leave others (-1) alone."""
+
+class Policy(NamedTuple):
+    """How pillars are renewed.
+
+    Attributes:
+        renew: (state, score_slot int32 [S], scored_length int32 [S]): renew the pillars of requests with
+            scored_length >= 0, whose scores are `state.scores[score_slot]`; leave others (-1) alone.
+        reads_scores: whether it reads scores, so that the model must give them out.
+    """
+
+    renew: Callable[[State, Tensor, Tensor], None]
+    reads_scores: bool
 
 
 def budgets(length: Tensor, config: SpecConfig) -> Tensor:
@@ -31,17 +42,17 @@ def choose_policy(config: SpecConfig) -> Policy | None:
     if config.draft_tokens == 0 or config.drafter == "full":
         return None
 
-    def pillar(state: State, scored_length: Tensor) -> None:
+    def pillar(state: State, score_slot: Tensor, scored_length: Tensor) -> None:
         """Positions with the highest attention in the last verification (paper, PillarAttn), and the ones before it."""
         budget = budgets(scored_length, config)
         local = torch.minimum((budget.double() * config.local_ratio).int(), scored_length.clamp(min=0))
         selected_from = torch.where(scored_length >= 0, scored_length - local, -1).int()
         torch.ops.sparsespec.select_pillars(
-            state.scores, selected_from, budget - local, state.pillar_index, state.pillar_count
+            state.scores, score_slot, selected_from, budget - local, state.pillar_index, state.pillar_count
         )
         _renew(state.recent_start, selected_from, scored_length)
 
-    def window(state: State, scored_length: Tensor) -> None:
+    def window(state: State, score_slot: Tensor, scored_length: Tensor) -> None:
         """The first positions and the latest ones, as many as `pillar` would choose (StreamingLLM, MagicDec)."""
         count = torch.minimum(budgets(scored_length, config), scored_length)
         entry = torch.arange(state.pillar_index.shape[-1], dtype=torch.int32, device=count.device)
@@ -52,7 +63,7 @@ def choose_policy(config: SpecConfig) -> Policy | None:
         _renew(state.pillar_count, count, scored_length)
         _renew(state.recent_start, scored_length, scored_length)
 
-    return pillar if config.drafter == "pillar" else window
+    return Policy(pillar, True) if config.drafter == "pillar" else Policy(window, False)
 
 
 def _renew(target: Tensor, value: Tensor, scored_length: Tensor) -> None:

@@ -1,27 +1,33 @@
-"""The loop: requests in, final tokens out."""
+"""Builds what requests run on, to their size, and keeps it from call to call."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.drafters import choose_policy
-from sparsespec_compile.runtime.plan import make_plan
+from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
+from sparsespec_compile.runtime.memory_plan import MemoryPlan
+from sparsespec_compile.runtime.phases import Phases
 from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.sampling import sample
-from sparsespec_compile.runtime.scheduler import Scheduler
-from sparsespec_compile.runtime.state import Capacity, State
+from sparsespec_compile.runtime.residency import Residency
+from sparsespec_compile.runtime.scheduler import Limits, Scheduler
+from sparsespec_compile.runtime.session import Output, Session
+from sparsespec_compile.runtime.state import Capacity, State, request_pages, state_bytes
 from sparsespec_compile.runtime.stats import Stats, StatsRecorder
-from sparsespec_compile.runtime.step import Forward, Sampler, Step
+from sparsespec_compile.runtime.step import Forward, Step, Variant
 
-_FREE_MEMORY_SHARE = (
-    0.8  # of the GPU's free memory, for a pool without a given size; the rest is for scores and activations
-)
 _TOKENS_MULTIPLE = 256  # the longest request is rounded up to this, so that similar calls share their state
+_HOST_MEMORY_SHARE = 0.5  # of the free host memory, for requests that leave the device
+_GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
 
 
 @dataclass(frozen=True)
@@ -33,31 +39,47 @@ class Target:
         layout: its layers and their place in the pool.
         dtype: of keys and values.
         device: where it runs.
-        sampler: draws the tokens; `sampling.sample` or a compiled form of it.
+        compiler: applied to the functions around the graph; such as `torch.compile`.
     """
 
     forward: Forward
     layout: KVLayout
     dtype: torch.dtype
     device: torch.device
-    sampler: Sampler = sample
+    compiler: Callable[[Callable], Callable] = lambda function: function
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a set of requests asks of a state.
+
+    Attributes:
+        requests: how many there are.
+        longest: prompt and new tokens of the longest.
+        pages: pages for the longest texts of as many as can hold a slot.
+    """
+
+    requests: int
+    longest: int
+    pages: int
 
 
 class Engine:
     """Runs requests through the graph until their texts are complete.
 
-    The state on the device is built for the first call and kept; a call that needs more gets a larger one.
+    The state on the device is built for the first call and kept; a call that needs more gets one that serves both.
     """
 
     def __init__(self, target: Target, config: SpecConfig) -> None:
         self.target = target
         self.config = config
         self.stats = Stats(config.draft_tokens)
+        self.memory_plan = MemoryPlan({}, None)
         self._policy = choose_policy(config)
-        self._state: State | None = None
+        self._runner: StepRunner | None = None
         self._busy = False
 
-    def run(self, requests: Sequence[Request]) -> Generator[tuple[Request, list[int]], None, None]:
+    def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
         """Yield (request, tokens) whenever tokens of a request become final; at the end every request is finished.
 
         Closing the iterator, or an exception at any place, gives back all slots and pages: the engine stays usable.
@@ -66,99 +88,168 @@ class Engine:
             PoolTooSmallError: a request needs more tokens than the pool holds. Nothing was run.
             EngineBusyError: an earlier iterator of this engine is neither exhausted nor closed.
         """
+        if not requests:
+            return
+        with self.session(self.needs([request.max_length for request in requests])) as session:
+            for request in requests:
+                session.add(request)
+            while session.busy:
+                yield from session.advance()
+
+    @contextmanager
+    def session(self, needs: Needs) -> Generator[Session, None, None]:
+        """A session for requests of at most these needs; leaving it drops what is unfinished.
+
+        Raises:
+            PoolTooSmallError: the pool cannot hold the longest request.
+            MemoryPlanError: the device's memory cannot hold the state.
+            EngineBusyError: another session of this engine is open.
+        """
         if self._busy:
             raise EngineBusyError(
                 "This model is already generating. Exhaust or close the earlier generation first, or optimize the "
                 "model once more for generations that run side by side."
             )
-        if not requests:
-            return
-        state = self._state_for(requests)
-        step = Step(self.target.forward, state, self._policy, self.config.draft_tokens, self.target.sampler)
-        scheduler = Scheduler(
-            state.capacity.slots,
-            PageAllocator(state.capacity.pages, self.config.page_size),
-            draft_tokens=self.config.draft_tokens,
-            prefill_chunk=self.config.prefill_chunk,
-            score=self._policy is not None,
-        )
-        scheduler.waiting.extend(requests)
+        runner = self.runner(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
+        session = Session(self._scheduler(runner), runner, recorder, overlap=self.config.overlap)
         self._busy = True
         try:
-            while scheduler.busy:
-                yield from self._iterate(scheduler, state, step, recorder)
+            yield session
         finally:
-            scheduler.clear()
+            session.close()
             self._busy = False
 
-    def _iterate(
-        self, scheduler: Scheduler, state: State, step: Step, recorder: StatsRecorder
-    ) -> Iterator[tuple[Request, list[int]]]:
-        for request in scheduler.admit():
-            state.admit(request.slot, request.prompt, request.max_length, request.pages, request.params)
-        running = {request.slot: request for request in scheduler.running}
-        cached = {slot: request.cached for slot, request in running.items()}
-        work = scheduler.plan()
-        results = step(
-            make_plan(work, state.capacity.slots, state.device),
-            noise=any(not request.params.greedy for request in running.values()),
-            sort=any(request.params.filters for request in running.values()),
-        ).tolist()
-        recorder.stats.iterations += 1
-        for item in work:
-            request = running[item.slot]
-            count, *tokens = results[item.slot]
-            added = request.append(tokens[:count])
-            recorder.record(request, item, cached[item.slot], len(added), cut=len(added) < count)
-            if request.finished:
-                scheduler.release(request)
-            if added:
-                yield request, added
+    def needs(self, lengths: Sequence[int]) -> Needs:
+        """The needs of requests with these prompt and new tokens together."""
+        page = self.config.page_size
+        slots = min(self.config.max_requests, len(lengths))
+        pages = sum(sorted((-(-length // page) for length in lengths), reverse=True)[:slots])
+        return Needs(len(lengths), max(lengths), pages)
 
-    def _state_for(self, requests: Sequence[Request]) -> State:
-        needed = self._capacity_for(requests)
-        if self._state is None or not self._state.capacity.covers(needed):
-            self._state = None  # the old one makes room before the new one is allocated
-            self._state = self._build_state(needed)
-        return self._state
+    def runner(self, needs: Needs) -> StepRunner:
+        """The step over a state that serves `needs`, built anew only when the present one is too small."""
+        capacity = self._capacity(needs)
+        present = self._runner.step.state.capacity if self._runner is not None else None
+        if self._runner is None or present is None or not present.covers(capacity):
+            self._runner = None  # the old one makes room before the new one is allocated
+            with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
+                self._runner = self._build(capacity if present is None else capacity.union(present))
+        self._check_pool(needs.longest, self._runner.step.state)
+        return self._runner
 
-    def _build_state(self, capacity: Capacity) -> State:
+    def _capacity(self, needs: Needs) -> Capacity:
+        config = self.config
+        slots = min(config.max_requests, 1 << (needs.requests - 1).bit_length())
+        tokens = -(-needs.longest // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
+        pages = needs.pages if config.pool_tokens is None else config.pool_tokens // config.page_size
+        scored = 0
+        if self._policy is not None:
+            together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.draft_tokens + 1))
+            scored = min(slots, max(together, 8))
+        # A compiled graph treats sizes of 0 and 1 as special cases; sizes from 2 on share one compilation.
+        return Capacity(max(slots, 2), tokens, max(pages, 2), min(config.budget(tokens), tokens), max(scored, 2))
+
+    def _build(self, capacity: Capacity) -> StepRunner:
+        """Allocate everything but the pool, find out what a step needs beside it, then give the pool what is left."""
+        target, config = self.target, self.config
+        capture = config.cuda_graphs and target.device.type == "cuda"
         try:
-            # Tensors made in inference mode could not be written to outside of it, in a later call.
-            with torch.inference_mode(False):
-                return State(self.target.layout, capacity, self.target.dtype, self.target.device)
-        except RuntimeError as error:  # torch's out-of-memory errors, on CPU and CUDA
+            state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
+            step = Step(target.forward, state, self._inputs(capacity), self._policy, config.draft_tokens, target.compiler)
+            workspace = _workspace_bytes(step)
+            pages = self._plan_memory(capacity, workspace)
+            state.give_pool(pages)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise PoolTooSmallError(
                 f"No memory for the state of {capacity.slots} requests of up to {capacity.tokens} tokens and a KV pool "
-                f"of {capacity.pages * self.config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
+                f"of {capacity.pages * config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
                 "max_new_tokens."
             ) from error
+        return StepRunner(step, capture=capture)
 
-    def _capacity_for(self, requests: Sequence[Request]) -> Capacity:
+    def _inputs(self, capacity: Capacity) -> StepInputs:
         config = self.config
-        slots = min(config.max_requests, len(requests))
-        longest = max(request.max_length for request in requests)
-        tokens = -(-longest // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        pages = self._pages_for((request.max_length for request in requests), slots)
-        if longest > pages * config.page_size:
+        decoding = capacity.slots * (config.draft_tokens + 1)
+        sizes = InputSizes(
+            slots=capacity.slots,
+            rows=max(decoding + config.prefill_chunk, MIN_ROWS),
+            logits=max(decoding, MIN_ROWS),
+            request_pages=request_pages(self.target.layout, capacity),
+            updates=4 * decoding + -(-config.prefill_chunk // config.page_size),
+        )
+        return StepInputs(sizes, self.target.device)
+
+    def _plan_memory(self, capacity: Capacity, workspace: int) -> int:
+        """Pages of the pool, after checking that everything fits."""
+        target = self.target
+        parts = state_bytes(target.layout, capacity, target.dtype) | {"activations of a step": workspace}
+        if target.device.type != "cuda":
+            self.memory_plan = MemoryPlan(parts, None)
+            return capacity.pages
+        taken = sum(size for name, size in parts.items() if name not in ("KV pool", "activations of a step"))
+        torch.cuda.empty_cache()
+        available = torch.cuda.mem_get_info(target.device)[0] + taken
+        parts["CUDA graphs"] = int(available * _GRAPH_SHARE)
+        pages = capacity.pages
+        if self.config.pool_tokens is None:
+            rest = available - taken - workspace - parts["CUDA graphs"]
+            pages = min(pages, max(rest, 0) // (target.layout.elements_per_page * target.dtype.itemsize))
+            parts |= {"KV pool": state_bytes(target.layout, replace(capacity, pages=pages), target.dtype)["KV pool"]}
+        self.memory_plan = MemoryPlan(parts, available)
+        self.memory_plan.require()
+        return pages
+
+    def _check_pool(self, longest: int, state: State) -> None:
+        config = self.config
+        held = state.capacity.pages * config.page_size
+        if config.pool_tokens is not None:
+            held = config.pool_tokens // config.page_size * config.page_size
+        if longest > held:
             raise PoolTooSmallError(
                 f"A request needs {longest} tokens (prompt and max_new_tokens together), the KV pool holds "
-                f"{pages * config.page_size}. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
+                f"{held}. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
                 + ("." if config.pool_tokens is not None else " above what fits the device's free memory.")
             )
-        return Capacity(slots, tokens, pages, pillars=min(config.budget(tokens), tokens))
 
-    def _pages_for(self, lengths: Iterable[int], slots: int) -> int:
-        """Pages of the pool: as configured, or what the longest requests need together as far as memory goes."""
-        config = self.config
-        if config.pool_tokens is not None:
-            return config.pool_tokens // config.page_size
-        needed = sum(sorted((-(-length // config.page_size) for length in lengths), reverse=True)[:slots])
-        if self.target.device.type != "cuda":
-            return needed
-        held = self._state.capacity.pages if self._state is not None else 0
-        page_bytes = self.target.layout.elements_per_page * self.target.dtype.itemsize
-        free_bytes = torch.cuda.mem_get_info(self.target.device)[0]
-        return min(needed, held + int(free_bytes * _FREE_MEMORY_SHARE) // page_bytes)
+    def _scheduler(self, runner: StepRunner) -> Scheduler:
+        config, state = self.config, runner.step.state
+        scored = state.capacity.score_slots if self._policy is not None else 0
+        limits = Limits(state.capacity.slots, config.draft_tokens, config.prefill_chunk, scored)
+        residency = Residency(
+            PageAllocator(state.capacity.pages),
+            HostTier(state.pool, self._host_pages(state)),
+            page_size=config.page_size,
+            updates=runner.step.inputs.sizes.updates,
+            cycle_tokens=config.draft_tokens + 1,
+        )
+        phases = Phases(config.draft_tokens, config.schedule, scored or state.capacity.slots)
+        return Scheduler(limits, residency, phases)
+
+    def _host_pages(self, state: State) -> int:
+        if self.config.host_pool_tokens is not None:
+            return self.config.host_pool_tokens // self.config.page_size
+        if not state.pool.is_cuda:
+            return 0
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(free_bytes * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
+
+
+def _workspace_bytes(step: Step) -> int:
+    """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU."""
+    device = step.state.device
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(step.inputs.sizes.rows, step.inputs.sizes.logits, Variant(noise=True))
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch's error on a CPU is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)

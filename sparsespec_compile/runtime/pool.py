@@ -1,32 +1,33 @@
-"""Which pages of the KV pool are free."""
-
-from collections import deque
+"""Which pages of a pool are free."""
 
 
 class PageAllocator:
-    """Hands out the pages of a pool, by number, and takes them back.
+    """Hands out pages, by number, and takes them back.
 
     Args:
         pages: pages in the pool.
-        page_size: tokens in a page.
     """
 
-    def __init__(self, pages: int, page_size: int) -> None:
+    def __init__(self, pages: int) -> None:
         self.pages = pages
-        self.page_size = page_size
-        self._free = deque(range(pages))
+        self._free = list(range(pages - 1, -1, -1))
 
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens."""
-        return -(-tokens // self.page_size)
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
 
-    def allocate(self, tokens: int) -> list[int] | None:
-        """Pages for `tokens` tokens of one request, or None when too few are free."""
-        needed = self.pages_for(tokens)
-        if needed > len(self._free):
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages, or None when fewer are free."""
+        if count > len(self._free):
             return None
-        return [self._free.popleft() for _ in range(needed)]
+        return [self._free.pop() for _ in range(count)]
 
     def release(self, pages: list[int]) -> None:
         """Take back what `allocate` gave."""
-        self._free.extend(pages)
+        self._free.extend(reversed(pages))
+
+    def grow(self, count: int) -> None:
+        """Add pages, with the numbers after the last one."""
+        self._free.extend(range(self.pages + count - 1, self.pages - 1, -1))
+        self.pages += count

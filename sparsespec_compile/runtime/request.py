@@ -1,8 +1,36 @@
 """One request, as the host knows it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 
 from sparsespec_compile.runtime.sampling import SamplingParams
+
+StopCheck = Callable[[list[int]], bool]
+"""Whether a text, given as its new tokens so far, ends with the newest of them."""
+
+
+class Place(Enum):
+    """Where a request's K/V are."""
+
+    NOWHERE = "waiting, or done"
+    DEVICE = "in the pool"
+    LEAVING = "on the way to host memory"
+    HOST = "in host memory"
+    RETURNING = "on the way back"
+
+
+class FinishReason(str, Enum):
+    """Why a text ended."""
+
+    LENGTH = "length"
+    """max_new_tokens were written."""
+    STOP = "stop"
+    """A stop token or stop string was written; it is part of the text."""
+    CANCELLED = "cancelled"
+    """The caller took the request back."""
+    MEMORY = "memory"
+    """Neither the pool nor host memory could hold it any longer; the text so far is right."""
 
 
 @dataclass(eq=False)
@@ -14,26 +42,43 @@ class Request:
         max_new_tokens: new tokens at most.
         params: how its tokens are drawn.
         stop_tokens: the text ends with the first of these, which is part of it.
+        stop_check: asked after each token; None = stop tokens and length alone end the text.
+        logprobs: whether `output_logprobs` is wanted.
         output: the tokens that are final so far.
-        finished: whether `output` is complete.
+        output_logprobs: natural log-probabilities of `output` under the model itself.
+        finish_reason: why `output` is complete; None = it is not.
         slot: row in the state tensors, -1 while waiting or done.
-        pages: pages of the pool that it holds.
+        place: where its K/V are.
+        pages: pages of the pool that it holds, or that hold it in host memory.
         prefilled: prompt tokens that were sent to the device.
         phase: the iterations in which it verifies are those with `iteration % (k + 1) == phase`; None before.
         drafted: drafts of the cycle under way.
+        unread: rows of its verifications whose results were not read yet.
+        cancelled: the caller wants no more of it.
     """
 
     prompt: list[int]
     max_new_tokens: int
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_tokens: frozenset[int] = frozenset()
+    stop_check: StopCheck | None = None
+    logprobs: bool = False
     output: list[int] = field(default_factory=list)
-    finished: bool = False
+    output_logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
     slot: int = -1
+    place: Place = Place.NOWHERE
     pages: list[int] = field(default_factory=list)
     prefilled: int = 0
     phase: int | None = None
     drafted: int = 0
+    unread: int = 0
+    cancelled: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether `output` is complete."""
+        return self.finish_reason is not None
 
     @property
     def max_length(self) -> int:
@@ -47,16 +92,29 @@ class Request:
 
     @property
     def cached(self) -> int:
-        """Positions with exact K/V in the pool: all but the newest token, once the prompt is through."""
-        return self.prefilled if self.prefilling else len(self.prompt) + max(0, len(self.output) - 1)
+        """Positions with exact K/V, as far as results have been read: all but the newest token."""
+        return len(self.prompt) + len(self.output) - 1 if self.output else self.prefilled
 
-    def append(self, tokens: list[int]) -> list[int]:
-        """Add final tokens up to the text's end; returns those that were added, which may be fewer."""
-        added = []
-        for token in tokens:
+    @property
+    def reach(self) -> int:
+        """Upper bound of its verified length on the device once everything enqueued has run."""
+        return min(self.cached + self.unread, self.max_length)
+
+    def append(self, tokens: list[int], logprobs: list[float]) -> list[int]:
+        """Add final tokens up to the text's end; returns those that were added, which may be fewer.
+
+        `logprobs` holds the log-probability of each token, or nothing when they are not wanted.
+        """
+        before = len(self.output)
+        for nth, token in enumerate(tokens):
             if self.finished:
                 break
-            added.append(token)
             self.output.append(token)
-            self.finished = token in self.stop_tokens or len(self.output) == self.max_new_tokens
-        return added
+            self.output_logprobs.extend(logprobs[nth : nth + 1])
+            self.finish_reason = self._reason(token)
+        return self.output[before:]
+
+    def _reason(self, token: int) -> FinishReason | None:
+        if token in self.stop_tokens or (self.stop_check is not None and self.stop_check(self.output)):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.output) == self.max_new_tokens else None

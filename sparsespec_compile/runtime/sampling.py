@@ -98,6 +98,12 @@ def sample(logits: Tensor, rows: SamplingRows, position: Tensor, *, noise: bool,
     return torch.where(greedy[:, None], logits, noisy).argmax(dim=-1)
 
 
+def log_probability(logits: Tensor, token: Tensor) -> Tensor:
+    """Natural logarithm of the model's own probability of each token: float32 [R] for logits [R, V], int64 [R]."""
+    logits = logits.float()
+    return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
 def _lowest_kept(scaled: Tensor, rows: SamplingRows, sort: bool) -> Tensor:
     """The lowest logit that passes every filter, float32 [R]. As thresholds, the filters need no scatter back."""
     min_p_lowest = scaled.amax(dim=-1) + torch.log(rows.min_p)  # log(0) = -inf keeps all

@@ -1,41 +1,55 @@
 """Who runs, and who does what in an iteration.
 
-Drafting, verifying and prefilling requests share a batch (paper, unified batch scheduling). Each request verifies in
-the iterations of its phase, one of k + 1; a request that starts takes the phase with the fewest requests, so that every
-iteration carries about the same mix. The first cycle is as short as its phase makes it.
+Drafting, verifying and prefilling requests share a batch (paper, unified batch scheduling). What a request does follows
+from its admission and its phase alone, never from what was accepted: an iteration is planned while earlier ones run.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.runtime.plan import Work
-from sparsespec_compile.runtime.pool import PageAllocator
-from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.phases import Phases
+from sparsespec_compile.runtime.request import FinishReason, Place, Request
+from sparsespec_compile.runtime.residency import Residency
+from sparsespec_compile.runtime.work import Work
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an iteration may hold.
+
+    Attributes:
+        slots: requests that hold a slot together.
+        draft_tokens: drafts of a full cycle, k. 0 = plain decoding.
+        prefill_chunk: prompt tokens of one iteration, all requests together.
+        scored: requests that can give out scores in one iteration; 0 = none ever does.
+    """
+
+    slots: int
+    draft_tokens: int
+    prefill_chunk: int
+    scored: int
 
 
 class Scheduler:
     """Admits requests first in, first out, and plans their work.
 
-    Args:
-        slots: requests that run together.
-        allocator: the pool's pages; a request holds enough for its longest text from its admission on.
-        draft_tokens: drafts of a full cycle, k. 0 = plain decoding.
-        prefill_chunk: prompt tokens of one iteration, all requests together.
-        score: whether verifications give out scores or lengths for the next pillars.
+    Attributes:
+        waiting: requests without a slot, in the order in which they came.
+        running: requests with a slot, the oldest first.
+        iteration: number of the next iteration.
     """
 
-    def __init__(
-        self, slots: int, allocator: PageAllocator, *, draft_tokens: int, prefill_chunk: int, score: bool
-    ) -> None:
-        self.allocator = allocator
-        self.draft_tokens = draft_tokens
-        self.prefill_chunk = prefill_chunk
-        self.score = score
+    def __init__(self, limits: Limits, residency: Residency, phases: Phases) -> None:
+        self.limits = limits
+        self.residency = residency
+        self.phases = phases
         self.iteration = 0
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._free_slots = deque(range(slots))
+        self._free_slots = list(range(limits.slots - 1, -1, -1))
+        self._scored = 0
 
     @property
     def busy(self) -> bool:
@@ -43,70 +57,96 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def admit(self) -> list[Request]:
-        """Move waiting requests into free slots, in order, as long as pages last."""
+        """Move waiting requests into free slots, in order, as long as there is room for their pages."""
         admitted = []
-        while self.waiting and self._free_slots:
-            pages = self.allocator.allocate(self.waiting[0].max_length)
-            if pages is None:
-                break
+        while self.waiting and self._free_slots and self.residency.admits(self.waiting[0], self.running):
             request = self.waiting.popleft()
-            request.slot, request.pages = self._free_slots.popleft(), pages
+            request.slot = self._free_slots.pop()
             self.running.append(request)
             admitted.append(request)
         return admitted
 
-    def plan(self) -> list[Work]:
-        """The work of the next iteration; advances the requests' phases."""
-        work = [self._decode(request) for request in self.running if not request.prefilling]
-        work.extend(self._prefill())
-        self.iteration += 1
+    def plan(self) -> list[tuple[Request, Work]]:
+        """The work of the next iteration; empty when no request can do anything until pages have moved."""
+        self.residency.begin_iteration(self.running)
+        self._scored = 0
+        here = [request for request in self.running if request.place is Place.DEVICE]
+        work = [(r, item) for r in here if not r.prefilling and (item := self._decode(r)) is not None]
+        work.extend(self._prefill(here))
+        self.iteration += bool(work)
         return work
 
     def release(self, request: Request) -> None:
-        """Take back the slot and the pages of a running request."""
-        if request.slot < 0:
-            return
+        """Take back the slot and the pages of a request that ended."""
         self.running.remove(request)
         self._free_slots.append(request.slot)
-        self.allocator.release(request.pages)
-        request.slot, request.pages = -1, []
+        request.slot = -1
+        self.residency.release(request)
+        self.phases.rebalance(self.running)
+
+    def cancel(self, request: Request) -> None:
+        """Take a request back wherever it is."""
+        request.finish_reason = FinishReason.CANCELLED
+        if request in self.running:
+            self.release(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def give_up(self) -> Request:
+        """End the youngest request on the device, for the others to go on; call it when nothing else can move."""
+        youngest = [request for request in self.running if request.place is Place.DEVICE][-1]
+        youngest.finish_reason = FinishReason.MEMORY
+        self.release(youngest)
+        return youngest
 
     def clear(self) -> None:
         """Drop every request, running or waiting."""
         self.waiting.clear()
+        self.residency.clear()
         for request in list(self.running):
             self.release(request)
 
-    def _decode(self, request: Request) -> Work:
+    def _decode(self, request: Request) -> Work | None:
         drafts = request.drafted
-        if self._phase_now() == request.phase:
+        due = self._phase_now() == request.phase or drafts == self.limits.draft_tokens
+        may_score = self.limits.scored == 0 or self._scored < self.limits.scored
+        if due and not may_score and drafts == self.limits.draft_tokens:
+            return None
+        if not self.residency.covers(request, min(request.max_length, request.reach + drafts + 1)):
+            return None
+        if due and may_score:
             request.drafted = 0
-            scored = drafts + 1 if self.score else 0
+            request.unread += drafts + 1
+            scored = self._take_scores(drafts + 1)
             return Work(request.slot, Mode.VERIFY, rows=drafts + 1, logits=drafts + 1, scored=scored)
         request.drafted += 1
         return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
 
-    def _prefill(self) -> Iterator[Work]:
-        left = self.prefill_chunk
-        for request in self.running:
-            if not request.prefilling or left == 0:
+    def _prefill(self, here: list[Request]) -> Iterator[tuple[Request, Work]]:
+        left = self.limits.prefill_chunk
+        for request in here:
+            first = request.prefilled
+            rows = min(left, len(request.prompt) - first)
+            last = first + rows == len(request.prompt)
+            if rows == 0 or (last and self.limits.scored and self._scored == self.limits.scored):
                 continue
-            rows = min(left, len(request.prompt) - request.prefilled)
+            if not self.residency.covers(request, first + rows):
+                continue
             left -= rows
-            request.prefilled += rows
-            if request.prefilling:
-                yield Work(request.slot, Mode.PREFILL, rows=rows)
+            request.prefilled = first + rows
+            tokens = request.prompt[first : first + rows]
+            if not last:
+                yield request, Work(request.slot, Mode.PREFILL, rows=rows, offset=first, tokens=tokens)
                 continue
-            request.phase = self._lightest_phase()
-            scored = self.draft_tokens + 1 if self.score else 0
-            yield Work(request.slot, Mode.PREFILL, rows=rows, logits=1, scored=scored)
+            request.phase = self.phases.choose(request, self.running, self._phase_now())
+            scored = self._take_scores(min(self.limits.draft_tokens + 1, rows))
+            yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
+
+    def _take_scores(self, rows: int) -> int:
+        if self.limits.scored == 0:
+            return 0
+        self._scored += 1
+        return rows
 
     def _phase_now(self) -> int:
-        return self.iteration % (self.draft_tokens + 1)
-
-    def _lightest_phase(self) -> int:
-        """The phase with the fewest requests; among equals the one that leaves the longest first cycle."""
-        load = Counter(request.phase for request in self.running if request.phase is not None)
-        phases = self.draft_tokens + 1
-        farthest_first = [(self._phase_now() - back) % phases for back in range(phases)]
-        return min(farthest_first, key=lambda phase: load[phase])
+        return self.iteration % self.phases.count

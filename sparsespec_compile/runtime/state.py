@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.runtime.sampling import SamplingParams, SamplingRows
 
 
 @dataclass(frozen=True)
@@ -14,42 +13,45 @@ class Capacity:
     """Sizes of the state. A request takes one slot while it runs.
 
     Attributes:
-        slots: requests that run together, S.
+        slots: requests that hold a slot together, S.
         tokens: positions of the longest request, N.
         pages: pages of the KV pool.
         pillars: pillars that a draft reads at most, M.
+        score_slots: requests that can be scored in one iteration, C.
     """
 
     slots: int
     tokens: int
     pages: int
     pillars: int
+    score_slots: int
 
     def covers(self, other: "Capacity") -> bool:
         """Whether state of this size serves requests that need `other`."""
-        return (
-            self.slots >= other.slots
-            and self.tokens >= other.tokens
-            and self.pages >= other.pages
-            and self.pillars >= other.pillars
-        )
+        return self == self.union(other)
+
+    def union(self, other: "Capacity") -> "Capacity":
+        """The smallest capacity that covers both."""
+        return Capacity(*(max(mine, others) for mine, others in zip(_sizes(self), _sizes(other), strict=True)))
+
+
+def _sizes(capacity: Capacity) -> tuple[int, ...]:
+    return (capacity.slots, capacity.tokens, capacity.pages, capacity.pillars, capacity.score_slots)
 
 
 class State:
     """Everything about the running requests that lives on the device.
 
     Attributes:
-        tokens: int64 [S + 1, N]. Prompt, accepted and drafted tokens, each at its position. Row S takes the writes of
-            rows that belong to no request.
+        tokens: int64 [S + 1, N]. Drawn tokens, accepted and drafted, each at its position (prompts come with the
+            inputs). Row S takes the writes of rows that belong to no request.
         length: int32 [S], positions whose K/V in the pool are exact: written by a prefill or by a verification.
-        max_length: int32 [S], prompt and new tokens together; no row is computed that only later tokens would need.
-        page_table: int32 [S, P], physical page of each logical page; -1 = not reserved.
+        page_table: int32 [S + 1, P], physical page of each logical page; -1 = never reserved. Row S is never read.
         pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers; -1 = unused.
         pillar_count: int32 [S], used entries of `pillar_index`.
         recent_start: int32 [S], first position that drafts read densely.
-        sampling: settings of each request, [S] each.
         pool: [pages, elements_per_page] in the model's dtype.
-        scores: float32 [S, H, N], attention probabilities of this iteration's verified positions.
+        scores: float32 [C, H, N], what the pillars of this iteration's verified requests are chosen by.
     """
 
     def __init__(self, layout: KVLayout, capacity: Capacity, dtype: torch.dtype, device: torch.device) -> None:
@@ -59,30 +61,30 @@ class State:
             return torch.full(shape, fill, dtype=torch.int32, device=device)
 
         self.capacity = capacity
+        self.layout = layout
         self.device = device
         self.tokens = torch.zeros(slots + 1, capacity.tokens, dtype=torch.int64, device=device)
         self.length = ints(slots)
-        self.max_length = ints(slots)
-        self.page_table = ints(slots, -(-capacity.tokens // layout.page_size), fill=-1)
+        self.page_table = ints(slots + 1, request_pages(layout, capacity), fill=-1)
         self.pillar_index = ints(slots, heads, capacity.pillars, fill=-1)
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
-        self.sampling = SamplingRows(
-            temperature=torch.zeros(slots, device=device),
-            top_k=torch.zeros(slots, dtype=torch.int64, device=device),
-            top_p=torch.ones(slots, device=device),
-            min_p=torch.zeros(slots, device=device),
-            seed=torch.zeros(slots, dtype=torch.int64, device=device),
-        )
         self.pool = torch.zeros(capacity.pages, layout.elements_per_page, dtype=dtype, device=device)
-        self.scores = torch.zeros(slots, heads, capacity.tokens, device=device)
+        self.scores = torch.zeros(capacity.score_slots, heads, capacity.tokens, device=device)
 
-    def admit(self, slot: int, prompt: list[int], max_length: int, pages: list[int], params: SamplingParams) -> None:
-        """Give `slot` to a request: nothing verified yet, no pillars."""
-        self.tokens[slot, : len(prompt)] = torch.tensor(prompt, device=self.device)
-        self.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device=self.device)
-        self.max_length[slot] = max_length
-        for tensor in (self.length, self.pillar_count, self.recent_start):
-            tensor[slot] = 0
-        for name, tensor in self.sampling._asdict().items():
-            tensor[slot] = getattr(params, name)
+
+def request_pages(layout: KVLayout, capacity: Capacity) -> int:
+    """Logical pages of a slot, P."""
+    return -(-capacity.tokens // layout.page_size)
+
+
+def state_bytes(layout: KVLayout, capacity: Capacity, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of a state's large tensors, by what they are for."""
+    heads = layout.total_kv_heads
+    return {
+        "KV pool": capacity.pages * layout.elements_per_page * dtype.itemsize,
+        "attention scores": 4 * capacity.score_slots * heads * capacity.tokens,
+        "pillar index": 4 * capacity.slots * heads * capacity.pillars,
+        "tokens and page table": 8 * (capacity.slots + 1) * capacity.tokens
+        + 4 * (capacity.slots + 1) * request_pages(layout, capacity),
+    }

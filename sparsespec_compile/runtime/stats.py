@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.runtime.plan import Work
 from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.work import Work
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Stats:
         accepted_at: [k], cycles in which the draft at this place was accepted.
         kv_read: key and value elements that drafts and verifications read from the pool.
         kv_read_plain: elements that plain decoding would have read for the same tokens.
+        rows_by_iteration: packed rows of each iteration: what its GEMMs work on.
+        kv_read_by_iteration: key and value elements that the drafts and verifications of each iteration read.
     """
 
     draft_tokens: int
@@ -33,6 +35,8 @@ class Stats:
     accepted_at: list[int] = field(default_factory=list)
     kv_read: int = 0
     kv_read_plain: int = 0
+    rows_by_iteration: list[int] = field(default_factory=list)
+    kv_read_by_iteration: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.accepted_at = [0] * self.draft_tokens
@@ -78,6 +82,12 @@ class StatsRecorder:
         self._layers = [(layer.window, layer.elements_per_token()) for layer in layout.layers]
         self._pillars: dict[Request, tuple[int, int]] = {}
 
+    def begin_iteration(self, rows: int) -> None:
+        """Count an iteration of `rows` packed rows; what is recorded next belongs to it."""
+        self.stats.iterations += 1
+        self.stats.rows_by_iteration.append(rows)
+        self.stats.kv_read_by_iteration.append(0)
+
     def record(self, request: Request, work: Work, cached: int, final: int, *, cut: bool) -> None:
         """Count one request's share of an iteration.
 
@@ -95,17 +105,21 @@ class StatsRecorder:
             return
         if work.mode == Mode.DRAFT:
             pillars, recent_start = self._pillars.get(request, (0, 0))
-            self.stats.kv_read += self._elements(pillars + first + 1 - recent_start, first, rows)
+            self._count_read(self._elements(pillars + first + 1 - recent_start, first, rows))
             return
         if work.scored:
             self._remember_pillars(request, first + rows - min(work.scored, rows))
         if work.logits:
             self.stats.target_passes += 1
         if work.mode == Mode.VERIFY:
-            self.stats.kv_read += self._elements(first + rows, first, rows)
+            self._count_read(self._elements(first + rows, first, rows))
             self.stats.kv_read_plain += sum(self._elements(at + 1, at, 1) for at in range(first, first + final))
             if not cut:
                 self._count_cycle(rows, final)
+
+    def _count_read(self, elements: int) -> None:
+        self.stats.kv_read += elements
+        self.stats.kv_read_by_iteration[-1] += elements
 
     def _count_cycle(self, rows: int, final: int) -> None:
         if rows == self._config.draft_tokens + 1 > 1:

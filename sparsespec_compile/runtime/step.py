@@ -1,25 +1,70 @@
 """One iteration on the device: rows in, one pass of the graph, tokens drawn, drafts accepted, state updated.
 
-Nothing here waits for the device or depends on the values it computes, so that a step can be captured and replayed.
+Nothing here waits for the device or depends on the values it computes, so a step can be captured and replayed. What
+surrounds the graph is two functions of tensors, which a compiler can fuse: `place_rows` before it, `accept` behind it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.drafters import Policy
-from sparsespec_compile.runtime.plan import Plan
-from sparsespec_compile.runtime.sampling import SamplingRows, sample
+from sparsespec_compile.runtime.inputs import StepInputs
+from sparsespec_compile.runtime.sampling import SamplingRows, log_probability, sample
 from sparsespec_compile.runtime.state import State
 
 Forward = Callable[..., Tensor]
 """The rewritten graph: (input_ids [1, T], position_ids [1, T], logits_to_keep [R], pool, scores, pillar_index,
 *STEP_TENSORS) -> logits [1, R, V]."""
 
-Sampler = Callable[..., Tensor]
-"""`sampling.sample` or a compiled form of it."""
+
+@dataclass(frozen=True)
+class Variant:
+    """What an iteration's requests need; each variant is a computation of its own.
+
+    Attributes:
+        noise: some request samples.
+        sort: some request uses top_k or top_p.
+        logprobs: some request wants the log-probabilities of its tokens.
+    """
+
+    noise: bool = False
+    sort: bool = False
+    logprobs: bool = False
+
+
+class Results(NamedTuple):
+    """What a step gives out. Static tensors of the `Step`.
+
+    Attributes:
+        tokens: int32 [S, k + 2]: the number of tokens that became final for each slot (0 for drafts and absent
+            slots), then the tokens, meaningful up to that number. A full cycle ends with accepted + 1 of them.
+        logprobs: float32 [S, k + 1], natural logarithm of the model's own probability of each of these tokens, before
+            temperature and filters; only written by variants with `logprobs`.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class Placed(NamedTuple):
+    """Rows as the graph takes them: slot, position, token int64 [T], the others int32 [S].
+
+    `score_rows` are the rows that give out scores; `scored_length` the positions before a request's scored rows, -1 for
+    requests that keep their pillars.
+    """
+
+    slot: Tensor
+    position: Tensor
+    token: Tensor
+    rows: Tensor
+    cached: Tensor
+    score_rows: Tensor
+    scored_length: Tensor
 
 
 class Step:
@@ -28,88 +73,112 @@ class Step:
     Args:
         forward: the rewritten graph.
         state: what it reads and updates.
+        inputs: the iteration's work, in place.
         policy: renews the pillars after a verification; None = drafts read everything.
         draft_tokens: drafts of a full cycle, k.
-        sampler: draws the tokens.
+        compiler: applied to the functions around the graph, such as `torch.compile`.
     """
 
     def __init__(
-        self, forward: Forward, state: State, policy: Policy | None, draft_tokens: int, sampler: Sampler = sample
+        self,
+        forward: Forward,
+        state: State,
+        inputs: StepInputs,
+        policy: Policy | None,
+        draft_tokens: int,
+        compiler: Callable[[Callable], Callable] = lambda function: function,
     ) -> None:
         self.forward = forward
         self.state = state
-        self.policy = policy
-        self.draft_tokens = draft_tokens
-        self.sampler = sampler
+        self.inputs = inputs
+        self._reads_scores = policy is not None and policy.reads_scores
+        slots = state.capacity.slots
+        self.results = Results(
+            tokens=torch.zeros(slots, draft_tokens + 2, dtype=torch.int32, device=state.device),
+            logprobs=torch.zeros(slots, draft_tokens + 1, device=state.device),
+        )
+        self._place_rows = compiler(place_rows)
+        self._accept = compiler(accept)
+        self._renew = None if policy is None else compiler(policy.renew)
 
     @torch.no_grad()
-    def __call__(self, plan: Plan, *, noise: bool, sort: bool) -> Tensor:
-        """Run one iteration.
-
-        Args:
-            plan: what each request does.
-            noise: some request of the plan samples.
-            sort: some request of the plan uses top_k or top_p.
-
-        Returns:
-            int64 [S, k + 2]: the number of tokens that became final for each slot (0 for drafts and absent slots),
-            then the tokens, meaningful up to that number. A full cycle ends with accepted + 1 of them.
-        """
-        state = self.state
-        cached = state.length + plan.offset
-        # Rows that only tokens past the request's last one would need are dropped here, on the device.
-        rows = torch.minimum(plan.rows, (state.max_length - 1 - cached).clamp(min=0))
-        scored = torch.minimum(plan.scored, rows)
-        slot, position = self._place_rows(plan)
-        logits = self.forward(
-            state.tokens[slot, position][None],
-            position[None],
-            plan.logit_rows.clamp(min=0).long(),
+    def __call__(self, rows: int, logits: int, variant: Variant) -> None:
+        """Run the first `rows` packed rows and `logits` rows with logits of the inputs; `results` holds the outcome."""
+        state, inputs = self.state, self.inputs
+        placed = self._place_rows(state, inputs, rows, self._reads_scores)
+        logit_rows = inputs.logit_rows[:logits]
+        out = self.forward(
+            placed.token[None],
+            placed.position[None],
+            logit_rows.clamp(min=0).long(),
             state.pool,
             state.scores,
             state.pillar_index,
-            plan.mode,
-            plan.row_start,
-            rows,
-            cached,
-            state.page_table,
-            scored,
+            inputs.mode,
+            inputs.row_start,
+            placed.rows,
+            placed.cached,
+            state.page_table[:-1],
+            placed.score_rows,
+            inputs.score_slot,
             state.pillar_count,
             state.recent_start,
         )[0]
-        if self.policy is not None:
-            self.policy(state, torch.where(scored > 0, cached + rows - scored, -1))
-        return self._accept(plan, logits, rows, slot, position, noise=noise, sort=sort)
+        if self._renew is not None:
+            self._renew(state, inputs.score_slot, placed.scored_length)
+        self._accept(state, inputs, placed, out, logit_rows, self.results, variant)
 
-    def _place_rows(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Slot and position of each packed row, int64 [T]; slot S and position 0 for rows that belong to no request."""
-        state = self.state
-        slot = plan.row_slot.long().clamp(min=0)
-        position = state.length[slot].long() + plan.row_offset
-        real = (plan.row_slot >= 0) & (position < state.max_length[slot] - 1)
-        return torch.where(real, slot, state.capacity.slots), torch.where(real, position, 0)
 
-    def _accept(
-        self, plan: Plan, logits: Tensor, rows: Tensor, slot: Tensor, position: Tensor, *, noise: bool, sort: bool
-    ) -> Tensor:
-        """Draw a token behind each row with logits, accept drafts while they equal it, advance the lengths."""
-        state = self.state
-        row = plan.logit_rows.clamp(min=0)
-        slot = torch.where(plan.logit_rows >= 0, slot[row], state.capacity.slots)
-        drawn_position = position[row] + 1
-        settings = SamplingRows(*(value[slot.clamp(max=state.capacity.slots - 1)] for value in state.sampling))
-        drawn = self.sampler(logits, settings, drawn_position, noise=noise, sort=sort)
-        as_drafted = drawn == state.tokens[slot, drawn_position]
-        # Verified tokens replace the drafts; what stands behind them is rewritten by the next drafts before it is read.
-        state.tokens[slot, drawn_position] = drawn
+def place_rows(state: State, inputs: StepInputs, rows: int, reads_scores: bool) -> Placed:
+    """Renew the page table, and look up where each row stands and which token it carries."""
+    state.page_table.view(-1).index_put_((inputs.update_at.long(),), inputs.update_page)
+    prefill = inputs.mode == Mode.PREFILL
+    cached = torch.where(prefill, inputs.offset, state.length + inputs.offset)
+    # Rows that only tokens past the request's last one would need are dropped here, on the device.
+    count = torch.minimum(inputs.rows, (inputs.max_length - 1 - cached).clamp(min=0))
+    slot, place = inputs.row_slot[:rows].long(), inputs.row_place[:rows].long()
+    owner = slot.clamp(min=0)
+    real = (slot >= 0) & (place < count[owner])
+    slot = torch.where(real, slot, state.capacity.slots)
+    position = torch.where(real, cached[owner] + place, 0)
+    given = inputs.row_token[:rows].long()
+    token = torch.where(given >= 0, given, state.tokens[slot, position])
+    scored = torch.minimum(inputs.scored, count)
+    scored_length = torch.where(scored > 0, cached + count - scored, -1)
+    score_rows = scored if reads_scores else torch.zeros_like(scored)
+    return Placed(slot, position, token, count, cached, score_rows, scored_length)
 
-        nth = torch.arange(self.draft_tokens + 1, device=drawn.device)
-        logit = (plan.logit_start[:, None] + nth).clamp(max=drawn.shape[0] - 1)
-        is_draft = nth < rows[:, None] - 1  # the last row verifies no draft, it adds the target's own token
-        accepted = (as_drafted[logit] & is_draft).int().cumprod(dim=1).sum(dim=1)
-        verified = torch.minimum(accepted + 1, rows)
-        prefilled = torch.minimum(plan.logit_count, rows)
-        final = torch.where(plan.mode == Mode.VERIFY, verified, torch.where(plan.mode == Mode.PREFILL, prefilled, 0))
-        advance = torch.where(plan.mode == Mode.PREFILL, rows, torch.where(plan.mode == Mode.VERIFY, verified, 0))
-        state.length += advance.int()
-        return torch.cat([final[:, None].long(), drawn[logit]], dim=1)
+
+def accept(
+    state: State,
+    inputs: StepInputs,
+    placed: Placed,
+    logits: Tensor,
+    logit_rows: Tensor,
+    results: Results,
+    variant: Variant,
+) -> None:
+    """Draw a token behind each row with logits, accept drafts while they equal it, advance the lengths."""
+    slots = state.capacity.slots
+    row = logit_rows.clamp(min=0).long()
+    slot = torch.where(logit_rows >= 0, placed.slot[row], slots)
+    drawn_position = placed.position[row] + 1
+    settings: SamplingRows = inputs.sampling(slot.clamp(max=slots - 1))
+    drawn = sample(logits, settings, drawn_position, noise=variant.noise, sort=variant.sort)
+    as_drafted = drawn == state.tokens[slot, drawn_position]
+    # Verified tokens replace the drafts; what stands behind them is rewritten by the next drafts before it is read.
+    state.tokens.index_put_((slot, drawn_position), drawn)
+
+    nth = torch.arange(results.logprobs.shape[1], device=drawn.device)
+    logit = (inputs.logit_start[:, None] + nth).clamp(max=drawn.shape[0] - 1)
+    is_draft = nth < placed.rows[:, None] - 1  # the last row verifies no draft, it adds the target's own token
+    accepted = (as_drafted[logit] & is_draft).int().cumprod(dim=1).sum(dim=1)
+    verified = torch.minimum(accepted + 1, placed.rows)
+    prefilled = torch.minimum(inputs.logit_count, placed.rows)
+    verify, prefill = inputs.mode == Mode.VERIFY, inputs.mode == Mode.PREFILL
+    final = torch.where(verify, verified, torch.where(prefill, prefilled, 0))
+    length = torch.where(prefill, placed.cached + placed.rows, state.length + torch.where(verify, verified, 0))
+    state.length.copy_(length)
+    results.tokens.copy_(torch.cat([final[:, None], drawn[logit]], dim=1))
+    if variant.logprobs:
+        results.logprobs.copy_(log_probability(logits, drawn)[logit])

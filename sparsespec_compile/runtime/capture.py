@@ -1,0 +1,84 @@
+"""Runs a step: as it is, or captured in CUDA graphs, one for each padded number of rows.
+
+What a request does is data, so a graph serves every mix of drafts, verifications and prompts that fits its rows.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from sparsespec_compile.runtime.inputs import MIN_ROWS
+from sparsespec_compile.runtime.step import Step, Variant
+
+_WARM_UP_RUNS = 2
+"""Before a capture: the first compiles and lets libraries allocate, the second shows that nothing is left to do."""
+
+
+def row_counts(most: int) -> list[int]:
+    """Padded numbers of rows, ascending up to `most`: padding costs a third at most below 16 rows and an eighth above.
+
+    Up to about 190 rows a GEMM costs what its weights cost (bytes bound), so finer steps would gain nothing.
+    """
+    sizes = [size for size in (MIN_ROWS, 4, 8, 12) if size < most]
+    step = 16
+    while (size := (sizes[-1] // step + 1) * step if sizes else MIN_ROWS) < most:
+        sizes.append(size)
+        step = max(16, 1 << (size.bit_length() - 4))
+    return [*sizes, max(most, MIN_ROWS)]
+
+
+class StepRunner:
+    """Runs `step` for any number of rows.
+
+    Args:
+        step: the computation.
+        capture: whether to capture it in CUDA graphs; its state must be on a GPU then.
+    """
+
+    def __init__(self, step: Step, *, capture: bool) -> None:
+        self.step = step
+        sizes = step.inputs.sizes
+        self._sizes = row_counts(sizes.rows) if capture else []
+        self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        self._memory: tuple[int, int] | None = None
+
+    def __call__(self, rows: int, logits: int, variant: Variant) -> None:
+        """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""
+        if not self._sizes:
+            self.step(max(rows, MIN_ROWS), max(logits, MIN_ROWS), variant)
+            return
+        padded = next(size for size in self._sizes if size >= rows)
+        if (padded, variant) not in self._graphs:
+            self._capture(padded, variant)
+        self._graphs[padded, variant].replay()
+
+    def prepare(self, variants: tuple[Variant, ...], show: Callable[[list[int]], Iterator[int]]) -> None:
+        """Capture all sizes of these variants now, the largest first, so that the others fit into its memory.
+
+        Args:
+            variants: see `Variant`.
+            show: wraps the list of sizes, for example in a progress bar.
+        """
+        for variant in variants:
+            for size in show(self._sizes[::-1]):
+                if (size, variant) not in self._graphs:
+                    self._capture(size, variant)
+
+    def _capture(self, rows: int, variant: Variant) -> None:
+        """Capture with inputs that hold no work, so that the runs before it change nothing; then put them back."""
+        inputs = self.step.inputs
+        logits = min(rows, inputs.sizes.logits)
+        kept = inputs.flat.clone()
+        inputs.clear()
+        stream = torch.cuda.Stream(inputs.flat.device)
+        stream.wait_stream(torch.cuda.current_stream(inputs.flat.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self.step(rows, logits, variant)
+        torch.cuda.current_stream(inputs.flat.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            self.step(rows, logits, variant)
+        self._memory = graph.pool()
+        self._graphs[rows, variant] = graph
+        inputs.flat.copy_(kept)

@@ -1,0 +1,150 @@
+"""Pages of requests that had to leave the device, in pinned host memory.
+
+Whole requests move, page by page, on a stream of their own, so that steps go on meanwhile; nothing is recomputed
+(paper, dynamic KV manager). A page holds all layers' K/V of its tokens and moves in one copy. Memory is taken as it is
+needed, up to a cap. On a CPU the copies are ordinary ones and done at once.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparsespec_compile.runtime.pool import PageAllocator
+
+_BLOCK_BYTES = 2**28
+"""Host memory is pinned in blocks of about this size: pinning takes long, and a block never moves."""
+
+_COPIES_AT_ONCE = 64
+"""Pages whose copies are enqueued between two steps: the host must get back to planning."""
+
+
+class Transfer:
+    """Pages on their way, in one direction.
+
+    Attributes:
+        device_pages, host_pages: the n-th page of the one is copied from or to the n-th of the other.
+        to_host: the direction.
+    """
+
+    def __init__(self, device_pages: list[int], host_pages: list[int], *, to_host: bool) -> None:
+        self.device_pages = device_pages
+        self.host_pages = host_pages
+        self.to_host = to_host
+        self._sent = 0
+        self._fence: torch.cuda.Event | None = None
+        self._end: torch.cuda.Event | None = None
+
+    @property
+    def enqueued(self) -> bool:
+        """Whether every copy was handed to the device."""
+        return self._sent == len(self.device_pages)
+
+
+class HostTier:
+    """Moves pages between a pool and host memory.
+
+    Args:
+        pool: [pages, elements_per_page].
+        pages: pages of host memory at most; 0 = there is no host tier.
+
+    Attributes:
+        capacity: pages that host memory can hold; falls to what is there when the system gives no more.
+    """
+
+    def __init__(self, pool: Tensor, pages: int) -> None:
+        self.capacity = pages
+        self._pool = pool
+        self._block_pages = max(1, min(pages, _BLOCK_BYTES // (pool.shape[1] * pool.itemsize)))
+        self._blocks: list[Tensor] = []
+        self._free = PageAllocator(0)
+        self._moving: deque[Transfer] = deque()
+        self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on the way."""
+        return not self._moving
+
+    @property
+    def held(self) -> int:
+        """Pages of host memory in use."""
+        return self._free.pages - self._free.free
+
+    def offload(self, device_pages: list[int]) -> Transfer | None:
+        """Begin to copy pages to host memory, after all steps enqueued so far; None when it cannot hold them."""
+        host_pages = self._reserve(len(device_pages))
+        return None if host_pages is None else self._begin(device_pages, host_pages, to_host=True)
+
+    def restore(self, host_pages: list[int], device_pages: list[int]) -> Transfer:
+        """Begin to copy pages back, after all steps enqueued so far."""
+        return self._begin(device_pages, host_pages, to_host=False)
+
+    def release(self, host_pages: list[int]) -> None:
+        """Take back pages of host memory."""
+        self._free.release(host_pages)
+
+    def advance(self) -> Iterator[Transfer]:
+        """Enqueue some more copies; yields the transfers that are complete, in the order in which they began."""
+        room = _COPIES_AT_ONCE if self._stream is not None else sum(len(t.device_pages) for t in self._moving)
+        for transfer in self._moving:
+            if room and not transfer.enqueued:
+                room -= self._copy(transfer, room)
+        while self._moving and self._complete(self._moving[0]):
+            yield self._moving.popleft()
+
+    def wait(self) -> None:
+        """Wait until what was enqueued is copied."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def clear(self) -> None:
+        """Forget all transfers and free all host pages; the memory itself is kept."""
+        self.wait()
+        self._moving.clear()
+        self._free = PageAllocator(self._free.pages)
+
+    def _begin(self, device_pages: list[int], host_pages: list[int], *, to_host: bool) -> Transfer:
+        transfer = Transfer(device_pages, host_pages, to_host=to_host)
+        if self._stream is not None:
+            # Steps under way still write: a leaving request's own tokens, or, into pages that a request which has just
+            # ended gave back, tokens that nobody will read.
+            transfer._fence = torch.cuda.current_stream(self._pool.device).record_event()
+        self._moving.append(transfer)
+        return transfer
+
+    def _copy(self, transfer: Transfer, most: int) -> int:
+        first, last = transfer._sent, min(transfer._sent + most, len(transfer.device_pages))
+        with torch.cuda.stream(self._stream):  # does nothing for None
+            if self._stream is not None and transfer._fence is not None:
+                self._stream.wait_event(transfer._fence)
+            for nth in range(first, last):
+                on_device, on_host = self._pool[transfer.device_pages[nth]], self._page(transfer.host_pages[nth])
+                target, source = (on_host, on_device) if transfer.to_host else (on_device, on_host)
+                target.copy_(source, non_blocking=True)
+            transfer._sent = last
+            if self._stream is not None and transfer.enqueued:
+                transfer._end = self._stream.record_event()
+        return last - first
+
+    def _complete(self, transfer: Transfer) -> bool:
+        return transfer.enqueued and (transfer._end is None or transfer._end.query())
+
+    def _page(self, number: int) -> Tensor:
+        return self._blocks[number // self._block_pages][number % self._block_pages]
+
+    def _reserve(self, count: int) -> list[int] | None:
+        while self._free.free < count and self._free.pages < self.capacity:
+            pages = min(self._block_pages, self.capacity - self._free.pages)
+            try:
+                self._blocks.append(self._allocate(pages))
+            except (RuntimeError, MemoryError):
+                self.capacity = self._free.pages  # the system gives no more: live with what there is
+                break
+            self._free.grow(pages)
+        return self._free.allocate(count)
+
+    def _allocate(self, pages: int) -> Tensor:
+        size = (pages, self._pool.shape[1])
+        return torch.empty(size, dtype=self._pool.dtype, pin_memory=self._pool.is_cuda)

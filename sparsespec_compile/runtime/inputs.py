@@ -1,0 +1,176 @@
+"""The static inputs of a step: one tensor on the device, filled by one copy an iteration.
+
+Whatever the host decides about an iteration lies in one int32 tensor, so that a captured step reads the same addresses
+every time and an upload is a single copy from pinned memory.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsespec_compile.runtime.sampling import SamplingParams, SamplingRows
+from sparsespec_compile.runtime.work import PageUpdate, Work
+
+MIN_ROWS = 2
+"""What the graph was exported for."""
+
+_SLOT_FIELDS = (
+    "mode",
+    "row_start",
+    "rows",
+    "offset",
+    "scored",
+    "score_slot",
+    "logit_start",
+    "logit_count",
+    "max_length",
+    "top_k",
+    "temperature",
+    "top_p",
+    "min_p",
+    "seed_low",
+    "seed_high",
+)
+_WORK_FIELDS = 8  # the first ones are anew in every iteration, the others stay while a request keeps its slot
+_ROW_FIELDS = ("row_slot", "row_place", "row_token")
+
+
+@dataclass(frozen=True)
+class InputSizes:
+    """Sizes of the inputs.
+
+    Attributes:
+        slots: request slots, S.
+        rows: packed rows at most.
+        logits: rows with logits at most.
+        request_pages: logical pages of a slot, P.
+        updates: page-table entries that one iteration can change.
+    """
+
+    slots: int
+    rows: int
+    logits: int
+    request_pages: int
+    updates: int
+
+    def spans(self) -> Mapping[str, slice]:
+        """Where each field lies in the flat tensor."""
+        lengths = {name: self.slots for name in _SLOT_FIELDS}
+        lengths |= {name: self.rows for name in _ROW_FIELDS}
+        lengths |= {"logit_rows": self.logits, "update_at": self.updates, "update_page": self.updates}
+        ends = np.cumsum(list(lengths.values())).tolist()
+        return {name: slice(end - size, end) for (name, size), end in zip(lengths.items(), ends, strict=True)}
+
+
+class StepInputs:
+    """The inputs on the device. Every attribute is a view of `flat`; fill `flat` or the views, then run the step.
+
+    Attributes:
+        flat: int32, all of them.
+        mode: int32 [S], a `kernels.ops.Mode`; IDLE for a slot without work.
+        row_start, rows: int32 [S], first packed row and number of rows of a slot.
+        offset: int32 [S], as in `Work`.
+        scored: int32 [S], trailing rows that give out scores.
+        score_slot: int32 [S], row of the score buffer that they are written to.
+        logit_start, logit_count: int32 [S], which of the rows with logits belong to a slot.
+        max_length: int32 [S], prompt and new tokens together at most.
+        temperature, top_p, min_p: float32 [S]; top_k: int32 [S]; as in `SamplingParams`.
+        seed_low, seed_high: int32 [S], the bits of the seed.
+        row_slot: int32 [T], slot of each packed row, -1 = padding.
+        row_place: int32 [T], number of the row within its slot, from 0.
+        row_token: int32 [T], token id of a prompt's row, -1 = the device's own token at the row's position.
+        logit_rows: int32 [R], packed row of each row with logits, -1 = padding.
+        update_at, update_page: int32 [U], entry of the flattened page table and its new value; padding points at the
+            last row of the table, which no slot reads.
+    """
+
+    def __init__(self, sizes: InputSizes, device: torch.device) -> None:
+        self.sizes = sizes
+        self.flat = torch.empty(max(span.stop for span in sizes.spans().values()), dtype=torch.int32, device=device)
+        views = {name: self.flat[span] for name, span in sizes.spans().items()}
+        self.mode, self.row_start, self.rows, self.offset = (views[name] for name in _SLOT_FIELDS[:4])
+        self.scored, self.score_slot, self.logit_start, self.logit_count = (views[name] for name in _SLOT_FIELDS[4:8])
+        self.max_length = views["max_length"]
+        self.row_slot, self.row_place, self.row_token = (views[name] for name in _ROW_FIELDS)
+        self.logit_rows = views["logit_rows"]
+        self.update_at, self.update_page = views["update_at"], views["update_page"]
+        self.temperature, self.top_p, self.min_p = (
+            views[name].view(torch.float32) for name in ("temperature", "top_p", "min_p")
+        )
+        self.top_k, self.seed_low, self.seed_high = (views[name] for name in ("top_k", "seed_low", "seed_high"))
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold no work: every slot idle, every row padding."""
+        self.flat.zero_()
+        for padding in (self.row_slot, self.row_token, self.logit_rows):
+            padding.fill_(-1)
+        self.update_at.fill_(self.sizes.slots * self.sizes.request_pages)
+
+    def sampling(self, slot: Tensor) -> SamplingRows:
+        """The settings of rows that belong to `slot`, int64 [R]."""
+        seed = (self.seed_high.long() << 32) | (self.seed_low.long() & 0xFFFFFFFF)
+        return SamplingRows(
+            temperature=self.temperature[slot],
+            top_k=self.top_k[slot].long(),
+            top_p=self.top_p[slot],
+            min_p=self.min_p[slot],
+            seed=seed[slot],
+        )
+
+
+class InputPacker:
+    """The same inputs on the host, and how `Work` fills them."""
+
+    def __init__(self, sizes: InputSizes) -> None:
+        self.sizes = sizes
+        spans = sizes.spans()
+        self.flat = np.zeros(max(span.stop for span in spans.values()), dtype=np.int32)
+        self._views = {name: self.flat[span] for name, span in spans.items()}
+        self._work = self.flat[: _WORK_FIELDS * sizes.slots].reshape(_WORK_FIELDS, sizes.slots)
+
+    def admit(self, slot: int, max_length: int, params: SamplingParams) -> None:
+        """Set what stays while a request keeps `slot`."""
+        values = {
+            "max_length": max_length,
+            "top_k": params.top_k,
+            "temperature": np.float32(params.temperature).view(np.int32),
+            "top_p": np.float32(params.top_p).view(np.int32),
+            "min_p": np.float32(params.min_p).view(np.int32),
+            "seed_low": np.uint32(params.seed & 0xFFFFFFFF).view(np.int32),
+            "seed_high": np.uint32(params.seed >> 32).view(np.int32),
+        }
+        for name, value in values.items():
+            self._views[name][slot] = value
+
+    def pack(self, work: Iterable[Work], updates: Sequence[PageUpdate]) -> tuple[int, int]:
+        """Lay the rows of `work` one request after the other; scored requests take score slots 0, 1, ... in order.
+
+        Returns:
+            Packed rows and rows with logits, both without padding.
+        """
+        sizes, views = self.sizes, self._views
+        self._work[:] = 0
+        for name in ("row_slot", "row_token", "logit_rows"):
+            views[name][:] = -1
+        views["row_place"][:] = 0
+        row = logit = scored = 0
+        for item in work:
+            end, logit_end = row + item.rows, logit + item.logits
+            self._work[:, item.slot] = (
+                *(item.mode, row, item.rows, item.offset, item.scored, scored if item.scored else 0),
+                *(logit, item.logits),
+            )
+            views["row_slot"][row:end] = item.slot
+            views["row_place"][row:end] = np.arange(item.rows)
+            if len(item.tokens):
+                views["row_token"][row:end] = item.tokens
+            views["logit_rows"][logit:logit_end] = np.arange(end - item.logits, end)
+            row, logit, scored = end, logit_end, scored + bool(item.scored)
+        views["update_at"][:] = sizes.slots * sizes.request_pages
+        views["update_at"][: len(updates)] = [u.slot * sizes.request_pages + u.page for u in updates]
+        views["update_page"][: len(updates)] = [u.physical for u in updates]
+        return row, logit

@@ -1,0 +1,70 @@
+"""In which iterations a request verifies.
+
+A cycle has k + 1 iterations, and a request verifies in those of its phase. A verification reads the whole cache, a
+draft a twentieth of it: iterations cost alike when the lengths of each phase's requests add up alike (paper, unified
+batch scheduling, which counts requests instead).
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+from sparsespec_compile.config import Schedule
+from sparsespec_compile.runtime.request import Request
+
+
+class Phases:
+    """Chooses phases and keeps them balanced.
+
+    Args:
+        draft_tokens: k; there are k + 1 phases.
+        schedule: "balanced" joins the phase with the fewest bytes to read and moves requests when others leave;
+            "random" draws a phase, "in_phase" lets all verify together: both for comparison.
+        most: requests that can be scored in one iteration, all of a phase among them.
+    """
+
+    def __init__(self, draft_tokens: int, schedule: Schedule, most: int) -> None:
+        self.count = draft_tokens + 1
+        self.schedule = schedule
+        self.most = most
+        self._random = Random(0)
+
+    def choose(self, request: Request, others: Sequence[Request], now: int) -> int:
+        """A phase for a request that starts after iteration `now`."""
+        if self.schedule == "in_phase":
+            return 0
+        loads, counts = self._loads(others)
+        open_phases = [phase for phase in range(self.count) if counts[phase] < self.most] or list(range(self.count))
+        if self.schedule == "random":
+            return self._random.choice(open_phases)
+        # Among equals the one that leaves the longest first cycle.
+        return min(open_phases, key=lambda phase: (loads[phase], -((phase - now - 1) % self.count)))
+
+    def rebalance(self, requests: Sequence[Request]) -> None:
+        """Move one request from the heaviest phase to the lightest, if that lowers the heaviest load by enough.
+
+        A request that moves has one shorter cycle. So only a gain of a tenth of the heaviest load is worth it.
+        """
+        if self.schedule != "balanced" or self.count == 1:
+            return
+        loads, counts = self._loads(requests)
+        heavy = max(range(self.count), key=loads.__getitem__)
+        light = min(range(self.count), key=loads.__getitem__)
+        if counts[light] >= self.most:
+            return
+        gap = loads[heavy] - loads[light]
+        movable = [r for r in requests if r.phase == heavy and r.reach < gap]
+        if not movable:
+            return
+        best = min(movable, key=lambda request: abs(gap - 2 * request.reach))
+        lowered = gap - max(best.reach, gap - best.reach)
+        if lowered * 10 >= loads[heavy]:
+            best.phase = light
+
+    def _loads(self, requests: Sequence[Request]) -> tuple[list[int], list[int]]:
+        """Cached tokens and requests of each phase."""
+        loads, counts = [0] * self.count, [0] * self.count
+        for request in requests:
+            if request.phase is not None:
+                loads[request.phase] += request.reach
+                counts[request.phase] += 1
+        return loads, counts

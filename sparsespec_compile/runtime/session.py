@@ -1,0 +1,134 @@
+"""The loop: requests in, final tokens out.
+
+The host plans and enqueues an iteration while the one before runs, and reads results one iteration late (paper, delayed
+verification). No request sits an iteration out for that: what it does next does not depend on what was accepted.
+"""
+
+from collections.abc import Iterator
+
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.frames import Flight
+from sparsespec_compile.runtime.inputs import InputPacker
+from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.scheduler import Scheduler
+from sparsespec_compile.runtime.stats import StatsRecorder
+from sparsespec_compile.runtime.step import Variant
+from sparsespec_compile.runtime.work import Work
+
+Output = tuple[Request, list[int]]
+"""A request and tokens of it that are final; no tokens when it ended without a new one."""
+
+
+class Session:
+    """Runs requests until their texts are complete. One at a time works on a state.
+
+    Args:
+        scheduler: who runs.
+        runner: the step.
+        recorder: counts what happens.
+        overlap: whether an iteration is enqueued before the results of the one before are read.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: StepRunner, recorder: StatsRecorder, *, overlap: bool) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._recorder = recorder
+        self._inputs = runner.step.inputs
+        self._packer = InputPacker(self._inputs.sizes)
+        self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._scheduler.running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return self._scheduler.busy or len(self._flight) > 0
+
+    @property
+    def pool_share(self) -> float:
+        """Share of the pool's pages in use."""
+        allocator = self._scheduler.residency.allocator
+        return 1 - allocator.free / max(allocator.pages, 1)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it must fit the state's capacity."""
+        self._scheduler.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request where it stands; its output so far stays."""
+        if not request.finished:
+            self._scheduler.cancel(request)
+
+    def advance(self) -> Iterator[Output]:
+        """Enqueue one iteration and read the results of the one that has been under way longest, if it is time."""
+        for request in self._scheduler.admit():
+            self._packer.admit(request.slot, request.max_length, request.params)
+        work = self._scheduler.plan()
+        if work:
+            self._enqueue(work)
+        if len(self._flight) == self._flight.depth or (not work and len(self._flight)):
+            yield from self._land()
+        elif not work and self._scheduler.busy:
+            yield from self._unblock()
+
+    def close(self) -> None:
+        """Drop every request and give back all slots and pages."""
+        while len(self._flight):
+            self._flight.give_back(self._flight.land())
+        self._scheduler.clear()
+
+    def _enqueue(self, work: list[tuple[Request, Work]]) -> None:
+        variant = _variant([request for request, _ in work])
+        rows, logits = self._packer.pack([item for _, item in work], self._scheduler.residency.updates)
+        frame = self._flight.take()
+        frame.work = work
+        frame.upload(self._packer.flat, self._inputs.flat)
+        self._runner(rows, logits, variant)
+        frame.download(self._runner.step.results, logprobs=variant.logprobs)
+
+    def _land(self) -> Iterator[Output]:
+        frame = self._flight.land()
+        logprobs = _variant([request for request, _ in frame.work]).logprobs
+        tokens, all_logprobs = frame.read(logprobs=logprobs)
+        self._recorder.begin_iteration(sum(item.rows for _, item in frame.work))
+        outputs = []
+        for request, item in frame.work:
+            if request.finished:
+                continue  # it ended in an earlier iteration, which was read after this one had been enqueued
+            count, *drawn = tokens[item.slot]
+            cached = request.cached
+            added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
+            if item.mode == Mode.VERIFY:
+                request.unread -= item.rows
+            self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
+            if request.finished:
+                self._scheduler.release(request)
+            if added:
+                outputs.append((request, added))
+        self._flight.give_back(frame)
+        yield from outputs
+
+    def _unblock(self) -> Iterator[Output]:
+        """Nothing can be planned and nothing is under way: wait for pages to move, or end a request."""
+        residency = self._scheduler.residency
+        if residency.moving:
+            residency.tier.wait()
+        else:
+            yield self._scheduler.give_up(), []
+
+
+def _variant(requests: list[Request]) -> Variant:
+    return Variant(
+        noise=any(not request.params.greedy for request in requests),
+        sort=any(request.params.filters for request in requests),
+        logprobs=any(request.logprobs for request in requests),
+    )

@@ -1,0 +1,39 @@
+"""What the host decides about one request in one iteration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsespec_compile.kernels.ops import Mode
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's share of an iteration. Nothing in it depends on how many drafts were accepted.
+
+    Attributes:
+        slot: the request's row in the state tensors.
+        mode: draft, verify or prefill.
+        rows: packed rows. 1 for a draft, drafts + 1 for a verification, the chunk's tokens for a prefill.
+        offset: drafts and verifications: position of the first row, counted from the request's verified length (its
+            drafts so far; 0 for a verification). Prefills: position of the first row.
+        tokens: prefills: the chunk's token ids, `rows` of them. Others take theirs from the device.
+        logits: trailing rows whose logits are needed: all of a draft or verification, the last one of a prompt.
+        scored: trailing rows whose attention probabilities choose the next pillars; 0 = none.
+    """
+
+    slot: int
+    mode: Mode
+    rows: int
+    offset: int = 0
+    tokens: Sequence[int] = ()
+    logits: int = 0
+    scored: int = 0
+
+
+@dataclass(frozen=True)
+class PageUpdate:
+    """An entry of a slot's page table: `physical` is where its logical page `page` lies from now on."""
+
+    slot: int
+    page: int
+    physical: int

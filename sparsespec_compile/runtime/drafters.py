@@ -37,7 +37,12 @@ def choose_policy(config: SpecConfig) -> Policy | None:
         local = torch.minimum((budget.double() * config.local_ratio).int(), scored_length.clamp(min=0))
         selected_from = torch.where(scored_length >= 0, scored_length - local, -1).int()
         torch.ops.sparsespec.select_pillars(
-            state.scores, selected_from, budget - local, state.pillar_index, state.pillar_count
+            state.scores,
+            torch.arange(len(budget), dtype=torch.int32, device=budget.device),
+            selected_from,
+            budget - local,
+            state.pillar_index,
+            state.pillar_count,
         )
         _renew(state.recent_start, selected_from, scored_length)
 

@@ -74,6 +74,7 @@ class Step:
             cached,
             state.page_table,
             scored,
+            torch.arange(len(scored), dtype=torch.int32, device=scored.device),
             state.pillar_count,
             state.recent_start,
         )[0]

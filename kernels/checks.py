@@ -62,14 +62,25 @@ def check_attention(
 
 
 def check_select(
-    scores: Tensor, scored_length: Tensor, budget: Tensor, pillar_index: Tensor, pillar_count: Tensor
+    scores: Tensor,
+    score_slot: Tensor,
+    scored_length: Tensor,
+    budget: Tensor,
+    pillar_index: Tensor,
+    pillar_count: Tensor,
 ) -> None:
     """Refuse arguments of ``select_pillars`` that do not fit each other."""
     _check_rank({"scores": scores, "pillar_index": pillar_index}, 3)
     if scores.dtype != torch.float32:
         raise KernelInputError(f"scores are {scores.dtype}; the selection takes torch.float32")
-    requests, heads, _ = scores.shape
-    per_request = {"scored_length": scored_length, "budget": budget, "pillar_count": pillar_count}
+    _check_rank({"scored_length": scored_length}, 1)
+    requests, heads = scored_length.shape[0], scores.shape[1]
+    per_request = {
+        "score_slot": score_slot,
+        "scored_length": scored_length,
+        "budget": budget,
+        "pillar_count": pillar_count,
+    }
     for name, tensor in per_request.items():
         _check_index(name, tensor, (requests,))
     _check_index("pillar_index", pillar_index, (requests, heads, pillar_index.shape[2]))
@@ -85,7 +96,7 @@ def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor
             _check_index(name, tensor, (requests,))
     _check_rank({"page_table": step["page_table"]}, 2)
     _check_index("page_table", step["page_table"], (requests, step["page_table"].shape[1]))
-    _check_size("scores", scores, (requests, kv_heads, scores.shape[2]))
+    _check_size("scores", scores, (scores.shape[0], kv_heads, scores.shape[2]))
     _check_index("pillar_index", pillar_index, (requests, kv_heads, pillar_index.shape[2]))
 
 

@@ -1,8 +1,8 @@
 """The three ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
 
 Sizes: T packed rows (tokens) of a step, B request slots, Hq query heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the
-head dimensions of keys and values, P logical pages of a request, S positions for which scores can be kept, M pillars
-that can be kept.
+head dimensions of keys and values, P logical pages of a request, C rows of the score buffer, S positions for which
+scores can be kept, M pillars that can be kept.
 
 ``sparsespec::attention_site(q, k, v, scale, window, softcap, layer) -> [1, T, Hq, Dv]``
     What capture leaves in the graph at each attention layer. q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv].
@@ -14,7 +14,7 @@ that can be kept.
     Drafting, verifying and prefilling rows in one call (paper: fused draft and verify attention).
     q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv]: any strides with a unit last one, one dtype with kv.
     kv [pages, Hkv, page_size, Dk + Dv]: this layer's view of the pool, the key and value of a token side by side.
-    scores [B, Hkv, S] float32 (or float64 with float64 inputs): this layer's view of the score buffer.
+    scores [C, Hkv, S] float32 (or float64 with float64 inputs): this layer's view of the score buffer.
     pillar_index [B, Hkv, M] int32: this layer's view of the pillars, logical positions below recent_start.
     The step tensors, int32, are described at STEP_TENSORS.
 
@@ -25,17 +25,25 @@ that can be kept.
        recent_start 0 that is full attention. window 0 means no window; softcap c > 0 turns a logit x into
        c * tanh(x / c) before the softmax, softcap 0 leaves it.
     3. For a VERIFY or PREFILL request with s = score_rows[b] > 0 and end = cached_length[b] + row_count[b],
-       scores[b, h, j] for j < end - s becomes the mean, over the last s rows and the G query heads of KV head h, of
-       the probability of position j (paper: PillarAttn); 0 where the window hides j. Nothing else in scores changes.
+       scores[score_slot[b], h, j] for j < end - s becomes the mean, over the last s rows and the G query heads of KV
+       head h, of how much a row looks at position j (paper: PillarAttn); 0 where the window hides j. Nothing else in
+       scores changes.
+       For PREFILL that is the probability of j. For VERIFY it is min(1, exp(x_j - n)), with x_j the row's logit of j
+       and n the log-sum-exp of its logits over the positions that a DRAFT row in its place would read: the probability
+       of j measured by what the request's own drafts could see. Wherever those saw what matters n is the full
+       log-sum-exp, as it is exactly with pillar_count 0 and recent_start 0; and it is known before the pass over the
+       cache, so that this one pass gives output and scores. The paper's kernel divides by the full sum instead.
     Logits, softmax and scores are computed in float32, or in float64 for float64 inputs.
     Required of the values, which are not checked since that would wait for the device: requests do not share rows;
     positions stay inside the reserved pages; score_rows <= row_count; end - score_rows <= S;
-    0 <= recent_start <= cached_length; 0 <= pillar_count <= M.
+    0 <= score_slot < C where scores are written, no two requests with one slot; 0 <= recent_start <= cached_length;
+    0 <= pillar_count <= M; the pillars of a request and head are distinct.
 
-``sparsespec::select_pillars(scores, scored_length, budget, pillar_index, pillar_count) -> ()``
-    scores [B, H, S] float32, H the KV heads of all layers one after the other; scored_length [B] int32, the number of
-    leading valid scores (at most S), -1 to leave the pillars of a request as they are; budget [B] int32, 0 or more;
-    pillar_index [B, H, M] int32 and pillar_count [B] int32 are written. For a request with n = scored_length[b] >= 0:
+``sparsespec::select_pillars(scores, score_slot, scored_length, budget, pillar_index, pillar_count) -> ()``
+    scores [C, H, S] float32, H the KV heads of all layers one after the other; score_slot [B] int32, the row of scores
+    that belongs to a request; scored_length [B] int32, the number of leading valid scores (at most S), -1 to leave the
+    pillars of a request as they are, whose score_slot is then not read; budget [B] int32, 0 or more; pillar_index
+    [B, H, M] int32 and pillar_count [B] int32 are written. For a request with n = scored_length[b] >= 0:
     count = min(budget[b], n, M) positions with the highest scores are kept, the lower position winning a tie; they are
     written in ascending order, followed by -1 up to M, and pillar_count[b] becomes count. Scores are ordered as
     floating-point numbers (0.0 and -0.0 are equal; a NaN, which no working model gives, ranks by its bit pattern).
@@ -80,6 +88,7 @@ STEP_TENSORS: tuple[str, ...] = (
     "cached_length",
     "page_table",
     "score_rows",
+    "score_slot",
     "pillar_count",
     "recent_start",
 )
@@ -88,7 +97,8 @@ STEP_TENSORS: tuple[str, ...] = (
 request_mode [B]: a Mode (not called mode: torch keeps that argument name of an op for itself). row_start [B]: first
 packed row. row_count [B]: rows, 0 for none. cached_length [B]: tokens in the pool before this step, so row
 row_start + i stands at position cached_length + i. page_table [B, P]: physical page of each logical page, -1 past the
-reserved ones (never read). score_rows [B]: number of trailing rows whose probabilities are given out.
+reserved ones (never read). score_rows [B]: number of trailing rows whose attention is given out.
+score_slot [B]: the row of scores that is written for a request with score_rows > 0, not read otherwise.
 pillar_count [B]: valid entries of pillar_index, alike for all layers and heads. recent_start [B]: first position that
 draft rows read densely."""
 
@@ -108,7 +118,8 @@ torch.library.define(
 )
 torch.library.define(
     "sparsespec::select_pillars",
-    "(Tensor scores, Tensor scored_length, Tensor budget, Tensor(a!) pillar_index, Tensor(b!) pillar_count) -> ()",
+    "(Tensor scores, Tensor score_slot, Tensor scored_length, Tensor budget, Tensor(a!) pillar_index, "
+    "Tensor(b!) pillar_count) -> ()",
     tags=_TAGS,
 )
 
@@ -133,6 +144,11 @@ def _dual_mode_attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) ->
 
 @torch.library.register_fake("sparsespec::select_pillars")
 def _select_pillars_fake(
-    scores: Tensor, scored_length: Tensor, budget: Tensor, pillar_index: Tensor, pillar_count: Tensor
+    scores: Tensor,
+    score_slot: Tensor,
+    scored_length: Tensor,
+    budget: Tensor,
+    pillar_index: Tensor,
+    pillar_count: Tensor,
 ) -> None:
     return None

@@ -41,6 +41,7 @@ def dual_mode_attention(
     cached_length: Tensor,
     page_table: Tensor,
     score_rows: Tensor,
+    score_slot: Tensor,
     pillar_count: Tensor,
     recent_start: Tensor,
     pillar_index: Tensor,
@@ -49,24 +50,25 @@ def dual_mode_attention(
     softcap: float,
 ) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
-    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, pillar_count, recent_start)
-    step = dict(zip(STEP_TENSORS, given, strict=True))
+    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
+    step = dict(zip(STEP_TENSORS, (*given, recent_start), strict=True))
     check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap))
     _write_kv(k, v, kv, request_mode, row_start, row_count, cached_length, page_table)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lists = (
-        t.tolist() for t in (request_mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start)
-    )
-    for b, (kind, first, count, cached, scored, pillars, recent) in enumerate(zip(*lists, strict=True)):
+    lists = (tensor.tolist() for name, tensor in step.items() if name != "page_table")
+    requests = enumerate(zip(*lists, strict=True))
+    for b, (kind, first, count, cached, scored, slot, pillars, recent) in requests:
         if kind == Mode.IDLE or count == 0:
             continue
         rows = slice(first, first + count)
+        draft = (pillar_index[b, :, :pillars], recent)
         if kind == Mode.DRAFT:
-            out[rows] = _draft(
-                q[rows], kv, page_table[b], pillar_index[b, :, :pillars], recent, cached, scale, window, softcap
-            )
+            out[rows] = _draft(q[rows], kv, page_table[b], *draft, cached, scale, window, softcap)
         else:
-            out[rows] = _dense(q[rows], kv, page_table[b], scores[b], scored, cached, scale, window, softcap)
+            out[rows], logits = _dense(q[rows], kv, page_table[b], cached, scored, scale, window, softcap)
+            if scored:
+                measure = None if kind == Mode.PREFILL else draft
+                _write_scores(logits, measure, scores[slot], cached + count)
     return out
 
 
@@ -122,42 +124,62 @@ def _draft(
 
 
 def _dense(
-    q: Tensor,
-    kv: Tensor,
-    pages: Tensor,
-    scores: Tensor,
-    scored: int,
-    cached: int,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """Rows [r, Hq, Dk] over every position the window leaves them; writes scores [Hkv, S] if scored rows are wanted."""
+    q: Tensor, kv: Tensor, pages: Tensor, cached: int, scored: int, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Rows [r, Hq, Dk] over every position the window leaves them.
+
+    Returns the rows [r, Hq, Dv] and the logits [Hkv, G, scored, n] of the last ``scored`` of them, of the n positions
+    up to the last row from the page on in which the window of the first row begins; -inf where they are hidden.
+    """
     count = q.shape[0]
     end, page_size = cached + count, kv.shape[2]
-    first_page = max(0, cached - window + 1) // page_size if window else 0
-    base = first_page * page_size
+    base = _first_gathered(cached, page_size, window)
     # Selecting along the first dimension copies the selected pages only; along any other, torch copies all of kv first.
-    token = kv.index_select(0, pages[first_page : -(-end // page_size)]).transpose(0, 1).flatten(1, 2)
+    token = kv.index_select(0, pages[base // page_size : -(-end // page_size)]).transpose(0, 1).flatten(1, 2)
     keys, values = token.split((q.shape[2], kv.shape[3] - q.shape[2]), 2)
     position = torch.arange(base, end, device=q.device)
-    total = torch.zeros(kv.shape[1], end - scored - base, dtype=_compute_dtype(q), device=q.device)
     blocks = []
+    kept = []
     for low in range(0, count, _ROW_BLOCK):
         high = min(low + _ROW_BLOCK, count)
         seen = cached + high - base
         new = cached + low - base
         visible = _visible(position[new:seen], position[0 if window else new : seen], window)
-        out, probability = _attend(q[low:high], keys[:, :seen], values[:, :seen], visible, scale, softcap)
+        out, logits = _attend(q[low:high], keys[:, :seen], values[:, :seen], visible, scale, softcap)
         blocks.append(out)
-        skipped = max(0, count - scored - low)
-        if skipped < high - low:
-            width = min(seen, total.shape[1])
-            total[:, :width] += probability[:, :, skipped:, :width].sum((1, 2))
-    if scored:
-        scores[:, :base] = 0
-        scores[:, base : end - scored] = total / (scored * (q.shape[1] // kv.shape[1]))
-    return torch.cat(blocks)
+        unscored = max(0, count - scored - low)
+        if unscored < high - low:
+            hidden = (0, end - base - seen)
+            kept.append(torch.nn.functional.pad(logits[:, :, unscored:], hidden, value=float("-inf")))
+    return torch.cat(blocks), torch.cat(kept, 2) if kept else q.new_empty(0)
+
+
+def _first_gathered(cached: int, page_size: int, window: int) -> int:
+    """First position of the page in which the window of a row at position ``cached`` begins."""
+    return max(0, cached - window + 1) // page_size * page_size if window else 0
+
+
+def _write_scores(logits: Tensor, draft: tuple[Tensor, int] | None, scores: Tensor, end: int) -> None:
+    """Mean attention of scored rows [Hkv, G, s, n], the last n positions before ``end``, into scores [Hkv, S].
+
+    ``draft`` is what a draft in their place would read, (pillars [Hkv, m], recent_start): their weight is then measured
+    by that. None measures it by everything a row sees.
+    """
+    base = end - logits.shape[3]
+    seen = logits
+    if draft is not None:
+        pillars, recent = draft
+        read = torch.arange(base, end, device=logits.device).expand(logits.shape[0], -1) >= recent
+        place = pillars.long() - base
+        # What lies before the gathered positions is hidden from all rows; its mark goes to a place that is cut off.
+        beyond = logits.shape[3]
+        read = torch.nn.functional.pad(read, (0, 1)).scatter_(1, place.where(place >= 0, beyond), True)[:, :beyond]
+        seen = logits.masked_fill(~read[:, None, None], float("-inf"))
+    total = seen.logsumexp(-1, keepdim=True)
+    scored_end = end - logits.shape[2]
+    weight = (logits[..., : scored_end - base] - total).exp().clamp(max=1.0)
+    scores[:, :base] = 0
+    scores[:, base:scored_end] = weight.mean((1, 2))
 
 
 def _visible(row: Tensor, key: Tensor, window: int) -> Tensor:
@@ -174,7 +196,7 @@ def _attend(
 
     ``visible`` [..., r, w] broadcasts to the last w keys of the logits [Hkv, G, r, n]: every row sees the keys before
     them. None means that every row sees every key.
-    Returns the rows [r, Hq, Dv] in q's dtype and the probabilities [Hkv, G, r, n].
+    Returns the rows [r, Hq, Dv] in q's dtype and the logits [Hkv, G, r, n], -inf where they are not visible.
     """
     dtype = _compute_dtype(q)
     rows, q_heads, key_dim = q.shape
@@ -189,7 +211,7 @@ def _attend(
     probability = logits.softmax(-1)
     out = torch.bmm(probability.view(kv_heads, -1, length), values.to(dtype))
     out = out.view(kv_heads, -1, rows, value_dim).permute(2, 0, 1, 3).reshape(rows, q_heads, value_dim)
-    return out.to(q.dtype), probability
+    return out.to(q.dtype), logits
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:

@@ -7,16 +7,22 @@ from .checks import check_select
 
 
 def select_pillars(
-    scores: Tensor, scored_length: Tensor, budget: Tensor, pillar_index: Tensor, pillar_count: Tensor
+    scores: Tensor,
+    score_slot: Tensor,
+    scored_length: Tensor,
+    budget: Tensor,
+    pillar_index: Tensor,
+    pillar_count: Tensor,
 ) -> None:
     """Keep the positions with the highest scores of each request and head; see ``kernels.ops``."""
-    check_select(scores, scored_length, budget, pillar_index, pillar_count)
-    for b, (length, wanted) in enumerate(zip(scored_length.tolist(), budget.tolist(), strict=True)):
+    check_select(scores, score_slot, scored_length, budget, pillar_index, pillar_count)
+    requests = zip(score_slot.tolist(), scored_length.tolist(), budget.tolist(), strict=True)
+    for b, (slot, length, wanted) in enumerate(requests):
         if length < 0:
             continue
         length = min(length, scores.shape[2])
         count = min(max(wanted, 0), length, pillar_index.shape[2])
-        pillar_index[b, :, :count] = _highest(scores[b, :, :length], count)
+        pillar_index[b, :, :count] = _highest(scores[slot, :, :length], count)
         pillar_index[b, :, count:] = -1
         pillar_count[b] = count
 

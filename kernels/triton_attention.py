@@ -55,6 +55,7 @@ def dual_mode_attention(
     cached_length: Tensor,
     page_table: Tensor,
     score_rows: Tensor,
+    score_slot: Tensor,
     pillar_count: Tensor,
     recent_start: Tensor,
     pillar_index: Tensor,
@@ -63,8 +64,8 @@ def dual_mode_attention(
     softcap: float,
 ) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``. float16, bfloat16 and float32."""
-    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, pillar_count, recent_start)
-    step = {name: tensor.contiguous() for name, tensor in zip(STEP_TENSORS, given, strict=True)}
+    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
+    step = {name: tensor.contiguous() for name, tensor in zip(STEP_TENSORS, (*given, recent_start), strict=True)}
     check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap), TRITON_DTYPES)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     if q.shape[0] == 0:
@@ -83,7 +84,7 @@ def dual_mode_attention(
 
 def _launch_all(arguments: dict[str, Any], tiling: Tiling) -> None:
     rows, q_heads = arguments["lse"].shape
-    requests, kv_heads, positions = arguments["scores"].shape
+    requests, (_, kv_heads, positions) = arguments["requests"], arguments["scores"].shape
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     arguments = {**arguments, "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n}
     _launch(write_kernel, (rows, kv_heads), arguments, {})
@@ -103,7 +104,7 @@ def _sizes(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, scores: Tensor, step: dict[str, Tensor], pillar_index: Tensor
 ) -> dict[str, int]:
     """Sizes and strides as the kernels name them."""
-    requests = scores.shape[0]
+    requests = step["request_mode"].shape[0]
     group = q.shape[1] // k.shape[1]
     return {
         "requests": requests,
@@ -114,7 +115,7 @@ def _sizes(
         "stride_head": kv.stride(1),
         "stride_slot": kv.stride(2),
         "stride_table": step["page_table"].stride(0),
-        **_strides("score", scores, "request", "head"),
+        **_strides("score", scores, "slot", "head"),
         **_strides("pillar", pillar_index, "request", "head"),
         "GROUP": group,
         "KEY_DIM": q.shape[2],

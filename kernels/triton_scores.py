@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import DRAFT, IDLE, logits_base_2, token_pointers
+from .triton_tiles import DRAFT, IDLE, VERIFY, logits_base_2, token_pointers
 
 
 @triton.jit
@@ -18,14 +18,20 @@ def score_kernel(
     cached_length,
     page_table,
     score_rows,
+    score_slot,
+    pillar_count,
+    recent_start,
+    pillar_index,
     stride_q_row,
     stride_q_head,
     stride_page,
     stride_head,
     stride_slot,
     stride_table,
-    stride_score_request,
+    stride_score_slot,
     stride_score_head,
+    stride_pillar_request,
+    stride_pillar_head,
     scale,
     window,
     softcap,
@@ -84,11 +90,50 @@ def score_kernel(
             mask=real_row[:, None] & (dim[None, :] < KEY_DIM),
             other=0.0,
         )
-        denominator = tl.load(lse + row * (tl.num_programs(1) * GROUP) + q_head, mask=real_row, other=0.0)
+        if kind == VERIFY:
+            row_position = scored_end + place
+            pillars = tl.load(pillar_count + request)
+            recent = tl.load(recent_start + request)
+            entries = pillars + scored_end + scored - recent
+            largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            sums = tl.zeros((BLOCK_M,), tl.float32)
+            index = pillar_index + wide_request * stride_pillar_request + head.to(tl.int64) * stride_pillar_head
+            for low in range(0, entries, BLOCK_N):
+                entry = low + tl.arange(0, BLOCK_N)
+                pillar = tl.load(index + entry, mask=entry < pillars, other=0)
+                draft = tl.where(entry < pillars, pillar, recent + entry - pillars)
+                drafted = (entry < entries)[None, :] & (draft[None, :] <= row_position[:, None])
+                if HAS_WINDOW:
+                    drafted = drafted & (draft[None, :] > row_position[:, None] - window)
+                token_d = token_pointers(
+                    kv,
+                    page_table,
+                    wide_request,
+                    head,
+                    draft,
+                    entry < entries,
+                    stride_page,
+                    stride_head,
+                    stride_slot,
+                    stride_table,
+                    PAGE_SIZE,
+                )
+                inside = (entry < entries)[None, :] & (dim[:, None] < KEY_DIM)
+                keys_d = tl.load(token_d[None, :] + dim[:, None], mask=inside, other=0.0)
+                drafted_logits = logits_base_2(query, keys_d, scale, softcap, HAS_SOFTCAP, PRECISION)
+                drafted_logits = tl.where(drafted, drafted_logits, float("-inf"))
+                raised = tl.maximum(largest, tl.max(drafted_logits, 1))
+                shift = tl.where(raised == float("-inf"), 0.0, raised)
+                sums = sums * tl.exp2(largest - shift) + tl.sum(tl.exp2(drafted_logits - shift[:, None]), 1)
+                largest = raised
+            denominator = tl.where(real_row, largest + tl.log2(sums), 0.0)
+        else:
+            denominator = tl.load(lse + row * (tl.num_programs(1) * GROUP) + q_head, mask=real_row, other=0.0)
         logits = logits_base_2(query, keys, scale, softcap, HAS_SOFTCAP, PRECISION)
         visible = real_row[:, None] & real[None, :]
         if HAS_WINDOW:
             visible = visible & (position[None, :] > (scored_end + place - window)[:, None])
-        total += tl.sum(tl.where(visible, tl.exp2(logits - denominator[:, None]), 0.0), 0)
-    target = scores + wide_request * stride_score_request + head.to(tl.int64) * stride_score_head + position
+        total += tl.sum(tl.where(visible, tl.minimum(tl.exp2(logits - denominator[:, None]), 1.0), 0.0), 0)
+    slot = tl.load(score_slot + request).to(tl.int64)
+    target = scores + slot * stride_score_slot + head.to(tl.int64) * stride_score_head + position
     tl.store(target, total / (scored * GROUP), mask=real)

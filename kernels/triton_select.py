@@ -16,16 +16,22 @@ _BLOCK = 1024
 
 
 def select_pillars(
-    scores: Tensor, scored_length: Tensor, budget: Tensor, pillar_index: Tensor, pillar_count: Tensor
+    scores: Tensor,
+    score_slot: Tensor,
+    scored_length: Tensor,
+    budget: Tensor,
+    pillar_index: Tensor,
+    pillar_count: Tensor,
 ) -> None:
     """Keep the positions with the highest scores of each request and head; see ``kernels.ops``."""
-    check_select(scores, scored_length, budget, pillar_index, pillar_count)
-    requests, heads, positions = scores.shape
+    check_select(scores, score_slot, scored_length, budget, pillar_index, pillar_count)
+    requests, (_, heads, positions) = scored_length.shape[0], scores.shape
     if requests == 0 or heads == 0:
         return
     with torch.cuda.device_of(scores):
         select_kernel[(heads, requests)](
             scores,
+            score_slot,
             scored_length,
             budget,
             pillar_index,
@@ -34,6 +40,7 @@ def select_pillars(
             pillar_index.shape[2],
             scores.stride(0),
             scores.stride(1),
+            score_slot.stride(0),
             scored_length.stride(0),
             budget.stride(0),
             pillar_index.stride(0),
@@ -47,14 +54,16 @@ def select_pillars(
 @triton.jit
 def select_kernel(
     scores,
+    score_slot,
     scored_length,
     budget,
     pillar_index,
     pillar_count,
     positions,
     capacity,
-    stride_score_request,
+    stride_score_slot,
     stride_score_head,
+    stride_slot,
     stride_length,
     stride_budget,
     stride_pillar_request,
@@ -73,7 +82,8 @@ def select_kernel(
     count = tl.minimum(tl.minimum(wanted, length), capacity)
     if head == 0:
         tl.store(pillar_count + request * stride_count, count)
-    scores += request * stride_score_request + head * stride_score_head
+    slot = tl.load(score_slot + request * stride_slot).to(tl.int64)
+    scores += slot * stride_score_slot + head * stride_score_head
     pillar_index += request * stride_pillar_request + head * stride_pillar_head
     last, room = _kth_highest(scores, length, count, BLOCK)
     kept = 0

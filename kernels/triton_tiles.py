@@ -10,6 +10,7 @@ import triton.language as tl
 
 IDLE = tl.constexpr(0)
 DRAFT = tl.constexpr(1)
+VERIFY = tl.constexpr(2)
 """Values of ``kernels.ops.Mode``; a test holds them equal."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)

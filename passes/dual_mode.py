@@ -6,14 +6,14 @@ Before, for layer i:
 After, with o = layout.page_offset(i), n = layout.page_elements(i), h = layout.head_offset(i):
     q', k', v': [T, H, D] = aten.transpose(aten.select(_, 0, 0), 0, 1)
     kv: [pages, Hkv, page_size, Dk + Dv] = aten.view(aten.slice(kv_pool, 1, o, o + n), ...)
-    s: f32[B, Hkv, S] = aten.slice(scores, 1, h, h + Hkv)
+    s: f32[C, Hkv, S] = aten.slice(scores, 1, h, h + Hkv)
     p: i32[B, Hkv, M] = aten.slice(pillar_index, 1, h, h + Hkv)
     rows: [T, Hq, Dv] = sparsespec.dual_mode_attention(q', k', v', kv, s, *step tensors, p, scale, window, softcap)
     out: [1, T, Hq, Dv] = aten.unsqueeze(rows, 0)
 
 Requires: placeholders input_ids, position_ids, logits_to_keep; one site for each layer of the layout, in its order.
-Ensures: no site is left; after those three, the inputs are kv_pool [pages, elements_per_page], scores [B, H, S] f32,
-pillar_index [B, H, M] i32 and the step tensors (i32, `[B]`, and page_table `[B, P]`); B, pages, S, M, P symbolic.
+Ensures: no site is left; after those three, the inputs are kv_pool [pages, elements_per_page], scores [C, H, S] f32,
+pillar_index [B, H, M] i32 and the step tensors (i32, `[B]`, and page_table `[B, P]`); B, C, pages, S, M, P symbolic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .layout import AttentionLayer
 
 aten = torch.ops.aten
 
-HINTS = {"pages": 11, "requests": 13, "scored": 17, "pillars": 19, "request_pages": 23}
+HINTS = {"pages": 11, "requests": 13, "scored": 17, "pillars": 19, "request_pages": 23, "slots": 29}
 """Example sizes of the new symbols, all different so that no two are taken for one."""
 
 STATE_INPUTS = ("kv_pool", "scores", "pillar_index")
@@ -84,7 +84,7 @@ class AttentionToDualMode(GraphPass):
         b, heads = HINTS["requests"], layout.total_kv_heads
         shapes: dict[str, tuple[tuple[int, ...], tuple[bool, ...], torch.dtype]] = {
             "kv_pool": ((HINTS["pages"], layout.elements_per_page), (True, False), key.dtype),
-            "scores": ((b, heads, HINTS["scored"]), (True, False, True), torch.float32),
+            "scores": ((HINTS["slots"], heads, HINTS["scored"]), (True, False, True), torch.float32),
             "pillar_index": ((b, heads, HINTS["pillars"]), (True, False, True), torch.int32),
         }
         for name in STEP_TENSORS:

@@ -59,13 +59,13 @@ def _check_sites(graph_module: GraphModule, layout: KVLayout) -> None:
 def _check_dual_nodes(graph_module: GraphModule, layout: KVLayout) -> None:
     _refuse_any(graph_module, attention_site, "after the attention rewrite")
     nodes = find_calls(graph_module.graph, dual_mode_attention)
-    _check_settings(nodes, layout, [(*node.args[14:17], number) for number, node in enumerate(nodes)])
+    _check_settings(nodes, layout, [(*node.args[15:18], number) for number, node in enumerate(nodes)])
     for number, node in enumerate(nodes):
         start, head = layout.page_offset(number), layout.head_offset(number)
         heads = (head, head + layout.layers[number].kv_heads)
         _check_view(node, input_node(input_node(node, 3), 0), "kv_pool", (start, start + layout.page_elements(number)))
         _check_view(node, input_node(node, 4), "scores", heads)
-        _check_view(node, input_node(node, 13), "pillar_index", heads)
+        _check_view(node, input_node(node, 14), "pillar_index", heads)
         step = tuple(input_node(node, 5 + i).target for i in range(len(STEP_TENSORS)))
         if step != STEP_TENSORS:
             raise GraphInvariantError(f"{describe(node)} takes the step tensors {step}, it must take {STEP_TENSORS}.")

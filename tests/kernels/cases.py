@@ -94,7 +94,7 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
     tensors = {
         **_packed_rows(shape, requests, history, starts, total, generator, dtype),
         "kv": kv,
-        "scores": torch.full((len(requests), shape.kv_heads, max(r.length for r in requests) + 3), SENTINEL),
+        "scores": torch.full((len(requests) + 2, shape.kv_heads, max(r.length for r in requests) + 3), SENTINEL),
         "page_table": table,
         "pillar_index": pillar_index,
         "row_start": _ints(starts),
@@ -102,6 +102,7 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
         "row_count": _ints([r.rows for r in requests]),
         "cached_length": _ints([r.cached for r in requests]),
         "score_rows": _ints([r.score_rows for r in requests]),
+        "score_slot": _score_slot(requests, generator),
         "pillar_count": _ints([r.pillars for r in requests]),
         "recent_start": _ints([r.recent for r in requests]),
     }
@@ -117,6 +118,12 @@ def _readable(shape: Shape, request: Request, pillar_index: Tensor) -> Tensor:
     pillar = torch.zeros(shape.kv_heads, request.cached, dtype=torch.bool)
     pillar.scatter_(1, pillar_index[:, : request.pillars].long(), True)
     return pillar | (position >= max(first, request.recent))
+
+
+def _score_slot(requests: list[Request], generator: torch.Generator) -> Tensor:
+    """Shuffled rows of a score buffer that has two more than there are requests; none where none is written."""
+    slots = torch.randperm(len(requests) + 2, generator=generator).tolist()
+    return _ints([UNREADABLE if r.mode < Mode.VERIFY or not r.score_rows else slots.pop() for r in requests])
 
 
 def _ints(values: list[int]) -> Tensor:

@@ -63,13 +63,15 @@ def _launch_attention(q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype,
     scores, pillars = torch.zeros(64, kv_heads, 48), torch.zeros(64, kv_heads, 16, dtype=torch.int32)
     slot = torch.zeros(64, dtype=torch.int32)
     table = torch.zeros(64, 16, dtype=torch.int32)
-    step = (slot, slot, slot, slot, table, slot, slot, slot)
+    step = (slot, slot, slot, slot, table, slot, slot, slot, slot)
     triton_attention.dual_mode_attention(q, k, k, kv, scores, *step, pillars, dim**-0.5, window, softcap)
 
 
 def _launch_select() -> None:
     slot = torch.zeros(64, dtype=torch.int32)
-    triton_select.select_pillars(torch.zeros(64, 8, 48), slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot)
+    triton_select.select_pillars(
+        torch.zeros(64, 8, 48), slot, slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot
+    )
 
 
 def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int]:

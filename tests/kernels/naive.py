@@ -19,25 +19,30 @@ def expected_output(case: Case) -> Tensor:
                 group = head // (case.shape.q_heads // case.shape.kv_heads)
                 seen = _seen(case, b, group, row)
                 values = case.history[b][group, seen, case.shape.key_dim :].double()
-                out[case.row_start[b] + row, head] = _probability(case, b, head, row, seen) @ values
+                out[case.row_start[b] + row, head] = _logits(case, b, head, row, seen).softmax(0) @ values
     return out
 
 
 def expected_scores(case: Case) -> Tensor:
-    """[B, Hkv, S] in float64; the sentinel where nothing may be written."""
+    """[C, Hkv, S] in float64; the sentinel where nothing may be written."""
     scores = torch.full(case.tensors["scores"].shape, SENTINEL, dtype=torch.float64)
     share = case.shape.q_heads // case.shape.kv_heads
     for b, request in enumerate(case.requests):
         if request.mode not in (Mode.VERIFY, Mode.PREFILL) or not request.score_rows:
             continue
         scored = request.length - request.score_rows
-        scores[b, :, :scored] = 0
+        slot = case.tensors["score_slot"][b]
+        scores[slot, :, :scored] = 0
         for row in range(request.rows - request.score_rows, request.rows):
             for head in range(case.shape.q_heads):
                 seen = _seen(case, b, head // share, row)
-                for position, p in zip(seen, _probability(case, b, head, row, seen).tolist(), strict=True):
+                logits = _logits(case, b, head, row, seen)
+                drafted = _drafted(case, b, head // share, row) if request.mode == Mode.VERIFY else seen
+                total = _logits(case, b, head, row, drafted).logsumexp(0)
+                for position, x in zip(seen, logits.tolist(), strict=True):
                     if position < scored:
-                        scores[b, head // share, position] += p / (share * request.score_rows)
+                        looked = min(1.0, math.exp(x - total))
+                        scores[slot, head // share, position] += looked / (share * request.score_rows)
     return scores
 
 
@@ -54,17 +59,21 @@ def expected_pool(case: Case) -> Tensor:
 
 
 def _seen(case: Case, b: int, kv_head: int, row: int) -> list[int]:
+    if case.requests[b].mode == Mode.DRAFT:
+        return _drafted(case, b, kv_head, row)
+    position = case.requests[b].cached + row
+    return list(range(max(0, position - case.shape.window + 1) if case.shape.window else 0, position + 1))
+
+
+def _drafted(case: Case, b: int, kv_head: int, row: int) -> list[int]:
+    """What a draft in the place of a row reads."""
     request, window = case.requests[b], case.shape.window
     position = request.cached + row
-    if request.mode == Mode.DRAFT:
-        pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()
-        seen = pillars + list(range(request.recent, position + 1))
-    else:
-        seen = list(range(position + 1))
-    return [p for p in seen if not window or p > position - window]
+    pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()
+    return [p for p in (*pillars, *range(request.recent, position + 1)) if not window or p > position - window]
 
 
-def _probability(case: Case, b: int, head: int, row: int, seen: list[int]) -> Tensor:
+def _logits(case: Case, b: int, head: int, row: int, seen: list[int]) -> Tensor:
     shape = case.shape
     kv_head = head // (shape.q_heads // shape.kv_heads)
     query = case.tensors["q"][case.row_start[b] + row, head].double().cpu()
@@ -73,5 +82,4 @@ def _probability(case: Case, b: int, head: int, row: int, seen: list[int]) -> Te
         logits = torch.tensor(
             [shape.softcap * math.tanh(x / shape.softcap) for x in logits.tolist()], dtype=torch.float64
         )
-    weight = torch.exp(logits - logits.max())
-    return weight / weight.sum()
+    return logits

@@ -92,15 +92,17 @@ def test_attention_site_refuses(shapes: tuple, settings: tuple, message: str) ->
         (0, torch.zeros(2, 3), "scores has shape .*; its number of dimensions must be 3"),
         (0, torch.zeros(2, 3, 9, dtype=torch.float64), "scores are torch.float64; the selection takes torch.float32"),
         (0, torch.zeros(2, 3, 18)[..., ::2], "scores has last stride 2"),
-        (1, torch.zeros(3, dtype=torch.int32), "scored_length has shape .*; the other arguments call for"),
-        (2, torch.zeros(2), "budget is torch.float32; it must be torch.int32"),
-        (3, torch.zeros(2, 4, 5, dtype=torch.int32), "pillar_index has shape .*; the other arguments call for"),
-        (4, torch.zeros(2, dtype=torch.int64), "pillar_count is torch.int64; it must be torch.int32"),
+        (1, torch.zeros(3, dtype=torch.int32), "score_slot has shape .*; the other arguments call for"),
+        (2, torch.zeros(2, 1, dtype=torch.int32), "scored_length has shape .*; its number of dimensions must be 1"),
+        (3, torch.zeros(2), "budget is torch.float32; it must be torch.int32"),
+        (4, torch.zeros(2, 4, 5, dtype=torch.int32), "pillar_index has shape .*; the other arguments call for"),
+        (5, torch.zeros(2, dtype=torch.int64), "pillar_count is torch.int64; it must be torch.int32"),
     ],
 )
 def test_select_pillars_refuses(position: int, tensor: Tensor, message: str) -> None:
     slot = torch.zeros(2, dtype=torch.int32)
-    arguments = [torch.zeros(2, 3, 9), slot, slot.clone(), torch.zeros(2, 3, 5, dtype=torch.int32), slot.clone()]
+    index = torch.zeros(2, 3, 5, dtype=torch.int32)
+    arguments = [torch.zeros(2, 3, 9), slot, slot.clone(), slot.clone(), index, slot.clone()]
     arguments[position] = tensor
     with pytest.raises(KernelInputError, match=message):
         ops.select_pillars(*arguments)

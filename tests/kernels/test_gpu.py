@@ -91,7 +91,7 @@ def _step_and_select(case: Case, budget: Tensor) -> tuple[Tensor, ...]:
     scored = (tensors["cached_length"] + tensors["row_count"] - tensors["score_rows"]).int()
     scored = scored.where((tensors["score_rows"] > 0) & (tensors["request_mode"] >= Mode.VERIFY), -1)
     index, count = tensors["pillar_index"].clone(), tensors["pillar_count"].clone()
-    ops.select_pillars(tensors["scores"], scored.int(), budget, index, count)
+    ops.select_pillars(tensors["scores"], tensors["score_slot"], scored.int(), budget, index, count)
     return out, tensors["scores"], tensors["kv"], index, count
 
 
@@ -126,7 +126,7 @@ def test_buffers_beyond_32_bit_offsets() -> None:
     expected = expect(case, torch.bfloat16, "cuda")
     actual = case.to(torch.bfloat16, "cuda")
     pages = actual.tensors["kv"].shape[0]
-    for name, parts in (("kv", pages), ("scores", 3), ("pillar_index", 3)):
+    for name, parts in (("kv", pages), ("scores", 5), ("pillar_index", 3)):
         actual.tensors[name] = _spread(actual.tensors[name], 2**31 // (parts - 1) + 64)
     out = ops.dual_mode_attention(*actual.arguments())
     actual.pool[:, 32:-32] = actual.tensors["kv"].flatten(1)
@@ -151,7 +151,8 @@ def test_selection_of_long_contexts() -> None:
         index = torch.zeros(3, 16, 6600, dtype=torch.int32, device=device)
         count = torch.zeros(3, dtype=torch.int32, device=device)
         select = reference_select.select_pillars if device == "cpu" else ops.select_pillars
-        select(scores.to(device), length.to(device), budget.to(device), index, count)
+        slot = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+        select(scores.to(device), slot, length.to(device), budget.to(device), index, count)
         results.append((index.cpu(), count.cpu()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

@@ -12,7 +12,7 @@ from .steps import MIXED
 
 def test_modes_of_the_kernels() -> None:
     tiles = pytest.importorskip("sparsespec_compile.kernels.triton_tiles", reason="Triton is published for Linux only")
-    assert (tiles.IDLE.value, tiles.DRAFT.value) == (Mode.IDLE, Mode.DRAFT)
+    assert (tiles.IDLE.value, tiles.DRAFT.value, tiles.VERIFY.value) == (Mode.IDLE, Mode.DRAFT, Mode.VERIFY)
 
 
 def test_step_tensors_are_the_arguments_of_the_op() -> None:
@@ -35,6 +35,7 @@ def test_attention_site_keeps_its_schema() -> None:
 
 
 def test_select_pillars_keeps_its_schema() -> None:
-    scores, index = torch.rand(2, 3, 20), torch.zeros(2, 3, 8, dtype=torch.int32)
-    length, budget, count = (torch.tensor(pair, dtype=torch.int32) for pair in ([20, -1], [5, 5], [0, 3]))
-    torch.library.opcheck(ops.select_pillars, (scores, length, budget, index, count))
+    scores, index = torch.rand(4, 3, 20), torch.zeros(2, 3, 8, dtype=torch.int32)
+    lists = ([3, 9], [20, -1], [5, 5], [0, 3])
+    slot, length, budget, count = (torch.tensor(pair, dtype=torch.int32) for pair in lists)
+    torch.library.opcheck(ops.select_pillars, (scores, slot, length, budget, index, count))

@@ -77,3 +77,14 @@ def test_site_is_causal_attention(window: int, softcap: float, monkeypatch: pyte
     out = ops.attention_site(q, k, v, shape.scale, window, softcap, 0)
     assert out.shape == (1, 19, 6, 8)
     torch.testing.assert_close(out[0], expected_output(case)[rows], **FLOAT64)
+
+
+def test_verify_without_pillars_gives_probabilities() -> None:
+    """Drafts that saw everything measure by the full sum, as a prefill does."""
+    scores = []
+    for mode in (Mode.VERIFY, Mode.PREFILL):
+        case = build(Shape(window=9), [Request(mode, cached=20, rows=3, score_rows=2)])
+        case = case.to(torch.float64, score_dtype=torch.float64)
+        ops.dual_mode_attention(*case.arguments())
+        scores.append(case.tensors["scores"])
+    torch.testing.assert_close(*scores, **FLOAT64)

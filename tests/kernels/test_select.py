@@ -63,12 +63,15 @@ CASES = _scores()
 
 def _run(select: Select, device: str = "cpu", capacity: int = CAPACITY) -> tuple[Tensor, Tensor]:
     """All cases as the requests of one call, on strided views, outputs holding a sentinel."""
-    buffer = torch.full((len(CASES), HEADS + 2, POSITIONS), torch.inf, device=device)
-    buffer[:, 1:-1] = torch.stack([scores for scores, _, _ in CASES.values()])
+    slots = torch.randperm(len(CASES) + 2, generator=torch.Generator().manual_seed(1))[: len(CASES)]
+    buffer = torch.full((len(CASES) + 2, HEADS + 2, POSITIONS), torch.inf, device=device)
+    buffer[slots, 1:-1] = torch.stack([scores for scores, _, _ in CASES.values()]).to(device)
     lengths, budgets = (torch.tensor([case[i] for case in CASES.values()], dtype=torch.int32) for i in (1, 2))
     index = torch.full((len(CASES), HEADS + 2, capacity + 3), int(SENTINEL), dtype=torch.int32, device=device)
     count = torch.full((len(CASES),), int(SENTINEL), dtype=torch.int32, device=device)
-    select(buffer[:, 1:-1], lengths.to(device), budgets.to(device), index[:, 1:-1, :capacity], count)
+    slots[list(CASES).index("left alone")] = 2**30
+    score_slot = slots.int().to(device)
+    select(buffer[:, 1:-1], score_slot, lengths.to(device), budgets.to(device), index[:, 1:-1, :capacity], count)
     return index.cpu(), count.cpu()
 
 
@@ -116,7 +119,7 @@ def test_triton_with_nan_keeps_to_its_bounds(device: str) -> None:
     results = []
     for select, place in ((reference_select.select_pillars, "cpu"), (triton_select.select_pillars, device)):
         index = torch.zeros(1, 2, 16, dtype=torch.int32, device=place)
-        arguments = [torch.full((1,), value, dtype=torch.int32, device=place) for value in (70, 12, 0)]
-        select(scores.to(place), arguments[0], arguments[1], index, arguments[2])
+        arguments = [torch.full((1,), value, dtype=torch.int32, device=place) for value in (0, 70, 12, 0)]
+        select(scores.to(place), *arguments[:3], index, arguments[3])
         results.append(index.cpu())
     assert torch.equal(*results)

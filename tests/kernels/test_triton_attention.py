@@ -84,15 +84,18 @@ def test_bits_do_not_depend_on_company_or_pages(device: str) -> None:
     rows, start, other = MIXED[1].rows, alone.row_start[0], among.row_start[1]
     assert torch.equal(first[start : start + rows], second[other : other + rows])
     scored = MIXED[1].cached
-    assert torch.equal(alone.tensors["scores"][0, :, :scored], among.tensors["scores"][1, :, :scored])
+    slots = alone.tensors["score_slot"][0], among.tensors["score_slot"][1]
+    assert torch.equal(alone.tensors["scores"][slots[0], :, :scored], among.tensors["scores"][slots[1], :, :scored])
 
 
 def _transplant(source: Case, b: int, target: Case, other: int) -> None:
-    """Give request ``other`` of the target the tokens and rows of request ``b`` of the source."""
+    """Give request ``other`` of the target the tokens, pillars and rows of request ``b`` of the source."""
     request, size = source.requests[b], source.shape.page_size
     for position in range(request.cached):
         pages = [case.tensors["page_table"][i, position // size] for case, i in ((source, b), (target, other))]
         target.tensors["kv"][pages[1], :, position % size] = source.tensors["kv"][pages[0], :, position % size]
+    pillars = source.tensors["pillar_index"][b, :, : request.pillars]
+    target.tensors["pillar_index"][other, :, : request.pillars] = pillars
     for name in ("q", "k", "v"):
         rows = source.tensors[name][source.row_start[b] :][: request.rows]
         target.tensors[name][target.row_start[other] :][: request.rows] = rows
@@ -128,6 +131,6 @@ def test_error_budget_notices_wrong_results(dtype: torch.dtype) -> None:
     for wrong in (wrong_window, rounded):
         with pytest.raises(AssertionError):
             assert_within(expect(wrong, dtype).output, expected.output, expected.output_error)
-    scores, error = expected.scores[3, :, :12], expected.score_error[3, :, :12]
+    here = (case.tensors["score_slot"][3], slice(None), slice(0, 12))
     with pytest.raises(AssertionError):
-        assert_within(expect(fewer_scores, dtype).scores[3, :, :12], scores, error)
+        assert_within(expect(fewer_scores, dtype).scores[here], expected.scores[here], expected.score_error[here])

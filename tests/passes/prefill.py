@@ -38,6 +38,7 @@ def prefill_step(layout: KVLayout, sequences: list[Tensor], slots: int = 3, dtyp
     step["row_start"][used] = lengths.cumsum(0) - lengths
     step["row_count"][used] = lengths
     step["score_rows"][used] = 2
+    step["score_slot"][used] = torch.arange(len(sequences), dtype=torch.int32)
     step["page_table"] = torch.arange(slots * PAGES_PER_REQUEST, dtype=torch.int32).view(slots, -1).flip(0)
     heads = layout.total_kv_heads
     return Step(

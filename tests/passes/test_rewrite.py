@@ -27,14 +27,14 @@ def test_prefill_gives_the_models_logits_alone_and_packed(bench, family):
 
 @pytest.mark.parametrize("family", DOZEN)
 def test_nothing_is_specialised(bench, family):
-    """Signature, symbols and sizes: rows, kept rows, requests, pages, scored positions, pillars, request pages."""
+    """Signature, symbols and sizes: rows, kept rows, requests, pages, score rows and positions, pillars."""
     case = bench(family)
     graph_module, layout = case.compiled.graph_module, case.compiled.layout
     inputs = graph_module.graph.find_nodes(op="placeholder")
     assert tuple(node.target for node in inputs) == (*INPUTS, *STATE_INPUTS, *STEP_TENSORS)
     shapes = {node.target: tuple(node.meta["val"].shape) for node in inputs}
     free = [shapes["input_ids"][1], shapes["logits_to_keep"][0], shapes["kv_pool"][0], shapes["page_table"][1]]
-    free += [shapes["scores"][0], shapes["scores"][2], shapes["pillar_index"][2]]
+    free += [shapes["scores"][0], shapes["scores"][2], shapes["pillar_index"][0], shapes["pillar_index"][2]]
     assert all(isinstance(size, torch.SymInt) for size in free)
     assert len({str(size) for size in free}) == len(free)
     assert shapes["kv_pool"][1] == layout.elements_per_page

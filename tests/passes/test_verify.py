@@ -34,12 +34,12 @@ def drop_a_layer(graph_module):
 
 def swap_layers(graph_module):
     first, second = dual_nodes(graph_module)
-    first.args, second.args = (*first.args[:14], *second.args[14:]), (*second.args[:14], *first.args[14:])
+    first.args, second.args = (*first.args[:15], *second.args[15:]), (*second.args[:15], *first.args[15:])
 
 
 def change_scale(graph_module):
     node = dual_nodes(graph_module)[0]
-    node.args = (*node.args[:14], 1.0, *node.args[15:])
+    node.args = (*node.args[:15], 1.0, *node.args[16:])
 
 
 def share_pages(graph_module):
@@ -54,7 +54,7 @@ def share_scores(graph_module):
 
 def scores_as_pillars(graph_module):
     node = dual_nodes(graph_module)[0]
-    node.args = (*node.args[:13], node.args[4], *node.args[14:])
+    node.args = (*node.args[:14], node.args[4], *node.args[15:])
 
 
 def swap_step_tensors(graph_module):

@@ -139,7 +139,7 @@ def test_share_of_kv_bytes_is_what_the_op_is_asked_to_read(toy):
     forward = engine.target.forward
 
     def spy(*inputs):
-        mode, _, rows, cached, _, _, pillars, recent = inputs[6:]
+        mode, _, rows, cached, _, _, _, pillars, recent = inputs[6:]
         sparse = (pillars + cached + 1 - recent) * (mode == 1)
         dense = (cached + rows) * (mode == 2)
         read.append(int(((sparse + dense) * (rows > 0)).sum()))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -17,8 +18,8 @@ from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.prompts import pad, shape_of, unpad
 from sparsespec_compile.runtime.engine import Engine, Target
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.sampling import sample
 from sparsespec_compile.runtime.stats import Stats
+from sparsespec_compile.runtime.step import as_it_is
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -75,7 +76,7 @@ class OptimizedModel:
                 layout=self._compiled.layout,
                 dtype=model.dtype,
                 device=device,
-                sampler=torch.compile(sample, dynamic=True) if inductor else sample,
+                compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
             ),
             config,
         )

@@ -1,7 +1,7 @@
 """Builds what requests run on, to their size, and keeps it from call to call."""
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 from sparsespec_compile.runtime.session import Output, Session
 from sparsespec_compile.runtime.state import Capacity, State, request_pages, state_bytes
 from sparsespec_compile.runtime.stats import Stats, StatsRecorder
-from sparsespec_compile.runtime.step import Forward, Step, Variant
+from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
 
 _TOKENS_MULTIPLE = 256  # the longest request is rounded up to this, so that similar calls share their state
 _HOST_MEMORY_SHARE = 0.5  # of the free host memory, for requests that leave the device
@@ -46,7 +46,7 @@ class Target:
     layout: KVLayout
     dtype: torch.dtype
     device: torch.device
-    compiler: Callable[[Callable], Callable] = lambda function: function
+    compiler: Compiler = as_it_is
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Engine:
         self.memory_plan = MemoryPlan({}, None)
         self._policy = choose_policy(config)
         self._runner: StepRunner | None = None
+        self._tier: HostTier | None = None
         self._busy = False
 
     def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
@@ -110,10 +111,10 @@ class Engine:
                 "This model is already generating. Exhaust or close the earlier generation first, or optimize the "
                 "model once more for generations that run side by side."
             )
-        runner = self.runner(needs)
+        runner, tier = self._prepared(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
-        session = Session(self._scheduler(runner), runner, recorder, overlap=self.config.overlap)
+        session = Session(self._scheduler(runner, tier), runner, recorder, overlap=self.config.overlap)
         self._busy = True
         try:
             yield session
@@ -128,16 +129,17 @@ class Engine:
         pages = sum(sorted((-(-length // page) for length in lengths), reverse=True)[:slots])
         return Needs(len(lengths), max(lengths), pages)
 
-    def runner(self, needs: Needs) -> StepRunner:
-        """The step over a state that serves `needs`, built anew only when the present one is too small."""
+    def _prepared(self, needs: Needs) -> tuple[StepRunner, HostTier]:
+        """Step and host tier over a state that serves `needs`, built anew only when the present one is too small."""
         capacity = self._capacity(needs)
         present = self._runner.step.state.capacity if self._runner is not None else None
-        if self._runner is None or present is None or not present.covers(capacity):
-            self._runner = None  # the old one makes room before the new one is allocated
+        if self._runner is None or self._tier is None or present is None or not present.covers(capacity):
+            self._runner = self._tier = None  # the old ones make room before the new ones are allocated
             with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
                 self._runner = self._build(capacity if present is None else capacity.union(present))
+                self._tier = HostTier(self._runner.step.state.pool, self._host_pages(self._runner.step.state))
         self._check_pool(needs.longest, self._runner.step.state)
-        return self._runner
+        return self._runner, self._tier
 
     def _capacity(self, needs: Needs) -> Capacity:
         config = self.config
@@ -157,7 +159,9 @@ class Engine:
         capture = config.cuda_graphs and target.device.type == "cuda"
         try:
             state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
-            step = Step(target.forward, state, self._inputs(capacity), self._policy, config.draft_tokens, target.compiler)
+            step = Step(
+                target.forward, state, self._inputs(capacity), self._policy, config.draft_tokens, target.compiler
+            )
             workspace = _workspace_bytes(step)
             pages = self._plan_memory(capacity, workspace)
             state.give_pool(pages)
@@ -215,13 +219,13 @@ class Engine:
                 + ("." if config.pool_tokens is not None else " above what fits the device's free memory.")
             )
 
-    def _scheduler(self, runner: StepRunner) -> Scheduler:
+    def _scheduler(self, runner: StepRunner, tier: HostTier) -> Scheduler:
         config, state = self.config, runner.step.state
         scored = state.capacity.score_slots if self._policy is not None else 0
         limits = Limits(state.capacity.slots, config.draft_tokens, config.prefill_chunk, scored)
         residency = Residency(
             PageAllocator(state.capacity.pages),
-            HostTier(state.pool, self._host_pages(state)),
+            tier,
             page_size=config.page_size,
             updates=runner.step.inputs.sizes.updates,
             cycle_tokens=config.draft_tokens + 1,

@@ -58,8 +58,8 @@ class InputSizes:
 
     def spans(self) -> Mapping[str, slice]:
         """Where each field lies in the flat tensor."""
-        lengths = {name: self.slots for name in _SLOT_FIELDS}
-        lengths |= {name: self.rows for name in _ROW_FIELDS}
+        lengths = dict.fromkeys(_SLOT_FIELDS, self.slots)
+        lengths |= dict.fromkeys(_ROW_FIELDS, self.rows)
         lengths |= {"logit_rows": self.logits, "update_at": self.updates, "update_page": self.updates}
         ends = np.cumsum(list(lengths.values())).tolist()
         return {name: slice(end - size, end) for (name, size), end in zip(lengths.items(), ends, strict=True)}

@@ -73,7 +73,7 @@ class Session:
         for request in self._scheduler.admit():
             self._packer.admit(request.slot, request.max_length, request.params)
         work = self._scheduler.plan()
-        if work:
+        if work or self._scheduler.residency.updates:
             self._enqueue(work)
         if len(self._flight) == self._flight.depth or (not work and len(self._flight)):
             yield from self._land()

@@ -1,6 +1,6 @@
 """The device tensors that outlive an iteration: one owner for all of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,13 @@ class State:
         self.recent_start = ints(slots)
         self.pool = torch.zeros(capacity.pages, layout.elements_per_page, dtype=dtype, device=device)
         self.scores = torch.zeros(capacity.score_slots, heads, capacity.tokens, device=device)
+
+    def give_pool(self, pages: int) -> None:
+        """Replace the pool by one of `pages` pages, before any request holds one."""
+        dtype, elements = self.pool.dtype, self.pool.shape[1]
+        self.capacity = replace(self.capacity, pages=pages)
+        self.pool = torch.empty(0, dtype=dtype)  # the old one makes room
+        self.pool = torch.zeros(pages, elements, dtype=dtype, device=self.device)
 
 
 def request_pages(layout: KVLayout, capacity: Capacity) -> int:

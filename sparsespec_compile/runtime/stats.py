@@ -99,7 +99,7 @@ class StatsRecorder:
             cut: whether the text ended before all verified tokens were used.
         """
         self.stats.tokens += final
-        first = cached + work.offset
+        first = work.offset + (0 if work.mode == Mode.PREFILL else cached)
         rows = max(0, min(work.rows, request.max_length - 1 - first))
         if rows == 0:
             return

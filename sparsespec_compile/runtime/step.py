@@ -6,7 +6,7 @@ surrounds the graph is two functions of tensors, which a compiler can fuse: `pla
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from sparsespec_compile.runtime.state import State
 Forward = Callable[..., Tensor]
 """The rewritten graph: (input_ids [1, T], position_ids [1, T], logits_to_keep [R], pool, scores, pillar_index,
 *STEP_TENSORS) -> logits [1, R, V]."""
+
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""What is applied to the functions around the graph, such as `torch.compile`."""
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler that leaves a function to be run operation by operation."""
+    return function
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Step:
         inputs: StepInputs,
         policy: Policy | None,
         draft_tokens: int,
-        compiler: Callable[[Callable], Callable] = lambda function: function,
+        compiler: Compiler = as_it_is,
     ) -> None:
         self.forward = forward
         self.state = state

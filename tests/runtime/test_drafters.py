@@ -14,7 +14,7 @@ HEADS, TOKENS, BUDGET = 2, 64, 12
 @pytest.fixture
 def state():
     layout = KVLayout((AttentionLayer(0, 2, HEADS, 4, 4, 1.0, 0, 0.0),), page_size=4)
-    made = State(layout, Capacity(slots=3, tokens=TOKENS, pages=16, pillars=BUDGET), torch.float32, torch.device("cpu"))
+    made = State(layout, Capacity(slots=3, tokens=TOKENS, pages=16, pillars=BUDGET, score_slots=3), torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     made.scores.copy_(torch.rand(made.scores.shape, generator=generator))
     for tensor in (made.pillar_index, made.pillar_count, made.recent_start):
@@ -24,7 +24,8 @@ def state():
 
 def apply(state, lengths, **settings):
     policy = choose_policy(SpecConfig(min_budget=BUDGET, budget_ratio=0.01, **settings))
-    policy(state, torch.tensor(lengths, dtype=torch.int32))
+    slots = torch.tensor([2, 0, 1], dtype=torch.int32)
+    policy.renew(state, slots, torch.tensor(lengths, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("local_ratio", [0.0, 0.25, 1.0])
@@ -34,7 +35,7 @@ def test_pillars_are_the_highest_scores_and_the_latest_positions(state, local_ra
     assert state.recent_start.tolist() == [40 - local, 5 - min(local, 5), 77]
     assert state.pillar_count.tolist() == [BUDGET - local, 5 - min(local, 5), 77]
     for head in range(HEADS):
-        expected = state.scores[0, head, : 40 - local].topk(BUDGET - local).indices.sort().values
+        expected = state.scores[2, head, : 40 - local].topk(BUDGET - local).indices.sort().values
         assert state.pillar_index[0, head, : BUDGET - local].tolist() == expected.tolist()
     assert (state.pillar_index[2] == 77).all()
 

@@ -88,8 +88,8 @@ def test_never_a_token_more_than_asked_for(toy, new_tokens):
 def test_garbage_in_the_pool_is_never_read(toy):
     engine = toy.engine(draft_tokens=4, min_budget=4)
     first = run(engine, requests_of(LENGTHS, 30))
-    engine._state.pool.fill_(float("nan"))
-    engine._state.scores.fill_(float("nan"))
+    engine._runner.step.state.pool.fill_(float("nan"))
+    engine._runner.step.state.scores.fill_(float("nan"))
     assert run(engine, requests_of(LENGTHS, 30)) == first
 
 

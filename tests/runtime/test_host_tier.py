@@ -1,0 +1,211 @@
+"""Requests that leave the device and come back: nothing is lost, nothing is recomputed, whatever fails on the way."""
+
+import random
+
+import pytest
+import torch
+
+from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.request import FinishReason, Place
+
+from ..support.toy import Toy, requests_of, run
+
+LENGTHS = (3, 9, 30, 2, 17, 8, 25, 12)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return Toy()
+
+
+def small(toy, pool_tokens=96, host_pool_tokens=4096, **settings):
+    """An engine whose pool holds two of eight requests of 70 to 100 tokens."""
+    settings = {"draft_tokens": 4, "min_budget": 4, "page_size": 4, **settings}
+    return toy.engine(pool_tokens=pool_tokens, host_pool_tokens=host_pool_tokens, **settings)
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Counts pages that begin to move, in each direction."""
+    counts = {True: 0, False: 0}
+    begin = HostTier._begin
+
+    def counted(tier, device_pages, host_pages, *, to_host):
+        counts[to_host] += len(device_pages)
+        return begin(tier, device_pages, host_pages, to_host=to_host)
+
+    monkeypatch.setattr(HostTier, "_begin", counted)
+    return counts
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9}])
+@pytest.mark.parametrize("draft_tokens", [0, 4, 8])
+def test_texts_are_those_of_a_large_pool(toy, moves, draft_tokens, params):
+    requests = requests_of(LENGTHS, 60, **params)
+    engine = small(toy, draft_tokens=draft_tokens)
+    texts = run(engine, requests)
+    assert texts == run(toy.engine(draft_tokens=draft_tokens, min_budget=4), requests_of(LENGTHS, 60, **params))
+    assert moves[True] > 40
+    assert moves[True] == moves[False]
+    assert sum(engine.stats.rows_by_iteration) >= engine.stats.tokens
+
+
+def test_prompts_are_sent_once(toy, moves):
+    """Nothing is computed again: the rows of prompts add up to the prompts."""
+    requests = requests_of(LENGTHS, 60)
+    engine = small(toy, draft_tokens=0)
+    run(engine, requests)
+    assert moves[True] > 0
+    decoded = sum(len(request.output) - 1 for request in requests)
+    dropped = 2 * len(requests)  # iterations enqueued before the end of a text was read
+    assert 0 <= sum(engine.stats.rows_by_iteration) - sum(LENGTHS) - decoded <= dropped
+
+
+def test_everything_is_free_afterwards(toy):
+    engine = small(toy)
+    needs = engine.needs([96] * 8)
+    with engine.session(needs) as session:
+        for request in requests_of(LENGTHS, 60):
+            session.add(request)
+        while session.busy:
+            list(session.advance())
+        scheduler = session._scheduler
+        assert scheduler.residency.allocator.free == scheduler.residency.allocator.pages == 24
+        assert scheduler.residency.tier.held == 0
+        assert sorted(scheduler._free_slots) == list(range(8))
+        assert not scheduler.residency._tabled
+
+
+def test_requests_return_in_the_order_in_which_they_left(toy, monkeypatch):
+    left, returned = [], []
+    engine = small(toy)
+    with engine.session(engine.needs([96] * 8)) as session:
+        residency = session._scheduler.residency
+        send_away, arrive = residency._send_away, residency._arrive
+
+        def note_leaving(request):
+            sent = send_away(request)
+            left.extend([request] * sent)
+            return sent
+
+        def note_arrival(transfer):
+            request = residency._moving[transfer]
+            arrive(transfer)
+            returned.extend([request] * (request.place is Place.DEVICE))
+
+        monkeypatch.setattr(residency, "_send_away", note_leaving)
+        monkeypatch.setattr(residency, "_arrive", note_arrival)
+        for request in requests_of(LENGTHS, 60):
+            session.add(request)
+        while session.busy:
+            list(session.advance())
+    assert len(left) > 3
+    assert returned == left
+
+
+def test_no_request_starves(toy):
+    """First in, first out: the oldest request never leaves, and ends first among equals."""
+    ended = []
+    engine = small(toy)
+    requests = requests_of([10] * 8, 60)
+    for request, _ in engine.run(requests):
+        if request.finished:
+            ended.append(requests.index(request))
+    assert ended[0] == 0
+    assert sorted(ended) == list(range(8))
+
+
+def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch):
+    def refuse(tier, pages):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(HostTier, "_allocate", refuse)
+    requests = requests_of(LENGTHS, 60)
+    run(small(toy), requests)
+    expected = [toy.decode(request) for request in requests_of(LENGTHS, 60)]
+    given_up = [request for request in requests if request.finish_reason is FinishReason.MEMORY]
+    assert len(given_up) < len(requests) - 2
+    for request, text in zip(requests, expected, strict=True):
+        if request.finish_reason is FinishReason.MEMORY:
+            assert request.output == text[: len(request.output)]
+        else:
+            assert request.output == text
+
+
+def test_a_host_tier_that_is_too_small_admits_fewer(toy, moves):
+    requests = requests_of(LENGTHS, 60)
+    texts = run(small(toy, host_pool_tokens=64), requests)
+    assert texts == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
+
+
+@pytest.mark.parametrize("place", [Place.DEVICE, Place.LEAVING, Place.HOST, Place.RETURNING])
+def test_cancelled_wherever_it_is(toy, monkeypatch, place):
+    """Transfers that take several iterations, as on a GPU; one request is taken back while it is at `place`."""
+    _slow_down(monkeypatch)
+    engine = small(toy)
+    requests = requests_of(LENGTHS, 60)
+    taken = None
+    with engine.session(engine.needs([96] * 8)) as session:
+        for request in requests:
+            session.add(request)
+        while session.busy:
+            if taken is None:
+                taken = next((r for r in requests[1:] if r.place is place and r.output), None)
+                if taken is not None:
+                    session.cancel(taken)
+            list(session.advance())
+        residency = session._scheduler.residency
+        assert residency.allocator.free == residency.allocator.pages
+        assert residency.tier.held == 0
+    assert taken is not None
+    assert taken.finish_reason is FinishReason.CANCELLED
+    for request, expected in zip(requests, requests_of(LENGTHS, 60), strict=True):
+        text = toy.decode(expected)
+        assert request.output == (text[: len(request.output)] if request is taken else text)
+
+
+def _slow_down(monkeypatch):
+    """Copies of two pages an iteration, complete one iteration after the last."""
+    advance = HostTier.advance
+
+    def slow(tier):
+        for transfer in tier._moving:
+            if not transfer.enqueued:
+                tier._copy(transfer, 2)
+                return
+        yield from advance(tier)
+
+    monkeypatch.setattr(HostTier, "advance", slow)
+
+
+def test_an_exception_while_pages_move_leaves_the_engine_usable(toy, monkeypatch):
+    _slow_down(monkeypatch)
+    engine = small(toy)
+    generation = engine.run(requests_of(LENGTHS, 60))
+    for _ in generation:
+        if engine._tier is not None and not engine._tier.idle:
+            break
+    with pytest.raises(KeyboardInterrupt):
+        generation.throw(KeyboardInterrupt)
+    assert engine._tier.held == 0
+    requests = requests_of(LENGTHS, 60)
+    assert run(engine, requests) == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
+
+
+def test_pages_and_blocks(monkeypatch):
+    """Pages go to where they came from bit by bit, over several blocks of host memory."""
+    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 4 * 3 * 8)
+    pool = torch.randn(16, 8)
+    expected = pool.clone()
+    tier = HostTier(pool, 10)
+    order = random.Random(0).sample(range(16), 10)
+    there = tier.offload(order)
+    assert list(tier.advance()) == [there]
+    assert tier.held == 10
+    assert tier.offload([0]) is None
+    pool.fill_(torch.nan)
+    back = tier.restore(there.host_pages, there.device_pages)
+    assert list(tier.advance()) == [back]
+    assert torch.equal(pool[order], expected[order])
+    tier.release(there.host_pages)
+    assert tier.held == 0

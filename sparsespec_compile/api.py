@@ -1,6 +1,6 @@
 """`optimize`: a HuggingFace causal LM in, a model with the same texts and fewer bytes read out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -10,16 +10,22 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
+from sparsespec_compile.batch import Prompt, TokenStream, make_requests, read_prompts, read_sampling
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import ConfigError, ContextLengthError, CopyError, SamplingError, UnsupportedModelError
-from sparsespec_compile.generation import resolve_generation
+from sparsespec_compile.generation import resolve_generation, token_ids
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.prompts import pad, shape_of, unpad
-from sparsespec_compile.runtime.engine import Engine, Target
+from sparsespec_compile.runtime.build import Target
+from sparsespec_compile.runtime.captured_step import CapturedStep
+from sparsespec_compile.runtime.engine import Engine
+from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.stats import Stats
-from sparsespec_compile.runtime.step import as_it_is
+from sparsespec_compile.runtime.step import Variant, as_it_is
+from sparsespec_compile.sampling_params import Completion, SamplingParams
+from sparsespec_compile.stop_strings import Decoder
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -36,7 +42,7 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
         config: settings; None = `SpecConfig()`.
 
     Returns:
-        An object with `generate`, `stats` and `report`.
+        An object with `generate`, `generate_batch`, `stream`, `capture`, `stats` and `report`.
 
     Raises:
         UnsupportedModelError: the model cannot be rewritten with the same text; the text says why and what to do.
@@ -76,6 +82,7 @@ class OptimizedModel:
                 layout=self._compiled.layout,
                 dtype=model.dtype,
                 device=device,
+                weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
                 compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
             ),
             config,
@@ -121,13 +128,12 @@ class OptimizedModel:
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
         self._compiled.require_shared_parameters()
-        vocabulary = self.model.config.get_text_config().vocab_size
         batch, width = shape_of(input_ids)
         generation = resolve_generation(
             self.model.generation_config, generation_config, arguments, batch=batch, prompt_width=width, seed=seed
         )
         device = self._engine.target.device
-        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, device, vocabulary)
+        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, device, self._vocabulary)
         requests = [
             Request(prompt, generation.max_new_tokens, params, generation.stop_tokens)
             for prompt, params in zip(prompts, generation.params, strict=True)
@@ -135,6 +141,100 @@ class OptimizedModel:
         self._check_context(requests)
         self._run(requests, input_ids, streamer)
         return pad(input_ids, [request.output for request in requests], generation.pad_token)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tokenizer: Decoder | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continue many prompts of any lengths; further ones start as earlier ones end.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: for all prompts, or one for each; None = `SamplingParams()`, greedy.
+            tokenizer: decodes tokens for stop strings.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The texts, `SamplingParams.n` for each prompt, in the order of the prompts.
+
+        Raises:
+            As `generate`; a text that memory cannot hold any longer ends with `FinishReason.MEMORY` instead.
+        """
+        completions = self.as_completed(prompts, sampling, tokenizer=tokenizer, progress=progress)
+        return sorted(completions, key=lambda completion: (completion.index, completion.sample))
+
+    def as_completed(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tokenizer: Decoder | None = None,
+        progress: bool = False,
+    ) -> Iterator[Completion]:
+        """`generate_batch`, each text as soon as it is complete."""
+        with self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress) as pieces:
+            for piece in pieces:
+                if piece.completion is not None:
+                    yield piece.completion
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tokenizer: Decoder | None = None,
+        progress: bool = False,
+    ) -> TokenStream:
+        """`generate_batch`, tokens as they become final.
+
+        The iterator can `cancel` a prompt's texts; closing it ends all of them.
+        """
+        self._compiled.require_shared_parameters()
+        read = read_prompts(prompts, self._vocabulary)
+        params = read_sampling(sampling, len(read))
+        requests = make_requests(read, params, self._stop_tokens, tokenizer)
+        if requests:
+            self._check_context([request for _, _, request in requests])
+        return TokenStream(self._engine, requests, progress=progress)
+
+    def capture(
+        self, max_requests: int, max_length: int, *, sampled: bool = False, filtered: bool = False
+    ) -> CapturedStep:
+        """A step to fill and replay in a loop of your own; `examples/custom_loop.py` is one.
+
+        Args:
+            max_requests: request slots, at least 1.
+            max_length: tokens of a text, prompt included.
+            sampled: whether some texts have a temperature; without it every token is the most likely one.
+            filtered: whether some texts use top_k or top_p.
+
+        Raises:
+            ConfigError: sizes below 1.
+            MemoryPlanError, PoolTooSmallError: the sizes do not fit the device.
+            StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
+        """
+        self._compiled.require_shared_parameters()
+        for name, value in (("max_requests", max_requests), ("max_length", max_length)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        return self._engine.capture(max_requests, max_length, Variant(noise=sampled, sort=filtered))
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What the latest state on the device takes; None before the first text. Print it with rich."""
+        return self._engine.memory_plan
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def _stop_tokens(self) -> frozenset[int]:
+        return frozenset(token_ids("eos_token_id", self.model.generation_config.eos_token_id))
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(

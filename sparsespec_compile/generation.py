@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from sparsespec_compile.errors import SamplingError
 from sparsespec_compile.runtime.noise import derive_seed
-from sparsespec_compile.runtime.sampling import SamplingParams
+from sparsespec_compile.runtime.sampling import DrawParams
 
 # Values that `model.generate` falls back to when neither the call nor the model says anything.
 _DEFAULTS: Mapping[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
@@ -84,7 +84,7 @@ class Generation:
     """
 
     max_new_tokens: int
-    params: list[SamplingParams]
+    params: list[DrawParams]
     stop_tokens: frozenset[int]
     pad_token: int | None
     prompt_padding: int | None
@@ -118,8 +118,8 @@ def resolve_generation(
     _refuse_unsupported(settings)
     if not isinstance(settings["do_sample"], bool):
         raise SamplingError(f"do_sample must be True or False, got {settings['do_sample']!r}.")
-    stop_tokens = _token_ids("eos_token_id", settings.get("eos_token_id"))
-    pad_tokens = _token_ids("pad_token_id", settings.get("pad_token_id"))
+    stop_tokens = token_ids("eos_token_id", settings.get("eos_token_id"))
+    pad_tokens = token_ids("pad_token_id", settings.get("pad_token_id"))
     if len(pad_tokens) > 1:
         raise SamplingError(f"pad_token_id must be one token, got {pad_tokens}.")
     seeds = _seeds(seed, batch, needed=settings["do_sample"])
@@ -182,10 +182,10 @@ def _new_tokens(settings: Mapping[str, Any], prompt_width: int) -> int:
     return int(value) - least + 1
 
 
-def _params(do_sample: bool, values: dict[str, Any], seed: int) -> SamplingParams:
+def _params(do_sample: bool, values: dict[str, Any], seed: int) -> DrawParams:
     if not do_sample:
-        return SamplingParams()
-    return SamplingParams(**values, seed=seed)
+        return DrawParams()
+    return DrawParams(**values, seed=seed)
 
 
 def _per_request(name: str, value: Any, batch: int) -> list[Any]:
@@ -206,11 +206,12 @@ def _seeds(seed: Any, batch: int, *, needed: bool) -> list[int]:
     own = seed.tolist() if isinstance(seed, torch.Tensor | np.ndarray) else seed
     if isinstance(own, Sequence) and not isinstance(own, str):
         return _per_request("seed", own, batch)
-    base = SamplingParams(seed=own).seed  # checks its range
+    base = DrawParams(seed=own).seed  # checks its range
     return [derive_seed(int(base), index) for index in range(batch)]
 
 
-def _token_ids(name: str, value: Any) -> list[int]:
+def token_ids(name: str, value: Any) -> list[int]:
+    """The token ids that a setting of HuggingFace's names: None, one or several."""
     if value is None:
         return []
     if isinstance(value, torch.Tensor | np.ndarray):

@@ -3,17 +3,17 @@
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
-from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.runtime.build import Target, build_runner, capacity_for
 from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.drafters import choose_policy
 from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.phases import Phases
 from sparsespec_compile.runtime.pool import PageAllocator
@@ -21,32 +21,12 @@ from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.residency import Residency
 from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 from sparsespec_compile.runtime.session import Output, Session
-from sparsespec_compile.runtime.state import Capacity, State, request_pages, state_bytes
+from sparsespec_compile.runtime.state import Capacity, State
 from sparsespec_compile.runtime.stats import Stats, StatsRecorder
-from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
+from sparsespec_compile.runtime.step import Variant
 
 _TOKENS_MULTIPLE = 256  # the longest request is rounded up to this, so that similar calls share their state
 _HOST_MEMORY_SHARE = 0.5  # of the free host memory, for requests that leave the device
-_GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the engine runs: the rewritten graph and what is known about it.
-
-    Attributes:
-        forward: the graph, see `step.Forward`.
-        layout: its layers and their place in the pool.
-        dtype: of keys and values.
-        device: where it runs.
-        compiler: applied to the functions around the graph; such as `torch.compile`.
-    """
-
-    forward: Forward
-    layout: KVLayout
-    dtype: torch.dtype
-    device: torch.device
-    compiler: Compiler = as_it_is
 
 
 @dataclass(frozen=True)
@@ -74,7 +54,7 @@ class Engine:
         self.target = target
         self.config = config
         self.stats = Stats(config.draft_tokens)
-        self.memory_plan = MemoryPlan({}, None)
+        self.memory_plan: MemoryPlan | None = None
         self._policy = choose_policy(config)
         self._runner: StepRunner | None = None
         self._tier: HostTier | None = None
@@ -122,6 +102,16 @@ class Engine:
             session.close()
             self._busy = False
 
+    def capture(self, max_requests: int, max_length: int, variant: Variant) -> CapturedStep:
+        """A step with a state of its own, for a loop outside of this engine."""
+        pages = max_requests * -(-max_length // self.config.page_size)
+        capacity = capacity_for(self.config, self._policy, max_requests, max_length, pages)
+        with torch.inference_mode(False):
+            runner, plan = build_runner(self.target, self.config, self._policy, capacity)
+        self._check_pool(capacity.slots * max_length, runner.step.state)
+        self.memory_plan = plan
+        return CapturedStep(runner, variant)
+
     def needs(self, lengths: Sequence[int]) -> Needs:
         """The needs of requests with these prompt and new tokens together."""
         page = self.config.page_size
@@ -136,76 +126,17 @@ class Engine:
         if self._runner is None or self._tier is None or present is None or not present.covers(capacity):
             self._runner = self._tier = None  # the old ones make room before the new ones are allocated
             with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
-                self._runner = self._build(capacity if present is None else capacity.union(present))
+                larger = capacity if present is None else capacity.union(present)
+                self._runner, self.memory_plan = build_runner(self.target, self.config, self._policy, larger)
                 self._tier = HostTier(self._runner.step.state.pool, self._host_pages(self._runner.step.state))
         self._check_pool(needs.longest, self._runner.step.state)
         return self._runner, self._tier
 
     def _capacity(self, needs: Needs) -> Capacity:
-        config = self.config
-        slots = min(config.max_requests, 1 << (needs.requests - 1).bit_length())
+        slots = min(self.config.max_requests, 1 << (needs.requests - 1).bit_length())
         tokens = -(-needs.longest // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        pages = needs.pages if config.pool_tokens is None else config.pool_tokens // config.page_size
-        scored = 0
-        if self._policy is not None:
-            together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.draft_tokens + 1))
-            scored = min(slots, max(together, 8))
-        # A compiled graph treats sizes of 0 and 1 as special cases; sizes from 2 on share one compilation.
-        return Capacity(max(slots, 2), tokens, max(pages, 2), min(config.budget(tokens), tokens), max(scored, 2))
-
-    def _build(self, capacity: Capacity) -> StepRunner:
-        """Allocate everything but the pool, find out what a step needs beside it, then give the pool what is left."""
-        target, config = self.target, self.config
-        capture = config.cuda_graphs and target.device.type == "cuda"
-        try:
-            state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
-            step = Step(
-                target.forward, state, self._inputs(capacity), self._policy, config.draft_tokens, target.compiler
-            )
-            workspace = _workspace_bytes(step)
-            pages = self._plan_memory(capacity, workspace)
-            state.give_pool(pages)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise PoolTooSmallError(
-                f"No memory for the state of {capacity.slots} requests of up to {capacity.tokens} tokens and a KV pool "
-                f"of {capacity.pages * config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
-                "max_new_tokens."
-            ) from error
-        return StepRunner(step, capture=capture)
-
-    def _inputs(self, capacity: Capacity) -> StepInputs:
-        config = self.config
-        decoding = capacity.slots * (config.draft_tokens + 1)
-        sizes = InputSizes(
-            slots=capacity.slots,
-            rows=max(decoding + config.prefill_chunk, MIN_ROWS),
-            logits=max(decoding, MIN_ROWS),
-            request_pages=request_pages(self.target.layout, capacity),
-            updates=4 * decoding + -(-config.prefill_chunk // config.page_size),
-        )
-        return StepInputs(sizes, self.target.device)
-
-    def _plan_memory(self, capacity: Capacity, workspace: int) -> int:
-        """Pages of the pool, after checking that everything fits."""
-        target = self.target
-        parts = state_bytes(target.layout, capacity, target.dtype) | {"activations of a step": workspace}
-        if target.device.type != "cuda":
-            self.memory_plan = MemoryPlan(parts, None)
-            return capacity.pages
-        taken = sum(size for name, size in parts.items() if name not in ("KV pool", "activations of a step"))
-        torch.cuda.empty_cache()
-        available = torch.cuda.mem_get_info(target.device)[0] + taken
-        parts["CUDA graphs"] = int(available * _GRAPH_SHARE)
-        pages = capacity.pages
-        if self.config.pool_tokens is None:
-            rest = available - taken - workspace - parts["CUDA graphs"]
-            pages = min(pages, max(rest, 0) // (target.layout.elements_per_page * target.dtype.itemsize))
-            parts |= {"KV pool": state_bytes(target.layout, replace(capacity, pages=pages), target.dtype)["KV pool"]}
-        self.memory_plan = MemoryPlan(parts, available)
-        self.memory_plan.require()
-        return pages
+        pages = needs.pages if self.config.pool_tokens is None else self.config.pool_tokens // self.config.page_size
+        return capacity_for(self.config, self._policy, slots, tokens, pages)
 
     def _check_pool(self, longest: int, state: State) -> None:
         config = self.config
@@ -240,20 +171,3 @@ class Engine:
             return 0
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(free_bytes * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
-
-
-def _workspace_bytes(step: Step) -> int:
-    """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU."""
-    device = step.state.device
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step(step.inputs.sizes.rows, step.inputs.sizes.logits, Variant(noise=True))
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch's error on a CPU is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsespec_compile.runtime.sampling import SamplingParams, SamplingRows
+from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows
 from sparsespec_compile.runtime.work import PageUpdate, Work
 
 MIN_ROWS = 2
@@ -77,7 +77,7 @@ class StepInputs:
         score_slot: int32 [S], row of the score buffer that they are written to.
         logit_start, logit_count: int32 [S], which of the rows with logits belong to a slot.
         max_length: int32 [S], prompt and new tokens together at most.
-        temperature, top_p, min_p: float32 [S]; top_k: int32 [S]; as in `SamplingParams`.
+        temperature, top_p, min_p: float32 [S]; top_k: int32 [S]; as in `DrawParams`.
         seed_low, seed_high: int32 [S], the bits of the seed.
         row_slot: int32 [T], slot of each packed row, -1 = padding.
         row_place: int32 [T], number of the row within its slot, from 0.
@@ -132,7 +132,7 @@ class InputPacker:
         self._views = {name: self.flat[span] for name, span in spans.items()}
         self._work = self.flat[: _WORK_FIELDS * sizes.slots].reshape(_WORK_FIELDS, sizes.slots)
 
-    def admit(self, slot: int, max_length: int, params: SamplingParams) -> None:
+    def admit(self, slot: int, max_length: int, params: DrawParams) -> None:
         """Set what stays while a request keeps `slot`."""
         values = {
             "max_length": max_length,

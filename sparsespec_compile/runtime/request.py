@@ -1,10 +1,11 @@
 """One request, as the host knows it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sparsespec_compile.runtime.sampling import SamplingParams
+from sparsespec_compile.runtime.sampling import DrawParams
 
 StopCheck = Callable[[list[int]], bool]
 """Whether a text, given as its new tokens so far, ends with the newest of them."""
@@ -33,6 +34,29 @@ class FinishReason(str, Enum):
     """Neither the pool nor host memory could hold it any longer; the text so far is right."""
 
 
+@dataclass
+class RequestStats:
+    """What one request took.
+
+    Attributes:
+        target_passes: full-attention passes that it took part in; plain decoding needs one a token.
+        cycles: verifications of k drafts; shorter cycles are not counted.
+        accepted: drafts accepted in these cycles.
+        first_token_seconds, seconds: from its submission to its first token and to its end; NaN before.
+    """
+
+    target_passes: int = 0
+    cycles: int = 0
+    accepted: int = 0
+    first_token_seconds: float = math.nan
+    seconds: float = math.nan
+
+    @property
+    def accepted_per_cycle(self) -> float:
+        """Mean accepted drafts of a full cycle; NaN before the first."""
+        return self.accepted / self.cycles if self.cycles else math.nan
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt on its way to a text.
@@ -54,12 +78,12 @@ class Request:
         phase: the iterations in which it verifies are those with `iteration % (k + 1) == phase`; None before.
         drafted: drafts of the cycle under way.
         unread: rows of its verifications whose results were not read yet.
-        cancelled: the caller wants no more of it.
+        stats: what it took so far.
     """
 
     prompt: list[int]
     max_new_tokens: int
-    params: SamplingParams = field(default_factory=SamplingParams)
+    params: DrawParams = field(default_factory=DrawParams)
     stop_tokens: frozenset[int] = frozenset()
     stop_check: StopCheck | None = None
     logprobs: bool = False
@@ -73,7 +97,7 @@ class Request:
     phase: int | None = None
     drafted: int = 0
     unread: int = 0
-    cancelled: bool = False
+    stats: RequestStats = field(default_factory=RequestStats)
 
     @property
     def finished(self) -> bool:

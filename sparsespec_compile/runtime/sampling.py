@@ -18,7 +18,7 @@ from sparsespec_compile.runtime.noise import gumbel_noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class DrawParams:
     """How one request's tokens are drawn.
 
     Args:

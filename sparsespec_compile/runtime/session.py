@@ -4,6 +4,7 @@ The host plans and enqueues an iteration while the one before runs, and reads re
 verification). No request sits an iteration out for that: what it does next does not depend on what was accepted.
 """
 
+import time
 from collections.abc import Iterator
 
 from sparsespec_compile.kernels.ops import Mode
@@ -36,6 +37,7 @@ class Session:
         self._recorder = recorder
         self._inputs = runner.step.inputs
         self._packer = InputPacker(self._inputs.sizes)
+        self._added: dict[Request, float] = {}
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
     @property
@@ -61,12 +63,14 @@ class Session:
 
     def add(self, request: Request) -> None:
         """Queue a request; it must fit the state's capacity."""
+        self._added[request] = time.perf_counter()
         self._scheduler.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """End a request where it stands; its output so far stays."""
         if not request.finished:
             self._scheduler.cancel(request)
+            self._clock(request, first=False)
 
     def advance(self) -> Iterator[Output]:
         """Enqueue one iteration and read the results of the one that has been under way longest, if it is time."""
@@ -110,6 +114,7 @@ class Session:
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
             self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
+            self._clock(request, first=len(request.output) == len(added))
             if request.finished:
                 self._scheduler.release(request)
             if added:
@@ -117,13 +122,21 @@ class Session:
         self._flight.give_back(frame)
         yield from outputs
 
+    def _clock(self, request: Request, *, first: bool) -> None:
+        if first and request.output:
+            request.stats.first_token_seconds = time.perf_counter() - self._added[request]
+        if request.finished:
+            request.stats.seconds = time.perf_counter() - self._added.pop(request)
+
     def _unblock(self) -> Iterator[Output]:
         """Nothing can be planned and nothing is under way: wait for pages to move, or end a request."""
         residency = self._scheduler.residency
         if residency.moving:
             residency.tier.wait()
         else:
-            yield self._scheduler.give_up(), []
+            request = self._scheduler.give_up()
+            self._clock(request, first=False)
+            yield request, []
 
 
 def _variant(requests: list[Request]) -> Variant:

@@ -111,19 +111,22 @@ class StatsRecorder:
             self._remember_pillars(request, first + rows - min(work.scored, rows))
         if work.logits:
             self.stats.target_passes += 1
+            request.stats.target_passes += 1
         if work.mode == Mode.VERIFY:
             self._count_read(self._elements(first + rows, first, rows))
             self.stats.kv_read_plain += sum(self._elements(at + 1, at, 1) for at in range(first, first + final))
             if not cut:
-                self._count_cycle(rows, final)
+                self._count_cycle(request, rows, final)
 
     def _count_read(self, elements: int) -> None:
         self.stats.kv_read += elements
         self.stats.kv_read_by_iteration[-1] += elements
 
-    def _count_cycle(self, rows: int, final: int) -> None:
+    def _count_cycle(self, request: Request, rows: int, final: int) -> None:
         if rows == self._config.draft_tokens + 1 > 1:
             self.stats.cycles += 1
+            request.stats.cycles += 1
+            request.stats.accepted += final - 1
             for place in range(final - 1):
                 self.stats.accepted_at[place] += 1
 

@@ -14,7 +14,12 @@ HEADS, TOKENS, BUDGET = 2, 64, 12
 @pytest.fixture
 def state():
     layout = KVLayout((AttentionLayer(0, 2, HEADS, 4, 4, 1.0, 0, 0.0),), page_size=4)
-    made = State(layout, Capacity(slots=3, tokens=TOKENS, pages=16, pillars=BUDGET, score_slots=3), torch.float32, torch.device("cpu"))
+    made = State(
+        layout,
+        Capacity(slots=3, tokens=TOKENS, pages=16, pillars=BUDGET, score_slots=3),
+        torch.float32,
+        torch.device("cpu"),
+    )
     generator = torch.Generator().manual_seed(0)
     made.scores.copy_(torch.rand(made.scores.shape, generator=generator))
     for tensor in (made.pillar_index, made.pillar_count, made.recent_start):

@@ -8,7 +8,7 @@ from scipy.stats import chisquare, kstest
 
 from sparsespec_compile.errors import SamplingError
 from sparsespec_compile.runtime.noise import derive_seed, gumbel_noise, philox
-from sparsespec_compile.runtime.sampling import SamplingParams, SamplingRows, sample
+from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows, sample
 
 DRAWS = 100_000
 LOGITS = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 2.0, -3.0, 0.25, 0.3, 1.5, -6.0])
@@ -56,7 +56,7 @@ def test_noise_in_float32_reaches_the_tail():
     assert largest > 22
 
 
-def draw(params: SamplingParams, sampler=sample, logits=LOGITS) -> torch.Tensor:
+def draw(params: DrawParams, sampler=sample, logits=LOGITS) -> torch.Tensor:
     """Counts of tokens over consecutive positions of one request."""
     values = (params.temperature, params.top_k, params.top_p, params.min_p, params.seed)
     rows = SamplingRows(*(torch.tensor([value]).expand(DRAWS) for value in values))
@@ -64,7 +64,7 @@ def draw(params: SamplingParams, sampler=sample, logits=LOGITS) -> torch.Tensor:
     return torch.bincount(tokens, minlength=len(logits)).double()
 
 
-def exact(params: SamplingParams) -> torch.Tensor:
+def exact(params: DrawParams) -> torch.Tensor:
     """Probabilities in float64, filter by filter, as HuggingFace's warpers define them."""
     logits = LOGITS.double() / params.temperature
     if params.top_k:
@@ -88,13 +88,13 @@ def fits(counts: torch.Tensor, probability: torch.Tensor) -> bool:
 
 
 SETTINGS = [
-    SamplingParams(temperature=1.0, seed=11),
-    SamplingParams(temperature=0.6, seed=12),
-    SamplingParams(temperature=1.7, top_k=4, seed=13),
-    SamplingParams(temperature=1.0, top_p=0.8, seed=14),
-    SamplingParams(temperature=0.9, min_p=0.15, seed=15),
-    SamplingParams(temperature=1.2, top_k=8, top_p=0.9, min_p=0.05, seed=16),
-    SamplingParams(temperature=1.0, top_k=1, seed=17),
+    DrawParams(temperature=1.0, seed=11),
+    DrawParams(temperature=0.6, seed=12),
+    DrawParams(temperature=1.7, top_k=4, seed=13),
+    DrawParams(temperature=1.0, top_p=0.8, seed=14),
+    DrawParams(temperature=0.9, min_p=0.15, seed=15),
+    DrawParams(temperature=1.2, top_k=8, top_p=0.9, min_p=0.05, seed=16),
+    DrawParams(temperature=1.0, top_k=1, seed=17),
 ]
 
 
@@ -109,7 +109,7 @@ def test_the_distribution_test_notices_a_slightly_colder_sampler():
     def biased(logits, rows, position, *, noise, sort):
         return (logits + 0.95 * gumbel_noise(rows.seed, position, logits.shape[-1])).argmax(-1)
 
-    params = SamplingParams(temperature=1.0, seed=11)
+    params = DrawParams(temperature=1.0, seed=11)
     assert not fits(draw(params, biased), exact(params))
 
 
@@ -171,7 +171,7 @@ def test_derived_seeds_differ():
 )
 def test_bad_settings_are_refused_by_name(name, value):
     with pytest.raises(SamplingError, match=rf"{name} must be .*got"):
-        SamplingParams(**{name: value})
+        DrawParams(**{name: value})
 
 
 def test_compiled_noise_is_the_same():

@@ -9,9 +9,10 @@ from torch import Tensor
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime.engine import Engine, Target
+from sparsespec_compile.runtime.build import Target
+from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.sampling import SamplingParams, SamplingRows, sample
+from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows, sample
 
 HIDDEN, Q_HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4, 2, 8, 37
 
@@ -111,9 +112,7 @@ def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
 
 def requests_of(lengths, new_tokens, stop_tokens=(), **params) -> list[Request]:
     return [
-        Request(
-            prompt, new_tokens, SamplingParams(**params, **({"seed": i + 7} if params else {})), frozenset(stop_tokens)
-        )
+        Request(prompt, new_tokens, DrawParams(**params, **({"seed": i + 7} if params else {})), frozenset(stop_tokens))
         for i, prompt in enumerate(prompts(*lengths))
     ]
 

@@ -1,0 +1,125 @@
+"""Builds a step over a state of a given size, after checking that it fits the device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import PoolTooSmallError
+from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.drafters import Policy
+from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
+from sparsespec_compile.runtime.memory_plan import MemoryPlan
+from sparsespec_compile.runtime.state import Capacity, State, request_pages, state_bytes
+from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
+
+_GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
+_POOL, _WORKSPACE, _GRAPHS = "KV pool", "activations of a step", "CUDA graphs"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the engine runs: the rewritten graph and what is known about it.
+
+    Attributes:
+        forward: the graph, see `step.Forward`.
+        layout: its layers and their place in the pool.
+        dtype: of keys and values.
+        device: where it runs.
+        compiler: applied to the functions around the graph; such as `torch.compile`.
+        weight_bytes: what the model's parameters take on the device, for the memory plan.
+    """
+
+    forward: Forward
+    layout: KVLayout
+    dtype: torch.dtype
+    device: torch.device
+    compiler: Compiler = as_it_is
+    weight_bytes: int = 0
+
+
+def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: int, pages: int) -> Capacity:
+    """Sizes of a state for `slots` requests of up to `tokens` tokens and a pool of `pages`.
+
+    A compiled graph treats sizes of 0 and 1 as special cases; sizes from 2 on share one compilation.
+    """
+    scored = 2
+    if policy is not None and policy.reads_scores:
+        together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.draft_tokens + 1))
+        scored = max(2, min(slots, max(together, 8)))
+    return Capacity(max(slots, 2), tokens, max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
+
+
+def build_runner(
+    target: Target, config: SpecConfig, policy: Policy | None, capacity: Capacity
+) -> tuple[StepRunner, MemoryPlan]:
+    """Allocate everything but the pool, find out what a step needs beside it, then give the pool what is left.
+
+    Raises:
+        MemoryPlanError: the device's free memory does not suffice; the text has every figure.
+        PoolTooSmallError: an allocation failed.
+    """
+    try:
+        state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
+        step = Step(
+            target.forward, state, _inputs(target, config, capacity), policy, config.draft_tokens, target.compiler
+        )
+        plan = _plan_memory(target, config, capacity, _workspace_bytes(step))
+        state.give_pool(plan.parts[_POOL] // (target.layout.elements_per_page * target.dtype.itemsize))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise PoolTooSmallError(
+            f"No memory for the state of {capacity.slots} requests of up to {capacity.tokens} tokens and a KV pool "
+            f"of {capacity.pages * config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
+            "max_new_tokens."
+        ) from error
+    return StepRunner(step, capture=config.cuda_graphs and target.device.type == "cuda"), plan
+
+
+def _inputs(target: Target, config: SpecConfig, capacity: Capacity) -> StepInputs:
+    decoding = capacity.slots * (config.draft_tokens + 1)
+    sizes = InputSizes(
+        slots=capacity.slots,
+        rows=max(decoding + config.prefill_chunk, MIN_ROWS),
+        logits=max(decoding, MIN_ROWS),
+        request_pages=request_pages(target.layout, capacity),
+        updates=4 * decoding + -(-config.prefill_chunk // config.page_size),
+    )
+    return StepInputs(sizes, target.device)
+
+
+def _plan_memory(target: Target, config: SpecConfig, capacity: Capacity, workspace: int) -> MemoryPlan:
+    """What everything takes. The pool gets what was asked for, or, if that is not fixed, what the rest leaves of it."""
+    parts = {"weights": target.weight_bytes} | state_bytes(target.layout, capacity, target.dtype)
+    if target.device.type != "cuda":
+        return MemoryPlan(parts, None)
+    torch.cuda.empty_cache()
+    taken = sum(size for name, size in parts.items() if name != _POOL)
+    available = torch.cuda.mem_get_info(target.device)[0] + taken
+    parts |= {_WORKSPACE: workspace, _GRAPHS: int(available * _GRAPH_SHARE)}
+    if config.pool_tokens is None:
+        page_bytes = target.layout.elements_per_page * target.dtype.itemsize
+        rest = max(0, available - sum(size for name, size in parts.items() if name != _POOL))
+        parts[_POOL] = min(parts[_POOL], rest // page_bytes * page_bytes)
+    plan = MemoryPlan(parts, available)
+    plan.require()
+    return plan
+
+
+def _workspace_bytes(step: Step) -> int:
+    """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU."""
+    device = step.state.device
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(step.inputs.sizes.rows, step.inputs.sizes.logits, Variant(noise=True))
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch's error on a CPU is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)

@@ -1,0 +1,95 @@
+"""How a request of a batch is continued, and what comes back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any
+
+from sparsespec_compile.errors import SamplingError
+from sparsespec_compile.runtime.request import FinishReason, RequestStats
+from sparsespec_compile.runtime.sampling import DrawParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one prompt is continued. Frozen; every field is checked when it is built.
+
+    Args:
+        max_new_tokens: new tokens at most.
+        temperature: 0.0 = greedy; t in [1e-5, 1e5] divides the logits.
+        top_k: 0 = off; k keeps the k most likely tokens.
+        top_p: 1.0 = off; p in (0, 1) keeps the most likely tokens until their probabilities reach p.
+        min_p: 0.0 = off; m in (0, 1] keeps tokens with at least m times the probability of the most likely.
+        seed: in [0, 2**63): with it, a text is a function of prompt and settings, in any batch. None: drawn from
+            torch's global generator.
+        stop_token_ids: the text ends with the first of these. None: the model's own end-of-sequence tokens.
+        stop_strings: the text ends with the token that completes one of these; needs a tokenizer.
+        logprobs: whether the natural log-probability of each token, under the model itself, is wanted.
+        n: texts for this prompt, the n-th with a seed of its own.
+
+    Raises:
+        SamplingError: for an unknown name or a value that is not allowed; the text gives both.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: Sequence[int] | None = None
+    stop_strings: Sequence[str] = ()
+    logprobs: bool = False
+    n: int = 1
+
+    def __new__(cls, *args: Any, **settings: Any) -> "SamplingParams":
+        allowed = [field.name for field in fields(cls)]
+        unknown = [name for name in settings if name not in allowed]
+        if args or unknown:
+            got = f"positional values {args}" if args else f"unknown setting(s) {', '.join(unknown)}"
+            raise SamplingError(f"SamplingParams got {got}. Allowed, by name: {', '.join(allowed)}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "n"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise SamplingError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if not isinstance(self.logprobs, bool):
+            raise SamplingError(f"logprobs must be True or False, got {self.logprobs!r}.")
+        strings = self.stop_strings
+        if isinstance(strings, str) or not all(isinstance(one, str) and one for one in strings):
+            raise SamplingError(f"stop_strings must be a sequence of non-empty strings, got {strings!r}.")
+        tokens = self.stop_token_ids or ()
+        if isinstance(tokens, str) or not all(_is_token(one) for one in tokens):
+            raise SamplingError(f"stop_token_ids must be a sequence of token ids, got {self.stop_token_ids!r}.")
+        self.draw(0 if self.seed is None else self.seed)
+
+    def draw(self, seed: int) -> DrawParams:
+        """The settings that the device needs."""
+        return DrawParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=seed)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt's text.
+
+    Attributes:
+        index: number of the prompt, from 0 in the order in which the prompts were given.
+        sample: which of the prompt's `n` texts, from 0.
+        token_ids: new tokens, with the stop token, if one ended the text.
+        finish_reason: why it ended.
+        logprobs: natural log-probability of each new token; empty unless asked for.
+        stats: what it took.
+    """
+
+    index: int
+    sample: int
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float]
+    stats: RequestStats
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0

@@ -4,6 +4,7 @@ What a request does is data, so a graph serves every mix of drafts, verification
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class StepRunner:
         sizes = step.inputs.sizes
         self._sizes = row_counts(sizes.rows) if capture else []
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
-        self._memory: tuple[int, int] | None = None
+        self._memory: Any = None  # what `CUDAGraph.pool` gives: torch has no public name for its type
 
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""

@@ -168,14 +168,13 @@ class Residency:
 
     def _arrive(self, transfer: Transfer) -> None:
         request = self._moving.pop(transfer)
-        left, reached = self.allocator.release, self.tier.release
-        if not transfer.to_host:
-            left, reached = reached, left
-        left(transfer.device_pages if transfer.to_host else transfer.host_pages)
-        request.pages = transfer.host_pages if transfer.to_host else transfer.device_pages
-        request.place = Place.HOST if transfer.to_host else Place.DEVICE
+        if transfer.to_host:
+            self.allocator.release(transfer.device_pages)
+            request.place, request.pages = Place.HOST, transfer.host_pages
+        else:
+            self.tier.release(transfer.host_pages)
+            request.place, request.pages = Place.DEVICE, transfer.device_pages
         if request.slot < 0:  # it ended, or was cancelled, on the way
-            reached(request.pages)
-            request.place, request.pages = Place.NOWHERE, []
+            self.release(request)
         else:
             self._tabled[request] = 0

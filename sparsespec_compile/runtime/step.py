@@ -17,6 +17,8 @@ from sparsespec_compile.runtime.inputs import StepInputs
 from sparsespec_compile.runtime.sampling import SamplingRows, log_probability, sample
 from sparsespec_compile.runtime.state import State
 
+_VERIFY, _PREFILL = int(Mode.VERIFY), int(Mode.PREFILL)  # torch.compile takes a tensor and an enum for unequal
+
 Forward = Callable[..., Tensor]
 """The rewritten graph: (input_ids [1, T], position_ids [1, T], logits_to_keep [R], pool, scores, pillar_index,
 *STEP_TENSORS) -> logits [1, R, V]."""
@@ -140,7 +142,7 @@ class Step:
 def place_rows(state: State, inputs: StepInputs, rows: int, reads_scores: bool) -> Placed:
     """Renew the page table, and look up where each row stands and which token it carries."""
     state.page_table.view(-1).index_put_((inputs.update_at.long(),), inputs.update_page)
-    prefill = inputs.mode == Mode.PREFILL
+    prefill = inputs.mode == _PREFILL
     cached = torch.where(prefill, inputs.offset, state.length + inputs.offset)
     # Rows that only tokens past the request's last one would need are dropped here, on the device.
     count = torch.minimum(inputs.rows, (inputs.max_length - 1 - cached).clamp(min=0))
@@ -183,7 +185,7 @@ def accept(
     accepted = (as_drafted[logit] & is_draft).int().cumprod(dim=1).sum(dim=1)
     verified = torch.minimum(accepted + 1, placed.rows)
     prefilled = torch.minimum(inputs.logit_count, placed.rows)
-    verify, prefill = inputs.mode == Mode.VERIFY, inputs.mode == Mode.PREFILL
+    verify, prefill = inputs.mode == _VERIFY, inputs.mode == _PREFILL
     final = torch.where(verify, verified, torch.where(prefill, prefilled, 0))
     length = torch.where(prefill, placed.cached + placed.rows, state.length + torch.where(verify, verified, 0))
     state.length.copy_(length)

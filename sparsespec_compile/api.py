@@ -201,6 +201,10 @@ class OptimizedModel:
             self._check_context([request for _, _, request in requests])
         return TokenStream(self._engine, requests, progress=progress)
 
+    def stop(self) -> None:
+        """End what this model is generating, if anything: for an iterator that was left without being closed."""
+        self._engine.stop()
+
     def capture(
         self, max_requests: int, max_length: int, *, sampled: bool = False, filtered: bool = False
     ) -> CapturedStep:

@@ -58,7 +58,7 @@ class Engine:
         self._policy = choose_policy(config)
         self._runner: StepRunner | None = None
         self._tier: HostTier | None = None
-        self._busy = False
+        self._active: Session | None = None
 
     def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
         """Yield (request, tokens) whenever tokens of a request become final; at the end every request is finished.
@@ -86,21 +86,28 @@ class Engine:
             MemoryPlanError: the device's memory cannot hold the state.
             EngineBusyError: another session of this engine is open.
         """
-        if self._busy:
+        if self._active is not None:
             raise EngineBusyError(
-                "This model is already generating. Exhaust or close the earlier generation first, or optimize the "
-                "model once more for generations that run side by side."
+                "This model is already generating. Exhaust or close the earlier generation first, end it with stop(), "
+                "or optimize the model once more for generations that run side by side."
             )
         runner, tier = self._prepared(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
         session = Session(self._scheduler(runner, tier), runner, recorder, overlap=self.config.overlap)
-        self._busy = True
+        self._active = session
         try:
             yield session
         finally:
             session.close()
-            self._busy = False
+            if self._active is session:
+                self._active = None
+
+    def stop(self) -> None:
+        """End the session that is open, if one is, wherever its iterator is kept."""
+        if self._active is not None:
+            self._active.close()
+            self._active = None
 
     def capture(self, max_requests: int, max_length: int, variant: Variant) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine."""

@@ -37,6 +37,7 @@ class Session:
         self._recorder = recorder
         self._inputs = runner.step.inputs
         self._packer = InputPacker(self._inputs.sizes)
+        self._closed = False
         self._added: dict[Request, float] = {}
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
@@ -85,7 +86,10 @@ class Session:
             yield from self._unblock()
 
     def close(self) -> None:
-        """Drop every request and give back all slots and pages."""
+        """Drop every request and give back all slots and pages. Nothing is busy any more; further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
         while len(self._flight):
             self._flight.give_back(self._flight.land())
         self._scheduler.clear()

@@ -1,0 +1,296 @@
+"""Many ragged prompts: `generate_batch`, `as_completed`, `stream`."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import sparsespec_compile as ss
+from sparsespec_compile.errors import (
+    ContextLengthError,
+    EngineBusyError,
+    PoolTooSmallError,
+    PromptError,
+    SamplingError,
+)
+
+from .support.models import VOCABULARY, tiny
+
+LENGTHS = (3, 41, 17, 1, 9, 26, 5)
+NEW = 30
+
+
+class Letters:
+    """A tokenizer that writes each token as two letters."""
+
+    def decode(self, token_ids):
+        return "".join(chr(97 + token // 26) + chr(97 + token % 26) for token in token_ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("qwen3", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return ss.optimize(model, ss.SpecConfig(draft_tokens=4, min_budget=6, max_requests=3))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def texts(model, prompts):
+    """HuggingFace's own greedy text of each prompt."""
+    expected = []
+    for prompt in prompts:
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        expected.append(out[0, len(prompt) :].tolist())
+    return expected
+
+
+GREEDY = ss.SamplingParams(max_new_tokens=NEW, stop_token_ids=())
+
+
+def test_greedy_texts_are_huggingfaces_in_the_order_of_the_prompts(fast, prompts, texts):
+    completions = fast.generate_batch(prompts, GREEDY)
+    assert [completion.token_ids for completion in completions] == texts
+    assert [completion.index for completion in completions] == list(range(len(prompts)))
+    assert {completion.finish_reason for completion in completions} == {ss.FinishReason.LENGTH}
+
+
+def test_texts_as_they_finish(fast, prompts, texts):
+    sampling = [ss.SamplingParams(max_new_tokens=5 + 3 * i, stop_token_ids=()) for i in range(len(prompts))]
+    order = []
+    for completion in fast.as_completed(prompts, sampling):
+        order.append(completion.index)
+        assert completion.token_ids == texts[completion.index][: 5 + 3 * completion.index]
+    assert sorted(order) == list(range(len(prompts)))
+    assert order.index(0) < order.index(2)
+
+
+def test_streamed_tokens_add_up_to_the_texts(fast, prompts, texts):
+    pieces = [[] for _ in prompts]
+    for piece in fast.stream([torch.tensor(prompt) for prompt in prompts], GREEDY):
+        pieces[piece.index].extend(piece.token_ids)
+        if piece.completion is not None:
+            assert piece.completion.token_ids == pieces[piece.index]
+    assert pieces == texts
+
+
+def test_each_prompt_has_its_own_settings(model, fast, prompts):
+    sampling = [
+        ss.SamplingParams(max_new_tokens=9, stop_token_ids=()),
+        ss.SamplingParams(max_new_tokens=12, temperature=0.8, seed=5, stop_token_ids=()),
+        ss.SamplingParams(max_new_tokens=7, temperature=1.2, top_k=4, seed=5, stop_token_ids=()),
+        ss.SamplingParams(max_new_tokens=7, temperature=1.0, top_p=0.5, min_p=0.05, seed=9, stop_token_ids=()),
+    ]
+    together = fast.generate_batch(prompts[:4], sampling)
+    plain = ss.optimize(model, ss.SpecConfig(draft_tokens=0))
+    alone = [plain.generate_batch([prompt], one)[0] for prompt, one in zip(prompts, sampling, strict=False)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [len(c.token_ids) for c in together] == [9, 12, 7, 7]
+
+
+def test_several_texts_of_one_prompt(fast, prompts):
+    params = ss.SamplingParams(max_new_tokens=12, temperature=1.0, seed=4, n=3, stop_token_ids=())
+    completions = fast.generate_batch(prompts[:2], params)
+    assert [(c.index, c.sample) for c in completions] == list(itertools.product(range(2), range(3)))
+    assert len({tuple(c.token_ids) for c in completions}) == 6
+    again = fast.generate_batch(prompts[:2], params)
+    assert [c.token_ids for c in again] == [c.token_ids for c in completions]
+
+
+def test_seeds_that_are_not_given_differ(fast, prompts):
+    params = ss.SamplingParams(max_new_tokens=12, temperature=1.0, stop_token_ids=())
+    torch.manual_seed(1)
+    first = fast.generate_batch([prompts[0]] * 2, params)
+    torch.manual_seed(1)
+    second = fast.generate_batch([prompts[0]] * 2, params)
+    assert first[0].token_ids != first[1].token_ids
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+
+
+def test_stop_tokens(fast, prompts, texts):
+    stop = texts[2][11]
+    (completion,) = fast.generate_batch([prompts[2]], ss.SamplingParams(max_new_tokens=NEW, stop_token_ids=[stop]))
+    assert completion.token_ids == texts[2][: texts[2].index(stop) + 1]
+    assert completion.finish_reason is ss.FinishReason.STOP
+
+
+def test_the_models_own_stop_tokens_are_the_default(model, prompts, texts):
+    stop = texts[1][8]
+    model.generation_config.eos_token_id = [stop]
+    try:
+        fast = ss.optimize(model)
+        (completion,) = fast.generate_batch([prompts[1]], ss.SamplingParams(max_new_tokens=NEW))
+    finally:
+        model.generation_config.eos_token_id = None
+    assert completion.token_ids == texts[1][: texts[1].index(stop) + 1]
+
+
+@pytest.mark.parametrize("place", range(6, 12))
+def test_stop_strings_that_span_tokens_and_blocks(fast, prompts, texts, place):
+    whole = Letters().decode(texts[4])
+    string = whole[2 * place - 1 : 2 * place + 3]
+    params = ss.SamplingParams(max_new_tokens=NEW, stop_token_ids=(), stop_strings=["never there", string])
+    (completion,) = fast.generate_batch([prompts[4]], params, tokenizer=Letters())
+    text = Letters().decode(completion.token_ids)
+    assert string in text
+    assert string not in text[:-2]
+    assert completion.finish_reason is ss.FinishReason.STOP
+
+
+def test_logprobs_are_the_models_own(model, fast, prompts):
+    params = ss.SamplingParams(max_new_tokens=14, temperature=0.7, top_k=9, seed=2, logprobs=True, stop_token_ids=())
+    greedy = ss.SamplingParams(max_new_tokens=14, stop_token_ids=())
+    with_logprobs, without = fast.generate_batch(prompts[1:3], [params, greedy])
+    assert without.logprobs == []
+    tokens = torch.tensor([prompts[1] + with_logprobs.token_ids])
+    with torch.no_grad():
+        expected = model(tokens).logits.double().log_softmax(-1)[0, len(prompts[1]) - 1 : -1]
+    expected = expected.gather(-1, tokens[0, len(prompts[1]) :, None])[:, 0]
+    assert torch.allclose(torch.tensor(with_logprobs.logprobs).double(), expected, atol=1e-4)
+
+
+def test_what_each_request_took(fast, prompts):
+    completions = fast.generate_batch(prompts, GREEDY)
+    total = fast.stats
+    assert sum(c.stats.target_passes for c in completions) == total.target_passes
+    assert sum(c.stats.cycles for c in completions) == total.cycles
+    assert sum(c.stats.accepted for c in completions) == sum(total.accepted_at)
+    for completion in completions:
+        assert 0 < completion.stats.first_token_seconds <= completion.stats.seconds
+        assert completion.stats.cycles == 0 or 0 <= completion.stats.accepted_per_cycle <= 4
+    assert math.isnan(ss.Completion(0, 0, [], ss.FinishReason.STOP, [], type(completions[0].stats)()).stats.seconds)
+
+
+def test_cancelling_one_prompt_leaves_the_others(fast, prompts, texts):
+    done = {}
+    with fast.stream(prompts, GREEDY) as pieces:
+        for piece in pieces:
+            if piece.index == 1 and not done:
+                (done[1],) = pieces.cancel(1)
+                assert pieces.cancel(1) == []
+            assert piece.index != 1 or piece.token_ids == texts[1][:1]
+            if piece.completion is not None:
+                done[piece.index] = piece.completion
+    assert done[1].finish_reason is ss.FinishReason.CANCELLED
+    assert done[1].token_ids == texts[1][: len(done[1].token_ids)]
+    assert {index: c.token_ids for index, c in done.items() if index != 1} == {
+        index: text for index, text in enumerate(texts) if index != 1
+    }
+
+
+def test_cancelling_before_the_start_and_while_waiting(fast, prompts, texts):
+    pieces = fast.stream(prompts, GREEDY)
+    assert [c.token_ids for c in pieces.cancel(0)] == [[]]
+    with pytest.raises(PromptError, match="no prompt 99; this stream has prompts 0 to 6"):
+        pieces.cancel(99)
+    next(pieces)
+    pieces.cancel(6)
+    completed = {p.index: p.completion.token_ids for p in pieces if p.completion is not None}
+    assert completed == {index: texts[index] for index in range(1, 6)}
+
+
+def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):
+    pieces = fast.stream(prompts, GREEDY)
+    next(pieces)
+    with pytest.raises(EngineBusyError):
+        fast.generate_batch(prompts[:1], GREEDY)
+    pieces.close()
+    with pytest.raises(StopIteration):
+        next(pieces)
+
+    def interrupted():
+        for piece in fast.stream(prompts, GREEDY):
+            if piece.completion is not None:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:  # the traceback keeps the iterator alive, as a notebook does
+        interrupted()
+    with pytest.raises(EngineBusyError, match=r"stop\(\)"):
+        fast.generate_batch(prompts, GREEDY)
+    fast.stop()
+    fast.stop()
+    assert kept.type is KeyboardInterrupt
+    assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
+
+
+def test_a_callback_that_fails_leaves_the_model_usable(fast, prompts, texts):
+    class FailingTokenizer(Letters):
+        def decode(self, token_ids):
+            if len(token_ids) > 4:
+                raise ValueError("a user's own error")
+            return super().decode(token_ids)
+
+    params = ss.SamplingParams(max_new_tokens=NEW, stop_strings=["?"])
+    with pytest.raises(ValueError, match="a user's own error"):
+        fast.generate_batch(prompts, params, tokenizer=FailingTokenizer())
+    assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
+
+
+def test_progress_shows_speed_acceptance_and_pool(fast, prompts, capsys):
+    fast.generate_batch(prompts, GREEDY, progress=True)
+    shown = capsys.readouterr().err
+    assert "7/7" in shown
+    for wanted in ("tokens/s=", "accepted=", "/4", "pool="):
+        assert wanted in shown
+    fast.generate_batch(prompts, GREEDY)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_prompts(fast):
+    assert fast.generate_batch([]) == []
+    assert list(fast.stream([])) == []
+
+
+def test_prompts_that_are_wrong(fast):
+    for prompts in ("text", torch.ones(2, 3, dtype=torch.int64), {"a": 1}, ["text"], [[1.5]], [[True]], [3]):
+        with pytest.raises(PromptError, match="token ids"):
+            fast.generate_batch(prompts)
+    for prompts in ([[]], [[1, VOCABULARY]], [[-1]]):
+        with pytest.raises(PromptError, match="Prompt 0 is empty or holds tokens outside"):
+            fast.generate_batch(prompts)
+
+
+def test_requests_that_cannot_fit(model, fast):
+    with pytest.raises(ContextLengthError):
+        fast.generate_batch([[1, 2]], ss.SamplingParams(max_new_tokens=10**6))
+    small = ss.optimize(model, ss.SpecConfig(pool_tokens=64))
+    with pytest.raises(PoolTooSmallError):
+        small.generate_batch([[1, 2]], ss.SamplingParams(max_new_tokens=100))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
+        ({"n": True}, "n must be an integer of at least 1"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"seed": -3}, "seed must be"),
+        ({"stop_strings": "abc"}, "stop_strings must be a sequence of non-empty strings"),
+        ({"stop_strings": [""]}, "stop_strings must be a sequence of non-empty strings"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids must be a sequence of token ids"),
+        ({"logprobs": 5}, "logprobs must be True or False"),
+        ({"beam": 5}, r"unknown setting\(s\) beam. Allowed, by name: max_new_tokens"),
+    ],
+)
+def test_settings_that_are_wrong(settings, text):
+    with pytest.raises(SamplingError, match=text):
+        ss.SamplingParams(**settings)
+
+
+def test_sampling_that_does_not_fit_the_prompts(fast, prompts):
+    with pytest.raises(SamplingError, match="2 entries for 7 prompts"):
+        fast.generate_batch(prompts, [GREEDY, GREEDY])
+    with pytest.raises(SamplingError, match="need a tokenizer"):
+        fast.generate_batch(prompts, ss.SamplingParams(stop_strings=["x"]))
+    with pytest.raises(SamplingError, match="sampling must be SamplingParams"):
+        fast.generate_batch(prompts, {"temperature": 1})

@@ -4,6 +4,7 @@ from sparsespec_compile.api import OptimizedModel, optimize
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import SparseSpecError
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.request import FinishReason
 from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.stats import Stats
@@ -11,6 +12,7 @@ from sparsespec_compile.runtime.work import PageUpdate, Work
 from sparsespec_compile.sampling_params import Completion, SamplingParams
 
 __all__ = [
+    "CapturedStep",
     "Completion",
     "DrawParams",
     "FinishReason",

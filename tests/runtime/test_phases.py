@@ -1,0 +1,78 @@
+"""Which request verifies when: even bytes, even after requests leave, and the schedules it is compared with."""
+
+import statistics
+
+import pytest
+
+from sparsespec_compile.runtime.phases import Phases
+from sparsespec_compile.runtime.request import Request
+
+from ..support.toy import Toy, requests_of, run
+
+
+def resident(length, phase=None):
+    request = Request([0] * length, 100)
+    request.prefilled, request.phase = length, phase
+    return request
+
+
+def test_a_new_request_joins_the_phase_that_reads_least():
+    phases = Phases(2, "balanced", most=8)
+    others = [resident(100, 0), resident(10, 1), resident(10, 1), resident(40, 2)]
+    assert phases.choose(resident(5), others, now=0) == 1
+
+
+def test_among_equals_the_longest_first_cycle_is_chosen():
+    phases = Phases(3, "balanced", most=8)
+    assert phases.choose(resident(5), [], now=2) == 2  # verifies again only after a whole round
+    assert phases.choose(resident(5), [resident(5, 2)], now=2) == 1
+
+
+def test_a_full_phase_is_left_alone():
+    phases = Phases(1, "balanced", most=2)
+    others = [resident(1, 0), resident(1, 0), resident(1000, 1)]
+    assert phases.choose(resident(5), others, now=0) == 1
+
+
+def test_a_request_moves_when_others_have_left():
+    phases = Phases(2, "balanced", most=8)
+    left_over = [resident(50, 0), resident(60, 0), resident(40, 0), resident(10, 1), resident(50, 2)]
+    phases.rebalance(left_over)
+    assert [request.phase for request in left_over] == [0, 1, 0, 1, 2]
+
+
+def test_nothing_moves_for_a_small_gain():
+    phases = Phases(1, "balanced", most=8)
+    balanced = [resident(100, 0), resident(5, 0), resident(98, 1)]
+    phases.rebalance(balanced)
+    assert [request.phase for request in balanced] == [0, 0, 1]
+
+
+def test_schedules_for_comparison():
+    assert Phases(8, "in_phase", most=8).choose(resident(5), [], now=3) == 0
+    drawn = {Phases(8, "random", most=64).choose(resident(5), [], now=3) for _ in range(3)}
+    assert len(drawn) == 1  # the same requests get the same phases every time
+    phases = Phases(8, "random", most=64)
+    assert len({phases.choose(resident(5), [], now=3) for _ in range(60)}) == 9
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """Standard deviation of bytes read by an iteration, over the mean, for each schedule; and the texts."""
+    toy, result = Toy(), {}
+    for schedule in ("balanced", "random", "in_phase"):
+        engine = toy.engine(draft_tokens=3, min_budget=4, schedule=schedule, max_requests=16)
+        texts = run(engine, requests_of([100, 10, 60, 5, 90, 20, 80, 30] * 2, 60))
+        steady = engine.stats.kv_read_by_iteration[8:60]
+        result[schedule] = (statistics.pstdev(steady) / statistics.mean(steady), texts)
+    return result
+
+
+def test_balanced_iterations_read_evenly(spread):
+    assert spread["balanced"][0] < 0.2
+    assert spread["random"][0] > 1.5 * spread["balanced"][0]
+    assert spread["in_phase"][0] > 5 * spread["balanced"][0]
+
+
+def test_schedules_do_not_change_texts(spread):
+    assert spread["balanced"][1] == spread["random"][1] == spread["in_phase"][1]

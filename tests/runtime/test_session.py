@@ -1,0 +1,174 @@
+"""The loop around the step: what is enqueued when, how often it compiles, what it takes, and public steps."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from rich.console import Console
+from torch._dynamo.testing import CompileCounter
+
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import MemoryPlanError
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.build import Target
+from sparsespec_compile.runtime.capture import StepRunner, row_counts
+from sparsespec_compile.runtime.engine import Engine
+from sparsespec_compile.runtime.frames import Frame
+from sparsespec_compile.runtime.memory_plan import MemoryPlan
+from sparsespec_compile.runtime.step import Variant
+from sparsespec_compile.runtime.work import PageUpdate, Work
+
+from ..support.toy import Toy, requests_of, run
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return Toy()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_iteration_is_enqueued_before_the_results_of_the_last_are_read(toy, monkeypatch, overlap):
+    events = []
+    step, read = StepRunner.__call__, Frame.read
+
+    def note_step(runner, *arguments):
+        events.append("step")
+        step(runner, *arguments)
+
+    def note_read(frame, **arguments):
+        events.append("read")
+        return read(frame, **arguments)
+
+    monkeypatch.setattr(StepRunner, "__call__", note_step)
+    monkeypatch.setattr(Frame, "read", note_read)
+    requests = requests_of((5, 30), 40)
+    assert run(toy.engine(draft_tokens=4, min_budget=4, overlap=overlap), requests) == list(map(toy.decode, requests))
+    ahead = [events[: i + 1].count("step") - events[: i + 1].count("read") for i in range(len(events))]
+    assert max(ahead) == (2 if overlap else 1)
+    assert ahead[-1] == 0
+    if overlap:
+        assert ahead[1:-1] == ([2, 1] * len(ahead))[: len(ahead) - 2]  # there is always one under way
+
+
+def test_texts_that_end_at_once_make_room_while_an_iteration_is_under_way(toy):
+    """A slot's new owner never sees its old owner's late tokens."""
+    requests = requests_of((5, 9, 3, 30, 12, 7, 2, 16), 3) + requests_of((20, 4), 25)
+    engine = toy.engine(draft_tokens=4, min_budget=4, max_requests=2)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+
+
+def test_no_recompilation_whatever_the_batch(toy):
+    counter = CompileCounter()
+    config = SpecConfig(draft_tokens=4, min_budget=4)
+    compiler = partial(torch.compile, backend=counter, dynamic=True)
+    target = Target(
+        toy.forward(config.page_size), toy.layout(config.page_size), torch.float32, torch.device("cpu"), compiler
+    )
+    engine = Engine(target, config)
+    run(engine, requests_of((5, 9, 30, 2, 2, 2, 2, 2), 40))
+    compiled = counter.frame_count
+    assert compiled > 0
+    for lengths in ((3,), (5,) * 8, (40, 2), (9, 30, 1)):
+        requests = requests_of(lengths, 20)
+        assert run(engine, requests) == [toy.decode(request) for request in requests]
+    assert counter.frame_count == compiled
+
+
+def test_padded_row_counts():
+    for most in (1, 2, 9, 17, 72, 576, 2624):
+        sizes = row_counts(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == max(most, 2)
+        assert all(size < 32 or above - size <= max(16, size / 7) for size, above in pairwise(sizes))
+    assert len(row_counts(2624)) < 50
+
+
+def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):
+    engine = toy.engine(draft_tokens=4, min_budget=4)
+    run(engine, requests_of((3,) * 8, 20))
+    run(engine, requests_of((300,), 20))
+    state = engine._runner.step.state
+    run(engine, requests_of((3,) * 8, 20))
+    run(engine, requests_of((300,), 20))
+    assert engine._runner.step.state is state
+
+
+def test_scores_are_kept_for_the_requests_that_verify_together_only(toy):
+    config = {"draft_tokens": 8, "min_budget": 4}
+    engine = toy.engine(**config)
+    requests = requests_of([5] * 64, 20)
+    texts = run(engine, requests)
+    assert engine._runner.step.state.scores.shape[0] == 16
+    everyone = toy.engine(**config, schedule="in_phase")
+    assert run(everyone, requests_of([5] * 64, 20)) == texts
+    assert everyone._runner.step.state.scores.shape[0] == 64
+
+
+def test_memory_plan_counts_what_is_allocated(toy):
+    engine = toy.engine(draft_tokens=4, min_budget=4)
+    run(engine, requests_of((5, 9), 20))
+    state = engine._runner.step.state
+    parts = engine.memory_plan.parts
+    assert parts["KV pool"] == state.pool.nbytes
+    assert parts["attention scores"] == state.scores.nbytes
+    assert parts["pillar index"] == state.pillar_index.nbytes
+    assert parts["tokens and page table"] == state.tokens.nbytes + state.page_table.nbytes
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(engine.memory_plan)
+    assert "KV pool" in shown.get()
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_its_figures():
+    MemoryPlan({"weights": 2**30, "KV pool": 2**31}, 3 * 2**30).require()
+    with pytest.raises(MemoryPlanError, match=r"2.50 GiB free, and 3.00 are needed: weights 1.00, KV pool 2.00\."):
+        MemoryPlan({"weights": 2**30, "KV pool": 2**31}, 5 * 2**29).require()
+
+
+class TestCapturedStep:
+    """A loop of one's own. `examples/custom_loop.py` is the longer one."""
+
+    def decode(self, step, request, updates=()):
+        """Plain decoding by replays: a prompt, then verifications of one row."""
+        step.begin(0, request.max_length, request.params)
+        prompt = request.prompt
+        step.fill([Work(0, Mode.PREFILL, rows=len(prompt), tokens=prompt, logits=1)], updates)
+        text = []
+        while len(text) < request.max_new_tokens:
+            count, *tokens = step.replay().tokens[0].tolist()
+            assert count == 1
+            text.append(tokens[0])
+            step.fill([Work(0, Mode.VERIFY, rows=1, logits=1)])
+        return text
+
+    def test_replays_decode(self, toy):
+        engine = toy.engine(draft_tokens=4, min_budget=4)
+        step = engine.capture(2, 64, Variant(noise=True))
+        for request in (*requests_of((7,), 12), *requests_of((20,), 30, temperature=0.9)):
+            assert self.decode(step, request) == toy.decode(request)
+
+    def test_pages_may_lie_anywhere(self, toy):
+        step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64, Variant())
+        (request,) = requests_of((7,), 12)
+        moved = [PageUpdate(0, page, 31 - page) for page in range(5)]
+        assert self.decode(step, request, moved) == toy.decode(request)
+        assert step.state.page_table[0, :5].tolist() == [31, 30, 29, 28, 27]
+
+    def test_inputs_and_results_are_static(self, toy):
+        step = toy.engine(draft_tokens=4).capture(3, 64, Variant())
+        addresses = [tensor.data_ptr() for tensor in (step.inputs.flat, *step.results, step.state.pool)]
+        self.decode(step, requests_of((7,), 12)[0])
+        assert addresses == [tensor.data_ptr() for tensor in (step.inputs.flat, *step.results, step.state.pool)]
+        assert step.inputs.mode.tolist() == [Mode.VERIFY, Mode.IDLE, Mode.IDLE]
+        assert step.results.tokens.shape == (3, 6)
+
+    def test_it_does_not_disturb_the_engine(self, toy):
+        engine = toy.engine(draft_tokens=4, min_budget=4)
+        generation = engine.run(requests_of((5, 9), 20))
+        next(generation)
+        step = engine.capture(2, 64, Variant())
+        assert self.decode(step, requests_of((7,), 12)[0]) == toy.decode(requests_of((7,), 12)[0])
+        for _ in generation:
+            pass
+        assert run(engine, requests_of((3,), 9)) == [toy.decode(r) for r in requests_of((3,), 9)]

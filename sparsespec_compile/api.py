@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
-from sparsespec_compile.batch import Prompt, TokenStream, make_requests, read_prompts, read_sampling
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, ContextLengthError, CopyError, SamplingError, UnsupportedModelError
+from sparsespec_compile.errors import ConfigError, CopyError, SamplingError, UnsupportedModelError
 from sparsespec_compile.generation import resolve_generation, token_ids
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.prompts import pad, shape_of, unpad
+from sparsespec_compile.request_reader import Prompt, RequestReader
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.engine import Engine
@@ -26,6 +26,7 @@ from sparsespec_compile.runtime.stats import Stats
 from sparsespec_compile.runtime.step import Variant, as_it_is
 from sparsespec_compile.sampling_params import Completion, SamplingParams
 from sparsespec_compile.stop_strings import Decoder
+from sparsespec_compile.stream import TokenStream
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -128,17 +129,18 @@ class OptimizedModel:
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
         self._compiled.require_shared_parameters()
+        reader = self._reader()
         batch, width = shape_of(input_ids)
         generation = resolve_generation(
             self.model.generation_config, generation_config, arguments, batch=batch, prompt_width=width, seed=seed
         )
         device = self._engine.target.device
-        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, device, self._vocabulary)
+        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, device, reader.vocabulary)
         requests = [
             Request(prompt, generation.max_new_tokens, params, generation.stop_tokens)
             for prompt, params in zip(prompts, generation.params, strict=True)
         ]
-        self._check_context(requests)
+        reader.check_context(requests)
         self._run(requests, input_ids, streamer)
         return pad(input_ids, [request.output for request in requests], generation.pad_token)
 
@@ -188,18 +190,20 @@ class OptimizedModel:
         *,
         tokenizer: Decoder | None = None,
         progress: bool = False,
+        max_length: int | None = None,
     ) -> TokenStream:
         """`generate_batch`, tokens as they become final.
 
-        The iterator can `cancel` a prompt's texts; closing it ends all of them.
+        The iterator can `add` prompts and `cancel` a prompt's texts; closing it ends all of them.
+
+        Args:
+            max_length: tokens of the longest text that will be added, its prompt included; None = as long as the
+                longest of `prompts`. The others as in `generate_batch`.
         """
         self._compiled.require_shared_parameters()
-        read = read_prompts(prompts, self._vocabulary)
-        params = read_sampling(sampling, len(read))
-        requests = make_requests(read, params, self._stop_tokens, tokenizer)
-        if requests:
-            self._check_context([request for _, _, request in requests])
-        return TokenStream(self._engine, requests, progress=progress)
+        stream = TokenStream(self._engine, self._reader(tokenizer), max_length, progress=progress)
+        stream.add(prompts, sampling)
+        return stream
 
     def stop(self) -> None:
         """End what this model is generating, if anything: for an iterator that was left without being closed."""
@@ -232,13 +236,14 @@ class OptimizedModel:
         """What the latest state on the device takes; None before the first text. Print it with rich."""
         return self._engine.memory_plan
 
-    @property
-    def _vocabulary(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
-
-    @property
-    def _stop_tokens(self) -> frozenset[int]:
-        return frozenset(token_ids("eos_token_id", self.model.generation_config.eos_token_id))
+    def _reader(self, tokenizer: Decoder | None = None) -> RequestReader:
+        config = self.model.config.get_text_config()
+        return RequestReader(
+            int(config.vocab_size),
+            getattr(config, "max_position_embeddings", None),
+            frozenset(token_ids("eos_token_id", self.model.generation_config.eos_token_id)),
+            tokenizer,
+        )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(
@@ -257,15 +262,6 @@ class OptimizedModel:
                     streamer.put(torch.tensor(tokens))
         if streamer is not None:
             streamer.end()
-
-    def _check_context(self, requests: list[Request]) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(request.max_length for request in requests)
-        if limit is not None and longest > limit:
-            raise ContextLengthError(
-                f"Prompt and max_new_tokens need {longest} positions, the model has {limit} "
-                "(config.max_position_embeddings). Lower max_new_tokens or shorten the prompt."
-            )
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -190,12 +190,28 @@ def test_cancelling_one_prompt_leaves_the_others(fast, prompts, texts):
 def test_cancelling_before_the_start_and_while_waiting(fast, prompts, texts):
     pieces = fast.stream(prompts, GREEDY)
     assert [c.token_ids for c in pieces.cancel(0)] == [[]]
-    with pytest.raises(PromptError, match="no prompt 99; this stream has prompts 0 to 6"):
+    with pytest.raises(PromptError, match="no prompt 99; this stream has had 7"):
         pieces.cancel(99)
     next(pieces)
     pieces.cancel(6)
     completed = {p.index: p.completion.token_ids for p in pieces if p.completion is not None}
     assert completed == {index: texts[index] for index in range(1, 6)}
+
+
+def test_prompts_added_while_others_run(fast, prompts, texts):
+    completed = {}
+    with fast.stream(prompts[:2], GREEDY, max_length=100) as pieces:
+        for piece in pieces:
+            if piece.completion is not None:
+                completed[piece.index] = piece.completion.token_ids
+                if len(completed) == 1:
+                    assert pieces.add(prompts[2:], GREEDY) == [2, 3, 4, 5, 6]
+                    with pytest.raises(PoolTooSmallError, match="max_length="):
+                        pieces.add([[1] * 500], GREEDY)
+                    assert pieces.add([]) == []
+    assert [completed[index] for index in range(len(prompts))] == texts
+    with pytest.raises(EngineBusyError, match="has ended"):
+        pieces.add(prompts[:1])
 
 
 def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):

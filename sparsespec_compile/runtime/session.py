@@ -52,6 +52,12 @@ class Session:
         return len(self._scheduler.running)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest request that fits, prompt and new ones together."""
+        state = self._runner.step.state
+        return min(state.capacity.tokens, state.capacity.pages * state.layout.page_size)
+
+    @property
     def busy(self) -> bool:
         """Whether anything is left to do."""
         return self._scheduler.busy or len(self._flight) > 0

@@ -1,0 +1,148 @@
+"""Many texts at once: as they finish, or token by token."""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from tqdm import tqdm
+
+from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError, PromptError
+from sparsespec_compile.request_reader import Prompt, RequestReader
+from sparsespec_compile.runtime.engine import Engine
+from sparsespec_compile.runtime.request import FinishReason, Request
+from sparsespec_compile.runtime.session import Session
+from sparsespec_compile.sampling_params import Completion, SamplingParams
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one text that are final.
+
+    Attributes:
+        index, sample: which text, as in `Completion`.
+        token_ids: the new ones since the last such piece; may be empty in the last one.
+        completion: the whole text, once it is complete; None before.
+    """
+
+    index: int
+    sample: int
+    token_ids: list[int]
+    completion: Completion | None
+
+
+class TokenStream:
+    """An iterator over `Tokens` of many texts, as they become final. Get it from `OptimizedModel.stream`.
+
+    While it runs, prompts may be added and taken back. Closing it (`close`, a `with` block, or dropping it) ends what
+    is unfinished and leaves the model usable.
+    """
+
+    def __init__(self, engine: Engine, reader: RequestReader, max_length: int | None, *, progress: bool) -> None:
+        self._engine = engine
+        self._reader = reader
+        self._max_length = max_length
+        self._progress = progress
+        self._names: dict[Request, tuple[int, int]] = {}
+        self._prompts = 0
+        self._session: Session | None = None
+        self._pieces = self._run()
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return self
+
+    def __next__(self) -> Tokens:
+        return next(self._pieces)
+
+    def __enter__(self) -> "TokenStream":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything that is unfinished."""
+        self._ended = True
+        self._pieces.close()
+
+    def add(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[int]:
+        """Queue more prompts; returns their numbers, which count on from the earlier ones.
+
+        Raises:
+            EngineBusyError: the stream has ended.
+            PoolTooSmallError: a text may become longer than the stream was opened for.
+            As `OptimizedModel.generate_batch` for wrong prompts and settings.
+        """
+        if self._ended:
+            raise EngineBusyError("This stream has ended; open another one for more prompts.")
+        read = self._reader.read(prompts, sampling)
+        longest = max((request.max_length for texts in read for request in texts), default=0)
+        if self._session is not None and longest > self._session.longest:
+            raise PoolTooSmallError(
+                f"A text of {longest} tokens does not fit a stream opened for {self._session.longest}: pass "
+                "max_length= to stream()."
+            )
+        first = self._prompts
+        self._prompts += len(read)
+        for index, texts in enumerate(read, first):
+            for sample, request in enumerate(texts):
+                self._names[request] = (index, sample)
+                if self._session is not None:
+                    self._session.add(request)
+        return list(range(first, self._prompts))
+
+    def cancel(self, index: int) -> list[Completion]:
+        """End all texts of prompt `index`; returns them as they stand. Texts that are complete are left alone."""
+        if not 0 <= index < self._prompts:
+            raise PromptError(f"There is no prompt {index}; this stream has had {self._prompts}, numbered from 0.")
+        unfinished = [request for request, (number, _) in self._names.items() if number == index]
+        completions = []
+        for request in unfinished:
+            if self._session is None:
+                request.finish_reason = FinishReason.CANCELLED
+            else:
+                self._session.cancel(request)
+            completions.append(self._complete(request))
+        return completions
+
+    def _run(self) -> Generator[Tokens, None, None]:
+        lengths = [request.max_length for request in self._names]
+        if self._max_length is not None:
+            lengths += [self._max_length] * self._engine.config.max_requests
+        if self._names:
+            with self._engine.session(self._engine.needs(lengths)) as session, self._bar() as bar:
+                self._session = session
+                for request in self._names:
+                    session.add(request)
+                while session.busy:
+                    for request, tokens in session.advance():
+                        if request in self._names:  # `cancel` gave the others out
+                            yield self._piece(request, tokens)
+                        self._show(bar, session)
+        self._ended = True
+
+    def _piece(self, request: Request, tokens: list[int]) -> Tokens:
+        index, sample = self._names[request]
+        return Tokens(index, sample, tokens, self._complete(request) if request.finished else None)
+
+    def _complete(self, request: Request) -> Completion:
+        index, sample = self._names.pop(request)
+        reason = request.finish_reason or FinishReason.CANCELLED
+        return Completion(index, sample, request.output, reason, request.output_logprobs, request.stats)
+
+    def _bar(self) -> "tqdm[None]":
+        return tqdm(total=len(self._names), unit="text", disable=not self._progress)
+
+    def _show(self, bar: "tqdm[None]", session: Session) -> None:
+        if bar.disable:
+            return
+        stats = self._engine.stats
+        seconds = max(bar.format_dict["elapsed"], 1e-9)
+        postfix = {"tokens/s": f"{stats.tokens / seconds:,.0f}", "pool": f"{session.pool_share:.0%}"}
+        if stats.cycles:
+            postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.draft_tokens}"
+        bar.total = max(bar.total, bar.n + len(self._names))
+        bar.set_postfix(postfix, refresh=False)
+        bar.update(bar.total - len(self._names) - bar.n)

@@ -23,6 +23,10 @@ class Residency:
         page_size: tokens in a page.
         updates: page-table entries that one iteration can change.
         cycle_tokens: tokens that a cycle can add to a request, k + 1.
+
+    Attributes:
+        updates: page-table entries that the iteration under way changes.
+        pages_offloaded: pages that were sent to host memory.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Residency:
         self.allocator = allocator
         self.tier = tier
         self.updates: list[PageUpdate] = []
+        self.pages_offloaded = 0
         self._page_size = page_size
         self._most_updates = updates
         self._cycle_tokens = cycle_tokens
@@ -151,6 +156,7 @@ class Residency:
         if transfer is None:
             return False
         request.place = Place.LEAVING
+        self.pages_offloaded += len(request.pages)
         self._moving[transfer] = request
         self._offloaded.append(request)
         return True

@@ -96,6 +96,9 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        stats, residency = self._recorder.stats, self._scheduler.residency
+        stats.pages_offloaded = residency.pages_offloaded
+        stats.pages_held = residency.allocator.pages - residency.allocator.free + residency.tier.held
         while len(self._flight):
             self._flight.give_back(self._flight.land())
         self._scheduler.clear()

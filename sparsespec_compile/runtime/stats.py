@@ -23,6 +23,8 @@ class Stats:
         accepted_at: [k], cycles in which the draft at this place was accepted.
         kv_read: key and value elements that drafts and verifications read from the pool.
         kv_read_plain: elements that plain decoding would have read for the same tokens.
+        pages_offloaded: pages that moved to host memory.
+        pages_held: pages, of pool and host memory, in use when the call ended: 0 when every text came to its end.
         rows_by_iteration: packed rows of each iteration: what its GEMMs work on.
         kv_read_by_iteration: key and value elements that the drafts and verifications of each iteration read.
     """
@@ -35,6 +37,8 @@ class Stats:
     accepted_at: list[int] = field(default_factory=list)
     kv_read: int = 0
     kv_read_plain: int = 0
+    pages_offloaded: int = 0
+    pages_held: int = 0
     rows_by_iteration: list[int] = field(default_factory=list)
     kv_read_by_iteration: list[int] = field(default_factory=list)
 

@@ -46,7 +46,8 @@ def test_texts_are_those_of_a_large_pool(toy, moves, draft_tokens, params):
     texts = run(engine, requests)
     assert texts == run(toy.engine(draft_tokens=draft_tokens, min_budget=4), requests_of(LENGTHS, 60, **params))
     assert moves[True] > 40
-    assert moves[True] == moves[False]
+    assert moves[True] == moves[False] == engine.stats.pages_offloaded
+    assert engine.stats.pages_held == 0
     assert sum(engine.stats.rows_by_iteration) >= engine.stats.tokens
 
 

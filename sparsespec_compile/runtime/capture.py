@@ -3,7 +3,6 @@
 What a request does is data, so a graph serves every mix of drafts, verifications and prompts that fits its rows.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,16 +15,15 @@ _WARM_UP_RUNS = 2
 
 
 def row_counts(most: int) -> list[int]:
-    """Padded numbers of rows, ascending up to `most`: padding costs a third at most below 16 rows and an eighth above.
+    """Padded numbers of rows, ascending up to `most`: in steps of 16, from 256 on by a quarter.
 
-    Up to about 190 rows a GEMM costs what its weights cost (bytes bound), so finer steps would gain nothing.
+    Up to about 190 rows a GEMM costs what reading its weights costs, so finer steps would gain nothing; above, steps
+    hold prompts, of which there are few.
     """
-    sizes = [size for size in (MIN_ROWS, 4, 8, 12) if size < most]
-    step = 16
-    while (size := (sizes[-1] // step + 1) * step if sizes else MIN_ROWS) < most:
-        sizes.append(size)
-        step = max(16, 1 << (size.bit_length() - 4))
-    return [*sizes, max(most, MIN_ROWS)]
+    sizes = [MIN_ROWS, 4, 8, *range(16, 257, 16)]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] * 5 // 4 // 16 * 16)
+    return [*(size for size in sizes if size < most), max(most, MIN_ROWS)]
 
 
 class StepRunner:
@@ -49,21 +47,12 @@ class StepRunner:
             self.step(max(rows, MIN_ROWS), max(logits, MIN_ROWS), variant)
             return
         padded = next(size for size in self._sizes if size >= rows)
-        if (padded, variant) not in self._graphs:
-            self._capture(padded, variant)
-        self._graphs[padded, variant].replay()
-
-    def prepare(self, variants: tuple[Variant, ...], show: Callable[[list[int]], Iterator[int]]) -> None:
-        """Capture all sizes of these variants now, the largest first, so that the others fit into its memory.
-
-        Args:
-            variants: see `Variant`.
-            show: wraps the list of sizes, for example in a progress bar.
-        """
-        for variant in variants:
-            for size in show(self._sizes[::-1]):
-                if (size, variant) not in self._graphs:
-                    self._capture(size, variant)
+        with torch.cuda.device_of(self.step.inputs.flat):
+            if not self._graphs:
+                self._capture(self._sizes[-1], variant)  # the largest first: the others fit into its memory
+            if (padded, variant) not in self._graphs:
+                self._capture(padded, variant)
+            self._graphs[padded, variant].replay()
 
     def _capture(self, rows: int, variant: Variant) -> None:
         """Capture with inputs that hold no work, so that the runs before it change nothing; then put them back."""

@@ -41,7 +41,7 @@ class Frame:
         if logprobs:
             self._logprobs.copy_(results.logprobs, non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(results.tokens.device))
 
     def read(self, *, logprobs: bool) -> tuple[list[list[int]], list[list[float]]]:
         """Wait for the results; a row of tokens and one of log-probabilities (empty unless wanted) for each slot."""

@@ -1,0 +1,238 @@
+"""The engines of the throughput benchmark, each behind one function that times decoding and leaves out the prompts.
+
+An engine of ours is watched token by token: the clock runs from the moment when every request decodes until the first
+one ends. Other engines are black boxes: they run twice, for `short` and for `long` new tokens, and what the longer run
+takes beyond the shorter one is decoding alone.
+"""
+
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_idle import idle_share
+from transformers import GenerationConfig, PreTrainedModel
+
+import sparsespec_compile as ss
+
+
+class EngineMissingError(ss.SparseSpecError, ImportError):
+    """An optional engine is not installed."""
+
+
+class TooShortError(ss.SparseSpecError, ValueError):
+    """The texts are too short to be timed."""
+
+
+_SETTLED = 16
+"""Tokens of every request before the clock starts, and of the first to end after it stops."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every engine is given.
+
+    Attributes:
+        prompts: token ids.
+        new_tokens: tokens of each text.
+        temperature: 0 = greedy.
+        seed: of the first text; the others count on.
+    """
+
+    prompts: list[list[int]]
+    new_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def short(self) -> int:
+        """New tokens of a black box's shorter run."""
+        return max(1, self.new_tokens // 5)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an engine did between its prompts and its first end; None where it does not tell."""
+
+    tokens_per_second: float
+    ms_per_iteration: float | None = None
+    accepted_per_cycle: float | None = None
+    tokens_per_iteration: float | None = None
+    kv_bytes_share: float | None = None
+    gpu_idle_share: float | None = None
+    texts: list[list[int]] | None = None
+
+
+Runner = Callable[[PreTrainedModel, Load, Mapping[str, Any]], Measured]
+
+
+def sparsespec(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:
+    """This project, with `SpecConfig` fields as settings; draft_tokens = 0 is plain decoding in the same engine."""
+    fast = ss.optimize(model, ss.SpecConfig(**{"max_requests": len(load.prompts), **settings}))
+    sampling = [
+        ss.SamplingParams(
+            max_new_tokens=load.new_tokens, temperature=load.temperature, seed=load.seed + i, stop_token_ids=()
+        )
+        for i in range(len(load.prompts))
+    ]
+    _warm_up(fast, load, sampling)
+    counts, clock = [0] * len(load.prompts), []
+    texts: list[list[int]] = [[] for _ in load.prompts]
+    for piece in fast.stream(load.prompts, sampling):
+        counts[piece.index] += len(piece.token_ids)
+        texts[piece.index] += piece.token_ids
+        if min(counts) > _SETTLED and max(counts) < load.new_tokens - _SETTLED:
+            clock.append((time.perf_counter(), sum(counts), fast.stats.iterations))
+    if len(clock) < 2:
+        raise TooShortError(
+            f"No time at which all {len(load.prompts)} requests decode: give more than {load.new_tokens} new tokens."
+        )
+    (start, first_tokens, first), (end, last_tokens, last) = clock[0], clock[-1]
+    seconds, tokens, iterations = end - start, last_tokens - first_tokens, max(1, last - first)
+    stats = fast.stats
+    return Measured(
+        tokens_per_second=tokens / seconds,
+        ms_per_iteration=1e3 * seconds / iterations,
+        accepted_per_cycle=stats.accepted_per_cycle if stats.cycles else None,
+        tokens_per_iteration=tokens / iterations,
+        kv_bytes_share=stats.kv_bytes_share,
+        gpu_idle_share=_idle_while_decoding(fast, load, sampling) if model.device.type == "cuda" else None,
+        texts=texts,
+    )
+
+
+def _warm_up(fast: ss.OptimizedModel, load: Load, sampling: list[ss.SamplingParams]) -> None:
+    """Short prompts through the same state: everything compiled, and the steps of decoding captured."""
+    longest = max(map(len, load.prompts)) + load.new_tokens
+    with fast.stream([prompt[:64] for prompt in load.prompts], sampling, max_length=longest) as pieces:
+        for _ in pieces:
+            pass
+
+
+def _idle_while_decoding(fast: ss.OptimizedModel, load: Load, sampling: list[ss.SamplingParams]) -> float:
+    """From a trace of 30 iterations at short length: gaps between steps do not depend on it, steps only get longer."""
+    with fast.stream([prompt[:512] for prompt in load.prompts], sampling) as pieces:
+        first = fast.stats.iterations
+        for _ in pieces:
+            if fast.stats.iterations > first + 30:
+                break
+
+        def decode() -> None:
+            begin = fast.stats.iterations
+            for _ in pieces:
+                if fast.stats.iterations > begin + 30:
+                    return
+
+        return idle_share(decode)
+
+
+def hf_generate(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:
+    """HuggingFace's `generate` with a static cache and compiled decoding."""
+    input_ids = torch.tensor(load.prompts, device=model.device)
+    sampling = {"do_sample": load.temperature > 0, "eos_token_id": None, "pad_token_id": 0, "disable_compile": False}
+    if load.temperature > 0:
+        sampling |= {"temperature": load.temperature, "top_k": 0}
+
+    def run(new_tokens: int) -> None:
+        torch.manual_seed(load.seed)
+        model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=new_tokens,
+            cache_implementation="static",
+            **sampling,
+        )
+
+    return _difference(run, load)
+
+
+def hf_batch(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:
+    """HuggingFace's continuous batching."""
+    config = GenerationConfig(
+        do_sample=load.temperature > 0, temperature=load.temperature or 1.0, top_k=0, eos_token_id=-1, pad_token_id=0
+    )
+
+    def run(new_tokens: int) -> None:
+        torch.manual_seed(load.seed)
+        model.generate_batch(inputs=load.prompts, generation_config=config, max_new_tokens=new_tokens)
+
+    return _difference(run, load)
+
+
+def vllm(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:
+    """vLLM on the checkpoint folder `settings["checkpoint"]`; "ngram" in settings switches its n-gram drafts on."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineMissingError("vllm is not installed; install it beside this project to compare with it.")
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    drafts = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4}}
+    longest = max(map(len, load.prompts)) + load.new_tokens
+    engine = LLM(
+        str(settings["checkpoint"]),
+        max_model_len=longest,
+        max_num_seqs=len(load.prompts),
+        enable_prefix_caching=False,
+        **(drafts if settings.get("ngram") else {}),
+    )
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in load.prompts]
+
+    def run(new_tokens: int) -> None:
+        sampling = [
+            SamplingParams(temperature=load.temperature, seed=load.seed + i, max_tokens=new_tokens, ignore_eos=True)
+            for i in range(len(prompts))
+        ]
+        engine.generate(prompts, sampling, use_tqdm=False)
+
+    return _difference(run, load)
+
+
+ENGINES: Mapping[str, Runner] = {
+    "sparsespec": sparsespec,
+    "plain": lambda model, load, settings: sparsespec(model, load, {**settings, "draft_tokens": 0}),
+    "hf-generate": hf_generate,
+    "hf-batch": hf_batch,
+    "vllm": vllm,
+}
+
+
+def versions(engine: str) -> dict[str, str]:
+    """Versions of what an engine runs on."""
+    names = ["torch", "triton", "transformers", *(["vllm"] if engine == "vllm" else [])]
+    return {name: version(name) for name in names}
+
+
+def release_memory() -> None:
+    """Give back what a finished engine held."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def checkpoint_exists(folder: Path | None) -> bool:
+    """Whether `folder` holds a checkpoint that another engine can load."""
+    return folder is not None and (folder / "config.json").exists()
+
+
+def _difference(run: Callable[[int], None], load: Load) -> Measured:
+    """Tokens a second of the new tokens that a long run has and a short one has not."""
+    run(load.short)  # compiles and captures
+    seconds = []
+    for new_tokens in (load.short, load.new_tokens):
+        start = time.perf_counter()
+        run(new_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    steps = load.new_tokens - load.short
+    taken = max(seconds[1] - seconds[0], 1e-9)
+    return Measured(
+        tokens_per_second=len(load.prompts) * steps / taken,
+        ms_per_iteration=1e3 * taken / steps,
+        tokens_per_iteration=float(len(load.prompts)),
+    )

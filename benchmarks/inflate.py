@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from countdown_model import FOLDER, load
 from huggingface_hub import split_torch_state_dict_into_shards
-from inflated_shape import PRESETS, InflateError, Shape, preset
+from inflated_shape import PRESETS, InflateError, Shape, preset, qwen3_config
 from inflated_weights import PADDED_WEIGHT, InflatedWeights
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -46,10 +46,10 @@ def inflated_config(small: Qwen3Config, shape: Shape, dtype: torch.dtype) -> Qwe
     )
 
 
-def _meta_parameters(config: Qwen3Config) -> dict[str, torch.Tensor]:
+def _meta_parameters(config: Qwen3Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Names and shapes of the large model's parameters, without storage; tied ones once."""
     with torch.device("meta"):
-        return dict(Qwen3ForCausalLM(config).to(config.dtype).named_parameters())
+        return {name: tensor.to(dtype) for name, tensor in Qwen3ForCausalLM(config).named_parameters()}
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -79,7 +79,7 @@ def inflated_model(
     _check_dtype(dtype)
     small = load("cpu", torch.float32)[0] if small is None else small
     weights = InflatedWeights(small, shape, dtype, device, seed)
-    config = inflated_config(small.config, shape, dtype)
+    config = inflated_config(qwen3_config(small), shape, dtype)
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     for name, parameter in list(model.named_parameters()):
@@ -115,8 +115,8 @@ def write_checkpoint(
     _check_dtype(dtype)
     small = load("cpu", torch.float32)[0] if small is None else small
     weights = InflatedWeights(small, shape, dtype, "cpu", seed)
-    config = inflated_config(small.config, shape, dtype)
-    parameters = _meta_parameters(config)
+    config = inflated_config(qwen3_config(small), shape, dtype)
+    parameters = _meta_parameters(config, dtype)
     split = split_torch_state_dict_into_shards(parameters, max_shard_size=shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in tqdm(split.filename_to_tensors.items(), desc="shards", disable=None):

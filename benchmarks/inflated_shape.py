@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from transformers import Qwen3Config
+from transformers import PreTrainedModel, Qwen3Config
 
 from sparsespec_compile import SparseSpecError
 
@@ -33,13 +33,20 @@ class Shape:
     tied: bool
 
 
+def qwen3_config(model: PreTrainedModel) -> Qwen3Config:
+    """The configuration of `model`; raises InflateError unless it is a Qwen3 one."""
+    if not isinstance(model.config, Qwen3Config):
+        raise InflateError(f"Only a Qwen3 model can be inflated, got a {type(model).__name__}.")
+    return model.config
+
+
 def shape_of(config: Qwen3Config) -> Shape:
     """The shape of an existing model."""
     return Shape(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim,
         mlp=config.intermediate_size,
         vocabulary=config.vocab_size,

@@ -31,7 +31,7 @@ import math
 import zlib
 
 import torch
-from inflated_shape import Shape, check_fit, kv_copies, shape_of
+from inflated_shape import Shape, check_fit, kv_copies, qwen3_config, shape_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -61,14 +61,15 @@ class InflatedWeights:
     def __init__(
         self, small: PreTrainedModel, target: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
     ) -> None:
-        self.source = shape_of(small.config)
+        config = qwen3_config(small)
+        self.source = shape_of(config)
         check_fit(self.source, target)
         self.target, self.dtype, self.device, self.seed = target, dtype, torch.device(device), seed
         self._small = {name: tensor.detach().to(device, torch.float64) for name, tensor in small.state_dict().items()}
         ratio = target.hidden / self.source.hidden
         self._norm_factor = ratio**-0.5
         self._scale = 2.0 ** (math.floor(math.log2(ratio) / 2) + 1)
-        eps = small.config.rms_norm_eps
+        eps = config.rms_norm_eps
         self._constant = math.sqrt(eps * (self._scale**2 * self.source.hidden - target.hidden))
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor:

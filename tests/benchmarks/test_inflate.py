@@ -18,6 +18,8 @@ from countdown_model import held_out_prompts, load
 from inflate import inflated_config, inflated_model, write_checkpoint
 from inflated_shape import PRESETS, InflateError, Shape, preset
 
+from ..support.models import tiny
+
 TOKENS = 1280
 SHAPES = {
     "wide": Shape(512, 8, 12, 3, 128, 1024, 1500, 16384, tied=False),
@@ -185,6 +187,11 @@ def test_a_shape_that_is_too_small_is_refused_by_name(name, value):
 def test_a_shape_that_does_not_divide_is_refused(changes, message):
     with pytest.raises(InflateError, match=message):
         inflated_model(replace(SHAPES["wide"], **changes), "cpu", torch.float32, small=countdown()[0])
+
+
+def test_another_family_is_refused():
+    with pytest.raises(InflateError, match="got a LlamaForCausalLM"):
+        inflated_model(SHAPES["wide"], "cpu", torch.float32, small=tiny("llama"))
 
 
 def test_a_dtype_of_small_range_and_an_unknown_preset_are_refused():

@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import rich
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
+from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import ConfigError, ContextLengthError, CopyError, SamplingError, UnsupportedModelError
+from sparsespec_compile.explain import Explanation, explain
 from sparsespec_compile.generation import resolve_generation
+from sparsespec_compile.passes.cost import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.prompts import pad, shape_of, unpad
@@ -134,6 +138,15 @@ class OptimizedModel:
         self._check_context(requests)
         self._run(requests, input_ids, streamer)
         return pad(input_ids, [request.output for request in requests], generation.pad_token)
+
+    def explain(
+        self, lengths: int | Sequence[int], batch: int, device: torch.device | str | Ceilings | None = None
+    ) -> Explanation:
+        """Print and return what a mean iteration costs, see `explain.explain`; None = the model's device."""
+        cost = graph_cost(self._compiled.graph_module)
+        explanation = explain(cost, self.config, lengths, batch, device or self._engine.target.device)
+        rich.print(explanation)
+        return explanation
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(

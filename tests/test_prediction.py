@@ -42,7 +42,8 @@ def test_counts_of_qwen3_8b():
 def test_the_speed_of_light_of_a_cycle():
     """64 x 8,192, k = 8, s = 5% of the cache: (W + R c L) / B plain, (W + R c L (k s + 1) / (k + 1)) / B speculative.
 
-    An iteration yields R and R (a + 1) / (k + 1) tokens. W there holds the embedding table too, which an iteration does not read; writing and scores are left out there.
+    An iteration yields R and R (a + 1) / (k + 1) tokens. W there holds the embedding table too, which an iteration does
+    not read; writing and scores are left out there.
     """
     all_weights, token, ceiling = 16.4e9, 147_456, 4.3e12
     plain = (all_weights + 64 * token * 8192) / ceiling

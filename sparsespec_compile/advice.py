@@ -131,8 +131,8 @@ def advise(
     Example:
         >>> print(advise(AutoConfig.from_pretrained("Qwen/Qwen3-8B"), "H200", 8192, 64, acceptance=0.9))
     """
-    config = _config(model_or_config)
-    cost, ceilings, load = config_cost(config), ceilings_of(device), workload(lengths, batch)
+    config, dtype = _config(model_or_config)
+    cost, ceilings, load = config_cost(config, dtype), ceilings_of(device), workload(lengths, batch)
     ways = curves(acceptance)
     return Advice(
         device=ceilings.name,
@@ -143,11 +143,11 @@ def advise(
     )
 
 
-def _config(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
+def _config(model_or_config: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedConfig, torch.dtype | str | None]:
     if isinstance(model_or_config, PreTrainedModel):
-        return model_or_config.config
+        return model_or_config.config, model_or_config.dtype
     if isinstance(model_or_config, PreTrainedConfig):
-        return model_or_config
+        return model_or_config, model_or_config.dtype
     raise AdviceError(f"Expected a transformers model or configuration, got {type(model_or_config).__name__}.")
 
 

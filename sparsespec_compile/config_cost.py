@@ -37,17 +37,20 @@ FAMILIES = (
 """Values of `model_type` whose layers are known."""
 
 
-def config_cost(config: PreTrainedConfig) -> IterationCost:
+def config_cost(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> IterationCost:
     """Bytes and FLOPs of one iteration of the model that `config` describes, its projections fused.
 
     Args:
-        config: of a family in `FAMILIES`, with its dtype set.
+        config: of a family in `FAMILIES`.
+        dtype: of weights and cache.
 
     Raises:
         CostModelError: another family, quantised weights, or no dtype.
     """
     _check(config)
-    return collect(_terms(config, _itemsize(config)))
+    if not isinstance(dtype, torch.dtype):
+        raise CostModelError(f"The dtype is {dtype!r}. Set config.dtype to the one that the model shall run in.")
+    return collect(_terms(config, dtype.itemsize))
 
 
 def _check(config: PreTrainedConfig) -> None:
@@ -58,12 +61,6 @@ def _check(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise CostModelError("The configuration has a quantization_config. Allowed: weights in float32 or 16 bits.")
-
-
-def _itemsize(config: PreTrainedConfig) -> int:
-    if not isinstance(config.dtype, torch.dtype):
-        raise CostModelError(f"config.dtype is {config.dtype!r}. Set it to the dtype that the model shall run in.")
-    return config.dtype.itemsize
 
 
 def _terms(config: PreTrainedConfig, itemsize: int) -> Iterator[Term]:

@@ -105,7 +105,11 @@ def test_accepted_drafts_of_a_cycle(p, k, mean):
 
 def test_a_model_gives_what_its_configuration_gives():
     model = tiny("llama")
-    assert advise(model, "H200", 100, 4, 0.9) == advise(model.config, "H200", 100, 4, 0.9)
+    model.config.dtype = torch.float32
+    single = advise(model, "H200", 100, 4, 0.9)
+    assert single == advise(model.config, "H200", 100, 4, 0.9)
+    half = advise(model.bfloat16(), "H200", 100, 4, 0.9)
+    assert half.plain.light_tokens_per_second == pytest.approx(2 * single.plain.light_tokens_per_second, rel=1e-9)
 
 
 @pytest.mark.parametrize(

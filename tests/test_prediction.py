@@ -25,7 +25,7 @@ QWEN3_8B = Qwen3Config(
     dtype=torch.bfloat16,
 )
 EMBEDDING_BYTES = 151936 * 4096 * 2
-COST = config_cost(QWEN3_8B)
+COST = config_cost(QWEN3_8B, torch.bfloat16)
 
 
 def time(batch, length, k=0, budget=0):
@@ -143,7 +143,6 @@ def test_impossible_ceilings_are_refused(value):
     [
         ({"model_type": "mixtral"}, "model type 'mixtral'.*Allowed: .*qwen3"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"dtype": None}, "config.dtype is None"),
     ],
 )
 def test_unknown_configurations_are_refused(changes, message):
@@ -151,4 +150,9 @@ def test_unknown_configurations_are_refused(changes, message):
     for name, value in changes.items():
         object.__setattr__(config, name, value)
     with pytest.raises(CostModelError, match=message):
-        config_cost(config)
+        config_cost(config, torch.bfloat16)
+
+
+def test_a_dtype_is_needed():
+    with pytest.raises(CostModelError, match=r"The dtype is None. Set config\.dtype"):
+        config_cost(QWEN3_8B, None)

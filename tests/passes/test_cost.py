@@ -65,7 +65,7 @@ def test_numbers_are_those_of_the_expressions(cost_of):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
-    from_config, from_graph = config_cost(bench(family).model.config), cost_of(family)
+    from_config, from_graph = config_cost(bench(family).model.config, torch.float32), cost_of(family)
     assert {term.name for term in from_config.terms} == {term.name for term in from_graph.terms}
     for term in from_graph.terms:
         other = from_config.term(term.name)

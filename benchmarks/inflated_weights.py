@@ -19,8 +19,8 @@ A small KV head is copied as often as its query heads need places. Places left o
 that group, their output unused, so that scores averaged over a group remain scores of the trained model.
 
 **Padded vocabulary.** Logits of tokens that the small model does not have read the constant, a positive number, with a
-large negative weight. Its weight in the last norm is tiny, so that with tied embeddings, where the rows of the other
-tokens hold a there, nothing above float32 rounding is added to their logits.
+large negative weight. Its weight in the last norm is tiny, so that nothing above float32 rounding is added to the
+logits of the other tokens, whose rows hold noise there, or a where embeddings are tied.
 
 **Layers and units.** Layers of the small model come first. Those behind it have output projections of zero, which makes
 them exact identities. What does not reach a live output is random instead of zero (projections of dead heads, layers
@@ -101,7 +101,6 @@ class InflatedWeights:
 
     def _lm_head(self, weight: Tensor, small: Tensor) -> None:
         weight[: len(small), : self.source.hidden] = small.to(weight)
-        weight[: len(small), -1] = 0.0
         weight[len(small) :, -1] = PADDED_WEIGHT
 
     def _norm(self, weight: Tensor, small: Tensor) -> None:

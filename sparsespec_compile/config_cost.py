@@ -83,7 +83,5 @@ def _terms(config: PreTrainedConfig, itemsize: int) -> Iterator[Term]:
 def _windows(sizes: dict) -> list[int]:
     """Each layer's sliding window, 0 = none."""
     window, layers = sizes.get("sliding_window") or 0, sizes["num_hidden_layers"]
-    if not sizes.get("use_sliding_window", True):
-        window = 0
     kinds = sizes.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
     return [window if kind == "sliding_attention" else 0 for kind in kinds]

@@ -10,7 +10,7 @@ from transformers import Qwen3Config
 from sparsespec_compile.ceilings import H200, Ceilings, ceilings_of
 from sparsespec_compile.config_cost import config_cost
 from sparsespec_compile.errors import CeilingsError, CostModelError
-from sparsespec_compile.passes.cost_terms import Iteration
+from sparsespec_compile.passes.cost_terms import Iteration, attention, collect
 from sparsespec_compile.prediction import OVERHEAD, cycle, predict, predict_mean
 
 QWEN3_8B = Qwen3Config(
@@ -73,6 +73,27 @@ def test_steps_without_attention_are_fitted(rows, milliseconds):
     assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("drafting", "verifying", "length", "k", "milliseconds"),
+    [
+        (0, 64, 8192, 0, 0.500),
+        (0, 32, 16384, 0, 0.498),
+        (0, 64, 8192, 8, 0.609),
+        (0, 32, 16384, 8, 0.620),
+        (0, 8, 8192, 8, 0.095),
+        (57, 0, 8192, 8, 0.049),
+    ],
+)
+def test_attention_kernels_are_predicted(drafting, verifying, length, k, milliseconds):
+    """FlashInfer 0.6.11 on one layer of Qwen3-8B, one H200; drafts read 410 positions in all."""
+    layer = collect(attention(q_heads=32, kv_heads=8, key_dim=128, value_dim=128, window=0, itemsize=2))
+    rows = drafting + verifying * (k + 1)
+    iteration = Iteration(rows, rows, drafting, verifying, length, k, budget=410 - k - 1)
+    times = {term.name: term.seconds for term in predict(layer, iteration, H200).terms}
+    seconds = times["draft attention"] + times["verify attention"] + times[OVERHEAD]
+    assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.15 if drafting else 0.05)
+
+
 def test_a_prediction_is_the_sum_of_its_terms():
     iteration = Iteration(rows=128, kept=128, drafting=56, verifying=8, length=8192, draft_tokens=8, budget=410)
     got = predict(COST, iteration, H200)
@@ -80,6 +101,8 @@ def test_a_prediction_is_the_sum_of_its_terms():
     times = {term.name: term.seconds for term in got.terms}
     weights, flops = float(COST.term("projections").bytes), 128 * float(COST.term("projections").bytes)
     assert times["projections"] == pytest.approx(math.hypot(weights / 4.3e12, flops / 673e12))
+    drafted = 56 * (410 * 1152 + 419 * 147_456)
+    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 2.7e12, 56 * 419 * 589_824 / 224e12))
     assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * 20e-6)
     assert got.dominating.name == "projections"
     assert got.light_seconds == pytest.approx(sum(term.bytes for term in got.terms) / 4.3e12)

@@ -51,3 +51,7 @@ class GraphInvariantError(CompileError):
 
 class StaleParametersError(CompileError):
     """The model's parameters no longer share storage with the compiled graph."""
+
+
+class CostModelError(CompileError):
+    """The cost of a model cannot be derived: it uses weights in a way that the cost model does not know."""

@@ -1,6 +1,8 @@
 """Lossless sparse self-speculative decoding for HuggingFace models, as a compiler. See `optimize`."""
 
+from sparsespec_compile.advice import Advice, advise
 from sparsespec_compile.api import OptimizedModel, optimize
+from sparsespec_compile.ceilings import H200, Ceilings
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import SparseSpecError
 from sparsespec_compile.kernels.ops import Mode
@@ -12,7 +14,10 @@ from sparsespec_compile.runtime.work import PageUpdate, Work
 from sparsespec_compile.sampling_params import Completion, SamplingParams
 
 __all__ = [
+    "H200",
+    "Advice",
     "CapturedStep",
+    "Ceilings",
     "Completion",
     "DrawParams",
     "FinishReason",
@@ -24,5 +29,6 @@ __all__ = [
     "SpecConfig",
     "Stats",
     "Work",
+    "advise",
     "optimize",
 ]

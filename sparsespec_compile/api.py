@@ -5,14 +5,18 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import rich
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
+from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, CopyError, SamplingError, UnsupportedModelError
+from sparsespec_compile.errors import ConfigError, CopyError, PoolTooSmallError, SamplingError, UnsupportedModelError
+from sparsespec_compile.explain import Explanation, explain
 from sparsespec_compile.generation import resolve_generation, token_ids
+from sparsespec_compile.passes.cost import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.prompts import pad, shape_of, unpad
@@ -21,7 +25,7 @@ from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.stats import Stats
 from sparsespec_compile.runtime.step import Variant, as_it_is
 from sparsespec_compile.sampling_params import Completion, SamplingParams
@@ -142,6 +146,7 @@ class OptimizedModel:
         ]
         reader.check_context(requests)
         self._run(requests, input_ids, streamer)
+        _require_complete(requests)
         return pad(input_ids, [request.output for request in requests], generation.pad_token)
 
     def generate_batch(
@@ -245,6 +250,15 @@ class OptimizedModel:
             tokenizer,
         )
 
+    def explain(
+        self, lengths: int | Sequence[int], batch: int, device: torch.device | str | Ceilings | None = None
+    ) -> Explanation:
+        """Print and return what a mean iteration costs, see `explain.explain`; None = the model's device."""
+        cost = graph_cost(self._compiled.graph_module)
+        explanation = explain(cost, self.config, lengths, batch, device or self._engine.target.device)
+        rich.print(explanation)
+        return explanation
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CopyError(
             "A compiled model cannot be copied or pickled: its graph works on the parameters of this very model. Copy "
@@ -262,6 +276,17 @@ class OptimizedModel:
                     streamer.put(torch.tensor(tokens))
         if streamer is not None:
             streamer.end()
+
+
+def _require_complete(requests: list[Request]) -> None:
+    """`generate` returns whole texts or none."""
+    ended = sum(request.finish_reason is FinishReason.MEMORY for request in requests)
+    if ended:
+        raise PoolTooSmallError(
+            f"{ended} of {len(requests)} requests could be held neither by the KV pool nor by host memory, which gave "
+            "less than SpecConfig.host_pool_tokens asks for. Lower SpecConfig.max_requests, or use generate_batch, "
+            "which returns what could be completed."
+        )
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -4,6 +4,7 @@ from sparsespec_compile.kernels.errors import KernelInputError, KernelUnavailabl
 from sparsespec_compile.passes.errors import (
     AttentionInterfaceError,
     CompileError,
+    CostModelError,
     EncoderDecoderError,
     ExportError,
     GraphInvariantError,
@@ -19,6 +20,14 @@ from sparsespec_compile.passes.errors import (
 
 class ConfigError(SparseSpecError, ValueError):
     """A `SpecConfig` setting is unknown or has a value that is not allowed."""
+
+
+class CeilingsError(SparseSpecError, ValueError):
+    """A device's ceilings are unknown or impossible."""
+
+
+class AdviceError(SparseSpecError, ValueError):
+    """A workload or an acceptance that no advice can be given for."""
 
 
 class PromptError(SparseSpecError, ValueError):
@@ -50,11 +59,14 @@ class EngineBusyError(SparseSpecError, RuntimeError):
 
 
 __all__ = [
+    "AdviceError",
     "AttentionInterfaceError",
+    "CeilingsError",
     "CompileError",
     "ConfigError",
     "ContextLengthError",
     "CopyError",
+    "CostModelError",
     "EncoderDecoderError",
     "EngineBusyError",
     "ExportError",

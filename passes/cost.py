@@ -1,0 +1,99 @@
+"""Derives the cost of an iteration from a compiled graph.
+
+Sizes come from `meta["val"]`: symbols of the graph's inputs become T and R, everything else is a number. What a
+request's mode decides (how much of the cache is read) is not in the graph's shapes; it comes with each attention node
+from `cost_terms.attention`. Weights of one dimension (norms, biases) and the rotary angles are left out, they are below
+a thousandth of a model.
+
+Requires: a graph that `compile_model` gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+import torch
+from sympy import Expr
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from sparsespec_compile.kernels.ops import dual_mode_attention
+
+from .base import argument, describe, input_node
+from .cost_terms import IterationCost, R, T, Term, attention, collect, embedding, logits, projection
+from .errors import CostModelError
+
+aten = torch.ops.aten
+
+_WEIGHTS = {aten.linear.default: ("weight", 1), aten.addmm.default: ("mat2", 0), aten.mm.default: ("mat2", 0)}
+"""Products with a weight: the weight's argument, and its dimension that is summed over."""
+
+
+def graph_cost(graph_module: GraphModule) -> IterationCost:
+    """Bytes and FLOPs of one iteration of a compiled graph.
+
+    Raises:
+        CostModelError: a weight is used in a way whose cost is not known, as the experts of a mixture are.
+    """
+    sizes = _Sizes(graph_module)
+    return collect(term for node in graph_module.graph.nodes for term in _terms(node, sizes))
+
+
+class _Sizes:
+    """Translates the graph's symbolic sizes."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        inputs = {node.target: node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")}
+        self._names: dict[Expr, Expr] = {
+            inputs["input_ids"].shape[1].node.expr: T,
+            inputs["logits_to_keep"].shape[0].node.expr: R,
+        }
+
+    def rows(self, node: Node, features: int) -> Expr:
+        """How many vectors of `features` elements a node's value has."""
+        count = sympy.sympify(1)
+        for size in node.meta["val"].shape:
+            count *= size if isinstance(size, int) else size.node.expr.subs(self._names)
+        return count / features
+
+
+def _terms(node: Node, sizes: _Sizes) -> Iterator[Term]:
+    if node.target in _WEIGHTS and _weight(node).op == "get_attr":
+        yield _projection(node, sizes)
+    elif node.target is aten.embedding.default:
+        value = node.meta["val"]
+        yield embedding(sizes.rows(node, value.shape[-1]), value.shape[-1], value.itemsize)
+    elif node.target is dual_mode_attention:
+        q, key, value = (input_node(node, position).meta["val"] for position in range(3))
+        yield from attention(
+            q.shape[1], key.shape[1], key.shape[2], value.shape[2], argument(node, "window"), key.itemsize
+        )
+    elif node.op == "output":
+        value = input_node(node, 0).meta["val"]
+        yield logits(sizes.rows(input_node(node, 0), value.shape[-1]), value.shape[-1], value.itemsize)
+    elif node.op == "call_function":
+        _refuse_other_weights(node)
+
+
+def _weight(node: Node) -> Node:
+    weight = argument(node, _WEIGHTS[node.target][0])
+    return weight if isinstance(weight, Node) else node
+
+
+def _projection(node: Node, sizes: _Sizes) -> Term:
+    weight = _weight(node).meta["val"]
+    inputs = weight.shape[_WEIGHTS[node.target][1]]
+    outputs = weight.numel() // inputs
+    return projection(sizes.rows(node, outputs), inputs, outputs, weight.itemsize)
+
+
+def _refuse_other_weights(node: Node) -> None:
+    for source in node.all_input_nodes:
+        value = source.meta.get("val")
+        if source.op == "get_attr" and isinstance(value, Tensor) and value.dim() > 1:
+            raise CostModelError(
+                f"The cost of {describe(node)} is not known: it reads {source.target}, a weight of shape "
+                f"{tuple(value.shape)}. Allowed: embeddings and linear layers. Mixtures of experts read as many "
+                "experts as their tokens choose, which no shape tells."
+            )

@@ -1,0 +1,162 @@
+"""What one iteration reads and computes, as sympy expressions, and what a single layer adds to them.
+
+Plain data and formulas, no FX: `cost.py` applies them to a graph, and whoever has only a configuration can too.
+
+Counted is what has to cross the memory bus: weights once an iteration, keys and values once for each request that
+reads them, scores and logits written and read once. Activations are not: at a few hundred rows they stay in the L2
+cache. Bytes of a term over the read ceiling are then its speed of light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+import sympy
+from sympy import Expr, Integer, Min
+
+Kind = Literal["gemm", "draft", "verify", "stream"]
+
+_SCORE_BYTES = 4
+_INDEX_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The size of one iteration; also, as `SYMBOLS`, the variables of all expressions.
+
+    Attributes:
+        rows: packed tokens (T).
+        kept: rows with logits (R).
+        drafting: requests that draft, one row each (D).
+        verifying: requests that verify, k + 1 rows each (V); all requests of plain decoding, where k = 0.
+        length: mean cached length of the requests (L).
+        draft_tokens: drafts of a cycle (k).
+        budget: cached positions that a draft reads besides those since the last verification (b).
+    """
+
+    rows: float
+    kept: float
+    drafting: float
+    verifying: float
+    length: float
+    draft_tokens: float
+    budget: float
+
+    def values(self) -> tuple[float, ...]:
+        """The values, in the order of `SYMBOLS`."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+SYMBOLS = sympy.symbols("T R D V L k b", nonnegative=True)
+T, R, D, V, L, k, b = SYMBOLS
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of an iteration's cost.
+
+    Attributes:
+        name: what it is; terms of one name are added up.
+        kind: how it uses the device. "gemm": weights streamed against few rows; "draft": gathered positions;
+            "verify": whole caches; "stream": anything else that is read or written in order.
+        bytes, flops: in `SYMBOLS`.
+        launches: kernels of their own.
+    """
+
+    name: str
+    kind: Kind
+    bytes: Expr
+    flops: Expr
+    launches: int = 0
+
+
+@dataclass(frozen=True)
+class IterationCost:
+    """The cost of one iteration of one model.
+
+    Attributes:
+        terms: with different names, in the order of the forward pass.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def bytes(self) -> Expr:
+        """Bytes of all terms."""
+        return sympy.Add(*(term.bytes for term in self.terms))
+
+    @property
+    def flops(self) -> Expr:
+        """Floating-point operations of all terms."""
+        return sympy.Add(*(term.flops for term in self.terms))
+
+    def term(self, name: str) -> Term:
+        """The term called `name`; raises KeyError when there is none."""
+        return {term.name: term for term in self.terms}[name]
+
+    def evaluate(self, iteration: Iteration) -> list[tuple[float, float]]:
+        """Bytes and FLOPs of each term, in their order."""
+        return [(float(size), float(flops)) for size, flops in self._function(*iteration.values())]
+
+    @cached_property
+    def _function(self) -> Callable[..., list[tuple[float, float]]]:
+        return sympy.lambdify(SYMBOLS, [(term.bytes, term.flops) for term in self.terms], modules="math")
+
+
+def collect(terms: Iterable[Term]) -> IterationCost:
+    """Adds up the terms of each name."""
+    total: dict[str, Term] = {}
+    for term in terms:
+        old = total.get(term.name, Term(term.name, term.kind, Integer(0), Integer(0)))
+        total[term.name] = Term(
+            term.name, term.kind, old.bytes + term.bytes, old.flops + term.flops, old.launches + term.launches
+        )
+    return IterationCost(tuple(total.values()))
+
+
+def projection(rows: Expr, inputs: int, outputs: int, itemsize: int) -> Term:
+    """A linear layer: its weight is read once, whatever the rows; "projections" or, on kept rows, "output"."""
+    name = "output projection" if rows == R else "projections"
+    return Term(name, "gemm", Integer(inputs * outputs * itemsize), 2 * rows * inputs * outputs, launches=1)
+
+
+def embedding(rows: Expr, width: int, itemsize: int) -> Term:
+    """A table of which each row reads one entry."""
+    return Term("embedding", "stream", rows * width * itemsize, Integer(0))
+
+
+def logits(rows: Expr, vocabulary: int, itemsize: int) -> Term:
+    """The graph's output, written by the graph and read by the sampler."""
+    return Term("logits", "stream", 2 * rows * vocabulary * itemsize, Integer(0))
+
+
+def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window: int, itemsize: int) -> list[Term]:
+    """One dual-mode attention layer.
+
+    Drafting requests read `min(L, b)` chosen positions and those since the last verification, k + 1 on average (half
+    of the drafts before it accepted, half of those behind it written). Verifying ones read their whole cache, once for
+    all their rows, and give out a score for each position and KV head, which the choice of the next positions reads.
+
+    Args:
+        q_heads, kv_heads, key_dim, value_dim, window: as in `AttentionLayer`; window 0 = none.
+        itemsize: bytes of an element of the cache.
+    """
+    token = kv_heads * (key_dim + value_dim) * itemsize
+    row_flops = 2 * q_heads * (key_dim + value_dim)
+    drafted = _visible(Min(L, b) + k + 1, window)
+    verified = _visible(L, window)
+    index = D * Min(L, b) * kv_heads * _INDEX_BYTES
+    scores = 2 * Min(k, 1) * V * L * kv_heads * _SCORE_BYTES  # plain decoding, k = 0, chooses nothing
+    return [
+        Term("KV written", "stream", T * token, Integer(0)),
+        Term("draft attention", "draft", D * drafted * token + index, D * drafted * row_flops),
+        Term("verify attention", "verify", V * verified * token, V * (k + 1) * verified * row_flops, launches=1),
+        Term("scores", "stream", scores, Integer(0)),
+    ]
+
+
+def _visible(positions: Expr, window: int) -> Expr:
+    return Min(positions, window) if window else positions

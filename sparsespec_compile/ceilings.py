@@ -1,0 +1,95 @@
+"""What a device can do, measured: the constants of the cost model."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from sparsespec_compile.errors import CeilingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """A device.
+
+    The first two bound any program (speed of light); the others describe how near to them kernels come. All must be
+    positive, overheads may be 0.
+
+    Args:
+        name: of the device, for people.
+        read_bytes_per_s: fastest read of memory in order.
+        flops_per_s: large matrix products in the model's dtype.
+        gather_bytes_per_s: reads of single positions' keys and values, 512 bytes or so at a time.
+        attention_flops_per_s: products of queries and keys, few rows of a request padded to a tile.
+        gemm_overhead_s: what a projection takes above its bytes and FLOPs, its share of the elementwise kernels and
+            the writing of keys and values between the projections included.
+        attention_overhead_s: what an attention layer takes above its bytes and FLOPs.
+
+    Raises:
+        CeilingsError: for a figure that is not a finite positive number.
+    """
+
+    name: str
+    read_bytes_per_s: float
+    flops_per_s: float
+    gather_bytes_per_s: float
+    attention_flops_per_s: float
+    gemm_overhead_s: float
+    attention_overhead_s: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "name":
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf") or (value == 0 and not field.name.endswith("overhead_s")):
+                raise CeilingsError(f"{field.name} must be a finite positive number, got {value!r}.")
+
+
+H200 = Ceilings(
+    name="NVIDIA H200",
+    read_bytes_per_s=4.3e12,
+    flops_per_s=673e12,
+    gather_bytes_per_s=2.7e12,
+    attention_flops_per_s=224e12,
+    gemm_overhead_s=9.5e-6,
+    attention_overhead_s=20e-6,
+)
+"""One H200 SXM, bf16, torch 2.11, triton 3.6.
+
+Reads: the fastest attention kernel seen on the card; FLOPs: an 8192^3 product; gathers: rows of 512 bytes. The other
+three are fitted: to a compiled step of Qwen3-8B without attention (4.9, 5.5, 5.8, 6.9, 8.3 ms at 2, 64, 122, 192, 256
+rows), and to FlashInfer 0.6.11 on one of its attention layers (verification by 9 rows of 64 x 8,192 and 8 x 8,192
+tokens: 0.609 and 0.095 ms; decoding 64 x 8,192: 0.500 ms)."""
+
+KNOWN = (H200,)
+"""Devices with measured ceilings."""
+
+
+def ceilings_of(device: "torch.device | str | Ceilings") -> Ceilings:
+    """The ceilings of a device.
+
+    Args:
+        device: a CUDA device of this machine, a name that contains that of a known device, or ceilings, which are
+            returned.
+
+    Raises:
+        CeilingsError: nothing is known about the device.
+    """
+    if isinstance(device, Ceilings):
+        return device
+    name = _device_name(device)
+    for known in KNOWN:
+        if known.name.removeprefix("NVIDIA ").lower() in name.lower():
+            return known
+    raise CeilingsError(
+        f"No ceilings are known for {name!r}. Allowed: {', '.join(known.name for known in KNOWN)}, or a Ceilings(...) "
+        "with what your device was measured to do."
+    )
+
+
+def _device_name(device: torch.device | str) -> str:
+    kind = str(device).partition(":")[0]
+    if kind == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return str(device)

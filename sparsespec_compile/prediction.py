@@ -1,0 +1,115 @@
+"""From bytes and FLOPs to seconds: the speed of light of an iteration, and the time that is predicted for it.
+
+**Speed of light**: all bytes at the read ceiling or all FLOPs at theirs, whichever takes longer.
+
+**Prediction**: term by term. Reading and computing overlap, but not fully where both matter; with x and y the time that
+each would take alone, sqrt(x^2 + y^2) follows measured steps from 2 to 256 rows. Each launch adds its overhead.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsespec_compile.ceilings import Ceilings
+from sparsespec_compile.passes.cost_terms import Iteration, IterationCost, Term
+
+OVERHEAD = "launches"
+"""Name under which the overhead of all launches is given."""
+
+
+@dataclass(frozen=True)
+class TermTime:
+    """One term's part in a prediction.
+
+    Attributes:
+        name: the term's, or "launches".
+        bytes, flops: of the term.
+        seconds: predicted.
+    """
+
+    name: str
+    bytes: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The time of one iteration, or the mean over several.
+
+    Attributes:
+        terms: in the order of the forward pass, launches last.
+        seconds: predicted.
+        light_seconds: the speed of light.
+    """
+
+    terms: tuple[TermTime, ...]
+    seconds: float
+    light_seconds: float
+
+    @property
+    def dominating(self) -> TermTime:
+        """The term that takes longest."""
+        return max(self.terms, key=lambda term: term.seconds)
+
+    @property
+    def roofline_share(self) -> float:
+        """Speed of light over predicted time, 0 to 1."""
+        return self.light_seconds / self.seconds
+
+
+def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Prediction:
+    """The time of one iteration."""
+    sizes = cost.evaluate(iteration)
+    times = [_term_time(term, size, flops, ceilings) for term, (size, flops) in zip(cost.terms, sizes, strict=True)]
+    times.append(TermTime(OVERHEAD, 0.0, 0.0, sum(_overhead(term, ceilings) for term in cost.terms)))
+    total_bytes, total_flops = (sum(column) for column in zip(*sizes, strict=True))
+    light = max(total_bytes / ceilings.read_bytes_per_s, total_flops / ceilings.flops_per_s)
+    return Prediction(tuple(times), sum(time.seconds for time in times), light)
+
+
+def predict_mean(cost: IterationCost, mix: Sequence[tuple[float, Iteration]], ceilings: Ceilings) -> Prediction:
+    """The mean time of an iteration, of kinds with given weights that add up to 1."""
+    parts = [(weight, predict(cost, iteration, ceilings)) for weight, iteration in mix]
+    terms = [
+        TermTime(
+            times[0].name,
+            *(
+                sum(weight * getattr(time, value) for (weight, _), time in zip(parts, times, strict=True))
+                for value in ("bytes", "flops", "seconds")
+            ),
+        )
+        for times in zip(*(part.terms for _, part in parts), strict=True)
+    ]
+    seconds, light = (sum(w * getattr(part, name) for w, part in parts) for name in ("seconds", "light_seconds"))
+    return Prediction(tuple(terms), seconds, light)
+
+
+def cycle(batch: int, draft_tokens: int, length: float, budget: float) -> list[tuple[float, Iteration]]:
+    """The iterations of a cycle in the steady state: `batch` requests, their phases spread as evenly as they can be.
+
+    Of the k + 1 phases, `batch % (k + 1)` have one verifying request more than the others.
+
+    Returns:
+        kinds of iterations and their share, which add up to 1.
+    """
+    phases = draft_tokens + 1
+    few, larger = divmod(batch, phases)
+    kinds = [((phases - larger) / phases, few), (larger / phases, few + 1)]
+    return [(share, _iteration(batch, verifying, draft_tokens, length, budget)) for share, verifying in kinds if share]
+
+
+def _iteration(batch: int, verifying: int, draft_tokens: int, length: float, budget: float) -> Iteration:
+    rows = batch + verifying * draft_tokens
+    return Iteration(rows, rows, batch - verifying, verifying, length, draft_tokens, budget)
+
+
+def _term_time(term: Term, size: float, flops: float, ceilings: Ceilings) -> TermTime:
+    gathered, attention = term.kind == "draft", term.kind in ("draft", "verify")
+    reading = size / (ceilings.gather_bytes_per_s if gathered else ceilings.read_bytes_per_s)
+    computing = flops / (ceilings.attention_flops_per_s if attention else ceilings.flops_per_s)
+    return TermTime(term.name, size, flops, math.hypot(reading, computing))
+
+
+def _overhead(term: Term, ceilings: Ceilings) -> float:
+    return term.launches * (ceilings.gemm_overhead_s if term.kind == "gemm" else ceilings.attention_overhead_s)

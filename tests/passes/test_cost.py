@@ -1,0 +1,109 @@
+"""The cost of a compiled graph: equal to counts by hand, to those from a configuration, and refused where unknown."""
+
+import pytest
+import sympy
+import torch
+
+import sparsespec_compile.kernels  # noqa: F401  registers the ops
+from sparsespec_compile.config_cost import FAMILIES, config_cost
+from sparsespec_compile.errors import CostModelError
+from sparsespec_compile.passes.cost import graph_cost
+from sparsespec_compile.passes.cost_terms import SYMBOLS, Iteration
+from sparsespec_compile.passes.pipeline import compile_model
+
+from .families import tiny
+
+T, R, D, V, L, k, b = SYMBOLS
+HIDDEN, MLP, LAYERS, Q_HEADS, KV_HEADS, VOCABULARY = 48, 96, 2, 6, 2, 151
+
+
+@pytest.fixture
+def cost_of(bench):
+    """A function from a family's name to the cost of its compiled graph."""
+    return lambda family: graph_cost(bench(family).compiled.graph_module)
+
+
+def equal(got, expected):
+    return sympy.expand(got - expected) == 0
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", 8), ("qwen3", 16)])
+def test_equals_the_count_by_hand(cost_of, family, head):
+    cost = cost_of(family)
+    weights = LAYERS * HIDDEN * ((Q_HEADS + 2 * KV_HEADS) * head + Q_HEADS * head + 3 * MLP)
+    token = LAYERS * KV_HEADS * 2 * head * 4  # K and V, float32
+    row = LAYERS * Q_HEADS * 2 * head * 2  # multiply and add, for scores and for values
+    drafted = sympy.Min(L, b) + k + 1
+    heads = LAYERS * KV_HEADS
+    expected = {
+        "embedding": (T * HIDDEN * 4, 0, 0),
+        "projections": (weights * 4, 2 * T * weights, 4 * LAYERS),
+        "KV written": (T * token, 0, 0),
+        "draft attention": (D * drafted * token + D * sympy.Min(L, b) * heads * 4, D * drafted * row, 0),
+        "verify attention": (V * L * token, V * (k + 1) * L * row, LAYERS),
+        "scores": (2 * sympy.Min(k, 1) * V * L * heads * 4, 0, 0),
+        "output projection": (HIDDEN * VOCABULARY * 4, 2 * R * HIDDEN * VOCABULARY, 1),
+        "logits": (2 * R * VOCABULARY * 4, 0, 0),
+    }
+    assert [term.name for term in cost.terms] == list(expected)
+    for term in cost.terms:
+        size, flops, launches = expected[term.name]
+        assert equal(term.bytes, size), term
+        assert equal(term.flops, flops), term
+        assert term.launches == launches
+    assert equal(cost.bytes, sum(size for size, _, _ in expected.values()))
+    assert equal(cost.flops, sum(flops for _, flops, _ in expected.values()))
+
+
+def test_numbers_are_those_of_the_expressions(cost_of):
+    cost = cost_of("gemma2")
+    iteration = Iteration(rows=20, kept=17, drafting=4, verifying=3, length=100, draft_tokens=4, budget=32)
+    values = dict(zip(SYMBOLS, iteration.values(), strict=True))
+    for term, numbers in zip(cost.terms, cost.evaluate(iteration), strict=True):
+        assert numbers == (float(term.bytes.subs(values)), float(term.flops.subs(values)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
+    from_config, from_graph = config_cost(bench(family).model.config, torch.float32), cost_of(family)
+    assert {term.name for term in from_config.terms} == {term.name for term in from_graph.terms}
+    for term in from_graph.terms:
+        other = from_config.term(term.name)
+        assert equal(term.bytes, other.bytes), term
+        assert equal(term.flops, other.flops), term
+        assert (term.kind, term.launches) == (other.kind, other.launches)
+
+
+def test_projections_that_are_not_fused_are_launched_singly(cost_of):
+    fused = cost_of("llama").term("projections")
+    single = graph_cost(compile_model(tiny("llama"), page_size=16, fuse=False).graph_module).term("projections")
+    assert (fused.launches, single.launches) == (4 * LAYERS, 7 * LAYERS)
+    assert equal(fused.bytes, single.bytes)
+
+
+def test_a_window_bounds_what_is_read(cost_of):
+    cost = cost_of("mistral")  # window 24
+    read = cost.term("verify attention").bytes
+    assert read.subs({L: 24, V: 1}) == read.subs({L: 1000, V: 1})
+    assert read.subs({L: 12, V: 1}) * 2 == read.subs({L: 24, V: 1})
+
+
+def test_parameters_in_half_precision_count_half(cost_of):
+    model = tiny("llama").to(torch.bfloat16)
+    half = graph_cost(compile_model(model, page_size=16).graph_module)
+    assert equal(cost_of("llama").term("projections").bytes, 2 * half.term("projections").bytes)
+    assert equal(cost_of("llama").term("verify attention").bytes, 2 * half.term("verify attention").bytes)
+
+
+def test_weights_that_are_added_and_multiplied_in_one_op_count(cost_of):
+    """GPT-2: addmm on weights [inputs, outputs], an MLP of 4 times the width, learned positions beside the tokens."""
+    cost = cost_of("gpt2")
+    weights = LAYERS * HIDDEN * (3 + 1 + 2 * 4) * HIDDEN
+    assert equal(cost.term("projections").bytes, weights * 4)
+    assert equal(cost.term("projections").flops, 2 * T * weights)
+    assert equal(cost.term("embedding").bytes, 2 * T * HIDDEN * 4)
+
+
+def test_experts_are_refused_by_name(bench):
+    with pytest.raises(CostModelError, match=r"experts.*a weight of shape \(4, .*Mixtures of experts"):
+        graph_cost(bench("mixtral").compiled.graph_module)

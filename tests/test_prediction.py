@@ -1,0 +1,181 @@
+"""Predicted times: against what was measured on an H200, against the formulas by hand, and in their order."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from sparsespec_compile.ceilings import H200, Ceilings, ceilings_of
+from sparsespec_compile.config_cost import config_cost
+from sparsespec_compile.errors import CeilingsError, CostModelError
+from sparsespec_compile.passes.cost_terms import Iteration, attention, collect
+from sparsespec_compile.prediction import OVERHEAD, cycle, predict, predict_mean
+
+QWEN3_8B = Qwen3Config(
+    hidden_size=4096,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=12288,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    dtype=torch.bfloat16,
+)
+EMBEDDING_BYTES = 151936 * 4096 * 2
+COST = config_cost(QWEN3_8B, torch.bfloat16)
+
+
+def time(batch, length, k=0, budget=0):
+    return predict_mean(COST, cycle(batch, k, length, budget), H200)
+
+
+def test_counts_of_qwen3_8b():
+    weights = 36 * 4096 * (6144 + 4096 + 3 * 12288) + 4096 * 151936
+    assert COST.term("projections").bytes + COST.term("output projection").bytes == 2 * weights
+    assert 2 * weights + EMBEDDING_BYTES == pytest.approx(2 * 8.19e9, rel=1e-3)
+    assert COST.term("KV written").bytes.coeff(COST.term("KV written").bytes.free_symbols.pop()) == 147_456
+
+
+def test_the_speed_of_light_of_a_cycle():
+    """64 x 8,192, k = 8, s = 5% of the cache: (W + R c L) / B plain, (W + R c L (k s + 1) / (k + 1)) / B speculative.
+
+    An iteration yields R and R (a + 1) / (k + 1) tokens. W there holds the embedding table too, which an iteration does
+    not read; writing and scores are left out there.
+    """
+    all_weights, token, ceiling = 16.4e9, 147_456, 4.3e12
+    plain = (all_weights + 64 * token * 8192) / ceiling
+    speculative = (all_weights + 64 * token * 8192 * (8 * 0.05 + 1) / 9) / ceiling
+    assert plain == pytest.approx(21.8e-3, rel=5e-3)
+    assert speculative == pytest.approx(6.6e-3, rel=5e-3)
+    table = EMBEDDING_BYTES / ceiling
+    assert time(64, 8192).light_seconds + table == pytest.approx(plain, rel=5e-3)
+    assert time(64, 8192, 8, 410).light_seconds + table == pytest.approx(speculative, rel=2e-2)
+    speedup = (6.16 + 1) / 9 * time(64, 8192).light_seconds / time(64, 8192, 8, 410).light_seconds
+    assert speedup == pytest.approx(2.6, rel=4e-2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "milliseconds"),
+    [(64, 1024, 8.31), (64, 8192, 24.06), (32, 16384, 24.25), (128, 4096, 25.79), (1, 8192, 5.46)],
+)
+def test_plain_steps_of_another_engine_are_predicted(batch, length, milliseconds):
+    """vLLM 0.22.1, Qwen3-8B in bf16 on one H200: none of these was used to fit the constants."""
+    assert time(batch, length).seconds * 1e3 == pytest.approx(milliseconds, rel=0.1)
+
+
+@pytest.mark.parametrize(("rows", "milliseconds"), [(2, 4.9), (64, 5.5), (122, 5.8), (192, 6.9), (256, 8.3)])
+def test_steps_without_attention_are_fitted(rows, milliseconds):
+    iteration = Iteration(rows, rows, drafting=0, verifying=0, length=0, draft_tokens=0, budget=0)
+    seconds = predict(COST, iteration, H200).seconds - 36 * H200.attention_overhead_s
+    assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("drafting", "verifying", "length", "k", "milliseconds"),
+    [
+        (0, 64, 8192, 0, 0.500),
+        (0, 32, 16384, 0, 0.498),
+        (0, 64, 8192, 8, 0.609),
+        (0, 32, 16384, 8, 0.620),
+        (0, 8, 8192, 8, 0.095),
+        (57, 0, 8192, 8, 0.049),
+    ],
+)
+def test_attention_kernels_are_predicted(drafting, verifying, length, k, milliseconds):
+    """FlashInfer 0.6.11 on one layer of Qwen3-8B, one H200; drafts read 410 positions in all."""
+    layer = collect(attention(q_heads=32, kv_heads=8, key_dim=128, value_dim=128, window=0, itemsize=2))
+    rows = drafting + verifying * (k + 1)
+    iteration = Iteration(rows, rows, drafting, verifying, length, k, budget=410 - k - 1)
+    times = {term.name: term.seconds for term in predict(layer, iteration, H200).terms}
+    seconds = times["draft attention"] + times["verify attention"] + times[OVERHEAD]
+    assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.15 if drafting else 0.05)
+
+
+def test_a_prediction_is_the_sum_of_its_terms():
+    iteration = Iteration(rows=128, kept=128, drafting=56, verifying=8, length=8192, draft_tokens=8, budget=410)
+    got = predict(COST, iteration, H200)
+    assert got.seconds == pytest.approx(sum(term.seconds for term in got.terms))
+    times = {term.name: term.seconds for term in got.terms}
+    weights, flops = float(COST.term("projections").bytes), 128 * float(COST.term("projections").bytes)
+    assert times["projections"] == pytest.approx(math.hypot(weights / 4.3e12, flops / 673e12))
+    drafted = 56 * (410 * 1152 + 419 * 147_456)
+    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 2.7e12, 56 * 419 * 589_824 / 224e12))
+    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * 20e-6)
+    assert got.dominating.name == "projections"
+    assert got.light_seconds == pytest.approx(sum(term.bytes for term in got.terms) / 4.3e12)
+    assert got.roofline_share == got.light_seconds / got.seconds
+
+
+def test_light_is_that_of_flops_where_they_take_longer():
+    iteration = Iteration(rows=4096, kept=4096, drafting=0, verifying=0, length=0, draft_tokens=0, budget=0)
+    got = predict(COST, iteration, H200)
+    assert got.light_seconds == pytest.approx(sum(term.flops for term in got.terms) / 673e12)
+
+
+def test_more_work_takes_longer():
+    base = {"batch": 32, "length": 4096, "k": 4, "budget": 256}
+    shortest = time(**base)
+    for name in ("batch", "length", "budget"):
+        longer = time(**{**base, name: base[name] * 2})
+        assert longer.seconds > shortest.seconds
+        assert longer.light_seconds > shortest.light_seconds
+    assert time(32, 4096).seconds > shortest.seconds, "a plain iteration reads every cache"
+
+
+@pytest.mark.parametrize(("batch", "k"), [(64, 8), (1, 4), (9, 8), (5, 0), (7, 16)])
+def test_the_phases_of_a_cycle(batch, k):
+    """Over the k + 1 iterations each request verifies once and drafts in all others."""
+    mix = cycle(batch, k, 100, 10)
+    assert sum(share for share, _ in mix) == pytest.approx(1)
+    assert sum(share * part.verifying for share, part in mix) * (k + 1) == pytest.approx(batch)
+    assert sum(share * part.rows for share, part in mix) * (k + 1) == pytest.approx(batch * (2 * k + 1))
+    for _, part in mix:
+        assert part.drafting + part.verifying == batch
+        assert part.rows == part.kept == part.drafting + part.verifying * (k + 1)
+    verifying = [part.verifying for _, part in mix]
+    assert max(verifying) - min(verifying) <= 1
+
+
+def test_a_mean_weighs_its_parts():
+    parts = cycle(1, 1, 1000, 100)
+    singles = [predict(COST, part, H200) for _, part in parts]
+    mean = predict_mean(COST, parts, H200)
+    assert mean.seconds == pytest.approx(sum(single.seconds for single in singles) / 2)
+    assert mean.seconds == pytest.approx(sum(term.seconds for term in mean.terms))
+
+
+def test_devices_are_found_by_name():
+    assert ceilings_of("H200") is ceilings_of("NVIDIA H200 SXM") is ceilings_of(H200) is H200
+    for unknown in ("cpu", torch.device("cpu"), "MI300X"):
+        with pytest.raises(CeilingsError, match=r"No ceilings are known.*NVIDIA H200, or a Ceilings"):
+            ceilings_of(unknown)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, True, "fast"])
+def test_impossible_ceilings_are_refused(value):
+    with pytest.raises(CeilingsError, match=r"read_bytes_per_s must be a finite positive number"):
+        dataclasses.replace(H200, read_bytes_per_s=value)
+    assert isinstance(dataclasses.replace(H200, gemm_overhead_s=0.0), Ceilings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mixtral"}, "model type 'mixtral'.*Allowed: .*qwen3"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ],
+)
+def test_unknown_configurations_are_refused(changes, message):
+    config = Qwen3Config.from_dict(QWEN3_8B.to_dict())
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(CostModelError, match=message):
+        config_cost(config, torch.bfloat16)
+
+
+def test_a_dtype_is_needed():
+    with pytest.raises(CostModelError, match=r"The dtype is None. Set config\.dtype"):
+        config_cost(QWEN3_8B, None)

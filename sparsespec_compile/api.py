@@ -183,10 +183,8 @@ class OptimizedModel:
         progress: bool = False,
     ) -> Iterator[Completion]:
         """`generate_batch`, each text as soon as it is complete."""
-        with self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress) as pieces:
-            for piece in pieces:
-                if piece.completion is not None:
-                    yield piece.completion
+        pieces = self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress)
+        return (piece.completion for piece in pieces if piece.completion is not None)
 
     def stream(
         self,
@@ -227,6 +225,7 @@ class OptimizedModel:
 
         Raises:
             ConfigError: sizes below 1.
+            ContextLengthError: `max_length` exceeds the model's positions.
             MemoryPlanError, PoolTooSmallError: the sizes do not fit the device.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
@@ -234,6 +233,7 @@ class OptimizedModel:
         for name, value in (("max_requests", max_requests), ("max_length", max_length)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        self._reader().check_length(max_length)
         return self._engine.capture(max_requests, max_length, Variant(noise=sampled, sort=filtered))
 
     @property

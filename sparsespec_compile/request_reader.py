@@ -55,7 +55,10 @@ class RequestReader:
 
     def check_context(self, requests: Sequence[Request]) -> None:
         """Refuse texts that are longer than the model's positions."""
-        longest = max((request.max_length for request in requests), default=0)
+        self.check_length(max((request.max_length for request in requests), default=0))
+
+    def check_length(self, longest: int) -> None:
+        """Refuse a text of `longest` tokens, prompt included, if it is longer than the model's positions."""
         if self.positions is not None and longest > self.positions:
             raise ContextLengthError(
                 f"Prompt and max_new_tokens need {longest} positions, the model has {self.positions} "

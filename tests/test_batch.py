@@ -8,12 +8,14 @@ import torch
 
 import sparsespec_compile as ss
 from sparsespec_compile.errors import (
+    ConfigError,
     ContextLengthError,
     EngineBusyError,
     PoolTooSmallError,
     PromptError,
     SamplingError,
 )
+from sparsespec_compile.runtime.host_tier import HostTier
 
 from .support.models import VOCABULARY, tiny
 
@@ -301,6 +303,25 @@ def test_requests_that_cannot_fit(model, fast):
 def test_settings_that_are_wrong(settings, text):
     with pytest.raises(SamplingError, match=text):
         ss.SamplingParams(**settings)
+
+
+def test_a_captured_step_that_is_wrong(fast):
+    for sizes in ((0, 10), (2, 0), (True, 10), (2, 1.5)):
+        with pytest.raises(ConfigError, match="must be an integer of at least 1"):
+            fast.capture(*sizes)
+    with pytest.raises(ContextLengthError, match="need 1025 positions, the model has 1024"):
+        fast.capture(1, 1025)
+
+
+def test_generate_returns_whole_texts_or_none(model, monkeypatch):
+    def refuse(tier, pages):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(HostTier, "_allocate", refuse)
+    fast = ss.optimize(model, ss.SpecConfig(page_size=4, pool_tokens=64, host_pool_tokens=4096))
+    with pytest.raises(PoolTooSmallError, match="neither by the KV pool nor by host memory"):
+        fast.generate(torch.ones(4, 5, dtype=torch.int64), max_new_tokens=50, eos_token_id=None)
+    assert fast.generate(torch.ones(1, 5, dtype=torch.int64), max_new_tokens=50, eos_token_id=None).shape == (1, 55)
 
 
 def test_sampling_that_does_not_fit_the_prompts(fast, prompts):

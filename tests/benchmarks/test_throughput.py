@@ -1,0 +1,69 @@
+"""The throughput benchmark end to end, on a CPU, with the Countdown model at its own size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from report import FIELDS  # noqa: E402
+from traces import recorded_traces  # noqa: E402
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "throughput.py"), "--shape", "countdown", "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_engines_run_on_the_same_texts(tmp_path):
+    file = tmp_path / "throughput.json"
+    engines = ("--engine", "plain", "sparsespec", "hf-generate", "vllm")
+    result = run(
+        "--workload", "3x120", "--new-tokens", "60", *engines, "--checkpoint", str(tmp_path), "--json", str(file)
+    )
+    assert result.returncode != 0
+    assert "vllm needs --checkpoint" in result.stderr
+    rows = json.loads(file.read_text())
+    assert [row["engine"] for row in rows] == ["plain", "sparsespec", "hf-generate"]
+    for row in rows:
+        assert set(FIELDS) <= row.keys()
+        assert row["workload"] == "countdown 3x120"
+        assert row["tokens_per_second"] > 0
+    plain, ours, _ = rows
+    assert plain["kv_bytes_share"] == 1
+    assert ours["accepted_per_cycle"] > 5
+
+
+def test_our_texts_equal_plain_decodings():
+    result = run("--workload", "2x100", "--new-tokens", "60")
+    assert result.returncode == 0, result.stderr
+    assert "sparsespec's texts equal plain decoding's for 100.0% of their tokens" in result.stdout
+
+
+@pytest.mark.parametrize("workload", ["64", "x5", "0x100", "axb"])
+def test_workloads_that_are_wrong(workload):
+    result = run("--workload", workload)
+    assert result.returncode != 0
+    assert "give requests x cached tokens" in result.stderr
+
+
+def test_texts_too_short_to_be_timed():
+    result = run("--workload", "2x50", "--new-tokens", "20", "--engine", "plain")
+    assert result.returncode != 0
+    assert "give more than 20 new tokens" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_recorded_traces_are_unfinished_searches_of_that_length():
+    class Words:
+        def convert_tokens_to_ids(self, tokens):
+            return tokens
+
+    traces = recorded_traces(Words(), 3, 700)
+    assert [len(trace) for trace in traces] == [700] * 3
+    assert len({tuple(trace) for trace in traces}) == 3
+    assert not any("answer" in trace for trace in traces)

@@ -154,7 +154,7 @@ def _config(model_or_config: PreTrainedModel | PreTrainedConfig) -> tuple[PreTra
 def _choice(
     cost: IterationCost, ceilings: Ceilings, load: Workload, settings: SpecConfig, budget: int, curve: Curve
 ) -> Choice:
-    k = settings.draft_tokens
+    k = settings.most_draft_tokens
     mean = accepted(curve, k)
     time = predict_mean(cost, cycle(load.batch, k, load.length, budget), ceilings)
     tokens = load.batch * (mean + 1) / (k + 1)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.errors import ConfigError
 
 Drafter = Literal["pillar", "window", "full"]
@@ -17,7 +18,9 @@ class SpecConfig:
 
     Args:
         draft_tokens: drafts per cycle (k in the paper). One verification follows every k drafts. 0 is plain decoding
-            through the same graph.
+            through the same graph. "auto" chooses k from 0 to `max_draft_tokens` while requests run, from what an
+            iteration is predicted and measured to take and from how many drafts are accepted.
+        max_draft_tokens: the longest cycle of "auto".
         budget_ratio: share of the cached positions a draft reads, in (0, 1] (the paper uses 0.05).
         min_budget: positions that a draft reads at least, per KV head: `max(min_budget, ceil(budget_ratio * length))`.
         drafter: what a draft reads besides the tokens since the last verification. "pillar": the positions with the
@@ -40,12 +43,14 @@ class SpecConfig:
         cuda_graphs: whether iterations on CUDA are captured once and replayed.
         backend: "inductor" compiles the graph with TorchInductor, "eager" runs it node by node, "auto" is "inductor"
             on CUDA and "eager" on CPU.
+        ceilings: what the device can do, for the predictions of "auto"; None = it is one whose ceilings are known.
 
     Raises:
         ConfigError: for an unknown name or a value that is not allowed; the text gives both.
     """
 
-    draft_tokens: int = 8
+    draft_tokens: int | Literal["auto"] = 8
+    max_draft_tokens: int = 8
     budget_ratio: float = 0.05
     min_budget: int = 128
     drafter: Drafter = "pillar"
@@ -59,6 +64,7 @@ class SpecConfig:
     overlap: bool = True
     cuda_graphs: bool = True
     backend: Backend = "auto"
+    ceilings: Ceilings | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> "SpecConfig":
         allowed = [field.name for field in fields(cls)]
@@ -69,7 +75,11 @@ class SpecConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._check_int("draft_tokens", 0, 64)
+        if self.draft_tokens != "auto":
+            self._check_int("draft_tokens", 0, 64)
+        self._check_int("max_draft_tokens", 1, 64)
+        if self.ceilings is not None and not isinstance(self.ceilings, Ceilings):
+            raise ConfigError(f"ceilings must be Ceilings(...) or None, got {self.ceilings!r}.")
         self._check_int("min_budget", 1, 2**20)
         self._check_int("page_size", 1, 2**12)
         self._check_int("max_requests", 1, 2**16)
@@ -102,6 +112,11 @@ class SpecConfig:
         value = getattr(self, name)
         if value not in allowed:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """Drafts of the longest cycle."""
+        return self.max_draft_tokens if self.draft_tokens == "auto" else self.draft_tokens
 
     def budget(self, length: int) -> int:
         """Pillars a draft reads, per KV head, when `length` positions were scored (paper, section on PillarAttn)."""

@@ -62,7 +62,7 @@ class Explanation:
         ]
 
     def _table(self) -> Table:
-        load, k = self.workload, self.config.draft_tokens
+        load, k = self.workload, self.config.most_draft_tokens
         table = Table(title=f"{load.batch} requests at {load.length:,.0f} cached tokens, k = {k}, {self.device}")
         for heading in ("term", "bytes", "FLOPs", "GB", "GFLOP", "ms", "share"):
             text = heading in ("term", "bytes", "FLOPs")
@@ -103,6 +103,6 @@ def explain(
     load, ceilings = workload(lengths, batch), ceilings_of(device)
     budget = load.length if config.drafter == "full" else config.budget(round(load.length))
     prediction, plain = (
-        predict_mean(cost, cycle(load.batch, k, load.length, budget), ceilings) for k in (config.draft_tokens, 0)
+        predict_mean(cost, cycle(load.batch, k, load.length, budget), ceilings) for k in (config.most_draft_tokens, 0)
     )
     return Explanation(cost, config, load, ceilings.name, prediction, plain)

@@ -8,6 +8,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.draft_length import IterationTime
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
@@ -28,6 +29,7 @@ class Target:
         dtype: of keys and values.
         device: where it runs.
         compiler: applied to the functions around the graph; such as `torch.compile`.
+        iteration_time: what "auto" chooses the number of drafts by.
         weight_bytes: what the model's parameters take on the device, for the memory plan.
     """
 
@@ -36,6 +38,7 @@ class Target:
     dtype: torch.dtype
     device: torch.device
     compiler: Compiler = as_it_is
+    iteration_time: IterationTime = lambda drafts, length, requests: 1.0
     weight_bytes: int = 0
 
 
@@ -46,7 +49,7 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
     """
     scored = 2
     if policy is not None and policy.reads_scores:
-        together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.draft_tokens + 1))
+        together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.most_draft_tokens + 1))
         scored = max(2, min(slots, max(together, 8)))
     return Capacity(max(slots, 2), tokens, max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
 
@@ -63,7 +66,7 @@ def build_runner(
     try:
         state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
         step = Step(
-            target.forward, state, _inputs(target, config, capacity), policy, config.draft_tokens, target.compiler
+            target.forward, state, _inputs(target, config, capacity), policy, config.most_draft_tokens, target.compiler
         )
         plan = _plan_memory(target, config, capacity, _workspace_bytes(step))
         state.give_pool(plan.parts[_POOL] // (target.layout.elements_per_page * target.dtype.itemsize))
@@ -79,7 +82,7 @@ def build_runner(
 
 
 def _inputs(target: Target, config: SpecConfig, capacity: Capacity) -> StepInputs:
-    decoding = capacity.slots * (config.draft_tokens + 1)
+    decoding = capacity.slots * (config.most_draft_tokens + 1)
     sizes = InputSizes(
         slots=capacity.slots,
         rows=max(decoding + config.prefill_chunk, MIN_ROWS),

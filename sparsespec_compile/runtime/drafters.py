@@ -39,7 +39,7 @@ def budgets(length: Tensor, config: SpecConfig) -> Tensor:
 
 def choose_policy(config: SpecConfig) -> Policy | None:
     """The policy of `config.drafter`; None when the initial state (no pillars, everything recent) stays as it is."""
-    if config.draft_tokens == 0 or config.drafter == "full":
+    if config.most_draft_tokens == 0 or config.drafter == "full":
         return None
 
     def pillar(state: State, score_slot: Tensor, scored_length: Tensor) -> None:

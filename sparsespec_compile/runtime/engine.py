@@ -12,6 +12,7 @@ from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
 from sparsespec_compile.runtime.build import Target, build_runner, capacity_for
 from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.captured_step import CapturedStep
+from sparsespec_compile.runtime.draft_length import DraftLength
 from sparsespec_compile.runtime.drafters import choose_policy
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
@@ -53,7 +54,7 @@ class Engine:
     def __init__(self, target: Target, config: SpecConfig) -> None:
         self.target = target
         self.config = config
-        self.stats = Stats(config.draft_tokens)
+        self.stats = Stats(config.most_draft_tokens)
         self.memory_plan: MemoryPlan | None = None
         self._policy = choose_policy(config)
         self._runner: StepRunner | None = None
@@ -94,7 +95,11 @@ class Engine:
         runner, tier = self._prepared(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
-        session = Session(self._scheduler(runner, tier), runner, recorder, overlap=self.config.overlap)
+        chooser = None
+        if self.config.draft_tokens == "auto":
+            chooser = DraftLength(self.config.max_draft_tokens, self.target.iteration_time)
+        scheduler = self._scheduler(runner, tier)
+        session = Session(scheduler, runner, recorder, chooser, overlap=self.config.overlap)
         self._active = session
         try:
             yield session
@@ -160,15 +165,15 @@ class Engine:
     def _scheduler(self, runner: StepRunner, tier: HostTier) -> Scheduler:
         config, state = self.config, runner.step.state
         scored = state.capacity.score_slots if self._policy is not None else 0
-        limits = Limits(state.capacity.slots, config.draft_tokens, config.prefill_chunk, scored)
+        limits = Limits(state.capacity.slots, config.most_draft_tokens, config.prefill_chunk, scored)
         residency = Residency(
             PageAllocator(state.capacity.pages),
             tier,
             page_size=config.page_size,
             updates=runner.step.inputs.sizes.updates,
-            cycle_tokens=config.draft_tokens + 1,
+            cycle_tokens=config.most_draft_tokens + 1,
         )
-        phases = Phases(config.draft_tokens, config.schedule, scored or state.capacity.slots)
+        phases = Phases(config.most_draft_tokens, config.schedule, scored or state.capacity.slots)
         return Scheduler(limits, residency, phases)
 
     def _host_pages(self, state: State) -> int:

@@ -28,6 +28,14 @@ class Phases:
         self.most = most
         self._random = Random(0)
 
+    def spread(self, draft_tokens: int, requests: Sequence[Request]) -> None:
+        """Cycles have `draft_tokens` drafts from now on: give every request a phase among the new ones."""
+        self.count = draft_tokens + 1
+        for request in requests:
+            request.phase = None
+        for request in sorted(requests, key=lambda request: -request.reach):
+            request.phase = self.choose(request, requests, now=0)
+
     def choose(self, request: Request, others: Sequence[Request], now: int) -> int:
         """A phase for a request that starts after iteration `now`."""
         if self.schedule == "in_phase":

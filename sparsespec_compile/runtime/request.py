@@ -77,6 +77,7 @@ class Request:
         prefilled: prompt tokens that were sent to the device.
         phase: the iterations in which it verifies are those with `iteration % (k + 1) == phase`; None before.
         drafted: drafts of the cycle under way.
+        fresh: whether its pillars are from its last verification.
         unread: rows of its verifications whose results were not read yet.
         stats: what it took so far.
     """
@@ -96,6 +97,7 @@ class Request:
     prefilled: int = 0
     phase: int | None = None
     drafted: int = 0
+    fresh: bool = False
     unread: int = 0
     stats: RequestStats = field(default_factory=RequestStats)
 

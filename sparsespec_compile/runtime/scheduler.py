@@ -21,7 +21,7 @@ class Limits:
 
     Attributes:
         slots: requests that hold a slot together.
-        draft_tokens: drafts of a full cycle, k. 0 = plain decoding.
+        draft_tokens: drafts of a full cycle at most. 0 = plain decoding.
         prefill_chunk: prompt tokens of one iteration, all requests together.
         scored: requests that can give out scores in one iteration; 0 = none ever does.
     """
@@ -39,6 +39,7 @@ class Scheduler:
         waiting: requests without a slot, in the order in which they came.
         running: requests with a slot, the oldest first.
         iteration: number of the next iteration.
+        draft_tokens: drafts of a full cycle, k, from 0 to the limit; see `set_draft_tokens`.
     """
 
     def __init__(self, limits: Limits, residency: Residency, phases: Phases) -> None:
@@ -46,6 +47,7 @@ class Scheduler:
         self.residency = residency
         self.phases = phases
         self.iteration = 0
+        self.draft_tokens = limits.draft_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._free_slots = list(range(limits.slots - 1, -1, -1))
@@ -75,6 +77,12 @@ class Scheduler:
         work.extend(self._prefill(here))
         self.iteration += bool(work)
         return work
+
+    def set_draft_tokens(self, draft_tokens: int) -> None:
+        """Give cycles another number of drafts; those under way end sooner or later than they would have."""
+        if draft_tokens != self.draft_tokens:
+            self.draft_tokens = draft_tokens
+            self.phases.spread(draft_tokens, [request for request in self.running if request.phase is not None])
 
     def release(self, request: Request) -> None:
         """Take back the slot and the pages of a request that ended."""
@@ -107,20 +115,24 @@ class Scheduler:
             self.release(request)
 
     def _decode(self, request: Request) -> Work | None:
-        drafts = request.drafted
-        due = self._phase_now() == request.phase or drafts == self.limits.draft_tokens
-        may_score = self.limits.scored == 0 or self._scored < self.limits.scored
-        if due and not may_score and drafts == self.limits.draft_tokens:
-            return None
+        drafts, most = request.drafted, self.draft_tokens
+        scores = self.limits.scored > 0 and most > 0
+        stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
+        due = self._phase_now() == request.phase or drafts >= most or stale
+        full = scores and self._scored == self.limits.scored
+        if due and full and not stale:
+            if drafts >= most:
+                return None
+            due = False
         if not self.residency.covers(request, min(request.max_length, request.reach + drafts + 1)):
             return None
-        if due and may_score:
-            request.drafted = 0
-            request.unread += drafts + 1
-            scored = self._take_scores(drafts + 1)
-            return Work(request.slot, Mode.VERIFY, rows=drafts + 1, logits=drafts + 1, scored=scored)
-        request.drafted += 1
-        return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
+        if not due:
+            request.drafted += 1
+            return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
+        rows = drafts + 1
+        scored = self._take_scores(rows) if scores and not full else 0
+        request.drafted, request.unread, request.fresh = 0, request.unread + rows, scored > 0
+        return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, whole_cycle=drafts == most > 0)
 
     def _prefill(self, here: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk
@@ -128,7 +140,8 @@ class Scheduler:
             first = request.prefilled
             rows = min(left, len(request.prompt) - first)
             last = first + rows == len(request.prompt)
-            if rows == 0 or (last and self.limits.scored and self._scored == self.limits.scored):
+            waits = last and self.draft_tokens and self.limits.scored and self._scored == self.limits.scored
+            if rows == 0 or waits:
                 continue
             if not self.residency.covers(request, first + rows):
                 continue
@@ -139,7 +152,8 @@ class Scheduler:
                 yield request, Work(request.slot, Mode.PREFILL, rows=rows, offset=first, tokens=tokens)
                 continue
             request.phase = self.phases.choose(request, self.running, self._phase_now())
-            scored = self._take_scores(min(self.limits.draft_tokens + 1, rows))
+            scored = self._take_scores(min(self.draft_tokens + 1, rows)) if self.draft_tokens else 0
+            request.fresh = scored > 0
             yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
 
     def _take_scores(self, rows: int) -> int:

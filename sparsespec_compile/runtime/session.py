@@ -4,11 +4,13 @@ The host plans and enqueues an iteration while the one before runs, and reads re
 verification). No request sits an iteration out for that: what it does next does not depend on what was accepted.
 """
 
+import math
 import time
 from collections.abc import Iterator
 
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.draft_length import DraftLength
 from sparsespec_compile.runtime.frames import Flight
 from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.request import Request
@@ -16,6 +18,9 @@ from sparsespec_compile.runtime.scheduler import Scheduler
 from sparsespec_compile.runtime.stats import StatsRecorder
 from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import Work
+
+_CHOICE_EVERY = 16
+"""Iterations between two choices of the number of drafts."""
 
 Output = tuple[Request, list[int]]
 """A request and tokens of it that are final; no tokens when it ended without a new one."""
@@ -28,13 +33,24 @@ class Session:
         scheduler: who runs.
         runner: the step.
         recorder: counts what happens.
+        chooser: chooses the number of drafts as requests run; None = it stays as it is.
         overlap: whether an iteration is enqueued before the results of the one before are read.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: StepRunner, recorder: StatsRecorder, *, overlap: bool) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        recorder: StatsRecorder,
+        chooser: DraftLength | None = None,
+        *,
+        overlap: bool,
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._recorder = recorder
+        self._chooser = chooser
+        self._landed_at = math.nan
         self._inputs = runner.step.inputs
         self._packer = InputPacker(self._inputs.sizes)
         self._closed = False
@@ -116,7 +132,7 @@ class Session:
         frame = self._flight.land()
         logprobs = _variant([request for request, _ in frame.work]).logprobs
         tokens, all_logprobs = frame.read(logprobs=logprobs)
-        self._recorder.begin_iteration(sum(item.rows for _, item in frame.work))
+        self._recorder.begin_iteration(sum(item.rows for _, item in frame.work), self._scheduler.draft_tokens)
         outputs = []
         for request, item in frame.work:
             if request.finished:
@@ -126,14 +142,29 @@ class Session:
             added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
+                if self._chooser is not None and count:
+                    self._chooser.verified(item.rows - 1, count - 1)
             self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
             self._clock(request, first=len(request.output) == len(added))
             if request.finished:
                 self._scheduler.release(request)
             if added:
                 outputs.append((request, added))
+        self._choose_drafts(frame.work)
         self._flight.give_back(frame)
         yield from outputs
+
+    def _choose_drafts(self, work: list[tuple[Request, Work]]) -> None:
+        """Tell the chooser how long the iteration took, and let it choose, every so often."""
+        if self._chooser is None:
+            return
+        now = time.perf_counter()
+        seconds, self._landed_at = now - self._landed_at, now
+        decoding = [request.reach for request in self._scheduler.running if request.phase is not None]
+        if len(self._flight) and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
+            self._chooser.took(seconds, decoding)
+        if self._recorder.stats.iterations % _CHOICE_EVERY == 0:
+            self._scheduler.set_draft_tokens(self._chooser.choose(decoding))
 
     def _clock(self, request: Request, *, first: bool) -> None:
         if first and request.output:

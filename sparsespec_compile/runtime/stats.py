@@ -25,6 +25,7 @@ class Stats:
         kv_read_plain: elements that plain decoding would have read for the same tokens.
         pages_offloaded: pages that moved to host memory.
         pages_held: pages, of pool and host memory, in use when the call ended: 0 when every text came to its end.
+        draft_tokens_by_iteration: drafts of a cycle, k, as of each iteration; changes only with "auto".
         rows_by_iteration: packed rows of each iteration: what its GEMMs work on.
         kv_read_by_iteration: key and value elements that the drafts and verifications of each iteration read.
     """
@@ -39,6 +40,7 @@ class Stats:
     kv_read_plain: int = 0
     pages_offloaded: int = 0
     pages_held: int = 0
+    draft_tokens_by_iteration: list[int] = field(default_factory=list)
     rows_by_iteration: list[int] = field(default_factory=list)
     kv_read_by_iteration: list[int] = field(default_factory=list)
 
@@ -81,13 +83,14 @@ class StatsRecorder:
     """
 
     def __init__(self, layout: KVLayout, config: SpecConfig) -> None:
-        self.stats = Stats(config.draft_tokens)
+        self.stats = Stats(config.most_draft_tokens)
         self._config = config
         self._layers = [(layer.window, layer.elements_per_token()) for layer in layout.layers]
         self._pillars: dict[Request, tuple[int, int]] = {}
 
-    def begin_iteration(self, rows: int) -> None:
-        """Count an iteration of `rows` packed rows; what is recorded next belongs to it."""
+    def begin_iteration(self, rows: int, draft_tokens: int) -> None:
+        """Count an iteration of `rows` packed rows in cycles of k drafts; what is recorded next belongs to it."""
+        self.stats.draft_tokens_by_iteration.append(draft_tokens)
         self.stats.iterations += 1
         self.stats.rows_by_iteration.append(rows)
         self.stats.kv_read_by_iteration.append(0)
@@ -120,14 +123,14 @@ class StatsRecorder:
             self._count_read(self._elements(first + rows, first, rows))
             self.stats.kv_read_plain += sum(self._elements(at + 1, at, 1) for at in range(first, first + final))
             if not cut:
-                self._count_cycle(request, rows, final)
+                self._count_cycle(request, work, rows, final)
 
     def _count_read(self, elements: int) -> None:
         self.stats.kv_read += elements
         self.stats.kv_read_by_iteration[-1] += elements
 
-    def _count_cycle(self, request: Request, rows: int, final: int) -> None:
-        if rows == self._config.draft_tokens + 1 > 1:
+    def _count_cycle(self, request: Request, work: Work, rows: int, final: int) -> None:
+        if work.whole_cycle and rows == work.rows:
             self.stats.cycles += 1
             request.stats.cycles += 1
             request.stats.accepted += final - 1

@@ -19,6 +19,7 @@ class Work:
         tokens: prefills: the chunk's token ids, `rows` of them. Others take theirs from the device.
         logits: trailing rows whose logits are needed: all of a draft or verification, the last one of a prompt.
         scored: trailing rows whose attention probabilities choose the next pillars; 0 = none.
+        whole_cycle: whether it verifies as many drafts as cycles have at the time; counted, not needed by the device.
     """
 
     slot: int
@@ -28,6 +29,7 @@ class Work:
     tokens: Sequence[int] = ()
     logits: int = 0
     scored: int = 0
+    whole_cycle: bool = False
 
 
 @dataclass(frozen=True)

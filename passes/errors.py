@@ -51,3 +51,7 @@ class GraphInvariantError(CompileError):
 
 class StaleParametersError(CompileError):
     """The model's parameters no longer share storage with the compiled graph."""
+
+
+class StepSizeError(CompileError):
+    """A step has sizes for which the compiled code does not hold."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
@@ -98,7 +99,7 @@ def _copy(nodes: Sequence[Node], inputs: tuple[Node, ...], outputs: tuple[Node, 
     copies: dict[Node, Node] = {}
     for number, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"input_{number}")
-        copies[node].meta["val"] = node.meta["val"]
+        copies[node].meta["val"] = _example(node.meta["val"])
 
     def copy_of(node: Node) -> Node:
         if node not in copies:  # a size, since all else is an input or was copied before
@@ -117,6 +118,18 @@ def _copy(nodes: Sequence[Node], inputs: tuple[Node, ...], outputs: tuple[Node, 
     return graph
 
 
+def _example(value: Tensor) -> Tensor:
+    """A view's place in memory differs from layer to layer: an odd one promises no alignment to the compiler."""
+    if not isinstance(value, Tensor) or _is_at_start(value):
+        return value
+    with value.fake_mode, torch.no_grad():
+        return value.as_strided(value.shape, value.stride(), 1)
+
+
+def _is_at_start(value: Tensor) -> bool:
+    return statically_known_true(value.storage_offset() == 0)
+
+
 def _calls(graph: Graph) -> Hashable:
     """What the graph computes, whatever its nodes are called: targets, and arguments with nodes by number."""
     numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
@@ -132,4 +145,4 @@ def _kind(node: Node) -> Hashable:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return str(value)
-    return value.dtype, value.device, *map(str, (*value.shape, *value.stride()))
+    return value.dtype, value.device, _is_at_start(value), *map(str, (*value.shape, *value.stride()))

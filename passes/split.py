@@ -22,7 +22,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -31,6 +30,7 @@ from sparsespec_compile.kernels.ops import dual_mode_attention
 
 from .base import describe, input_node
 from .dual_mode import STATE_INPUTS
+from .errors import GraphInvariantError
 from .fakes import attribute
 from .regions import Region, extract, inputs_of, is_size
 
@@ -57,6 +57,13 @@ class SplitGraph:
     def distinct(self) -> tuple[str, ...]:
         """The submodules, in the order of their first call."""
         return tuple(dict.fromkeys(self.calls))
+
+    def region(self, name: str) -> GraphModule:
+        """The graph of a distinct region: tensors in, a tuple of tensors out."""
+        module = self.graph_module.get_submodule(name)
+        if not isinstance(module, GraphModule):
+            raise GraphInvariantError(f"{name} is a {type(module).__name__}; a split graph calls only graphs.")
+        return module
 
     def __str__(self) -> str:
         why = f" ({self.whole})" if self.whole else ""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.fx import Graph, GraphModule
 
 from sparsespec_compile.kernels import ops
 
-from .fakes import fake_mode
+from .fakes import shape_env
 from .split import SplitGraph
 from .step_sizes import StepSizes
 
@@ -36,17 +37,26 @@ OnCompiled = Callable[[int, int], object]
 
 def inductor(region: GraphModule, inputs: list[Tensor]) -> Region:
     """Compiles with TorchInductor, or takes from its cache on disk what another process has compiled."""
-    # The cache does not look into the fake implementations of our ops; with a tag a changed one is a new key.
-    tag = torch.compiler.config.cache_key_tag + hashlib.sha256(Path(ops.__file__).read_bytes()).hexdigest()
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        return torch._inductor.compile(region, inputs)
+    with _cache_of_these_ops():
+        return torch._inductor.compile(region, [*inputs])
+
+
+@contextmanager
+def _cache_of_these_ops() -> Iterator[None]:
+    """Makes our ops' fake implementations part of the key, since the cache does not look into them."""
+    before = torch.compiler.config.cache_key_tag
+    torch.compiler.config.cache_key_tag = before + hashlib.sha256(Path(ops.__file__).read_bytes()).hexdigest()
+    try:
+        yield
+    finally:
+        torch.compiler.config.cache_key_tag = before
 
 
 def compile_regions(
     split: SplitGraph, compiler: RegionCompiler = inductor, on_compiled: OnCompiled | None = None
 ) -> CompiledForward:
     """Compiles each distinct region; the result has no compilation left to do."""
-    environment = fake_mode(split.graph_module).shape_env
+    environment = shape_env(split.graph_module)
     known = len(environment.guards)
     compiled: dict[str, Region] = {}
     seconds: dict[str, float] = {}

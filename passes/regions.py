@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -118,9 +119,9 @@ def _copy(nodes: Sequence[Node], inputs: tuple[Node, ...], outputs: tuple[Node, 
     return graph
 
 
-def _example(value: Tensor) -> Tensor:
+def _example(value: object) -> object:
     """A view's place in memory differs from layer to layer: an odd one promises no alignment to the compiler."""
-    if not isinstance(value, Tensor) or _is_at_start(value):
+    if not isinstance(value, FakeTensor) or _is_at_start(value):
         return value
     with value.fake_mode, torch.no_grad():
         return value.as_strided(value.shape, value.stride(), 1)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import ConfigError, ContextLengthError, CopyError, SamplingError, UnsupportedModelError
 from sparsespec_compile.generation import resolve_generation
+from sparsespec_compile.passes.compile_regions import CompiledForward
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.prompts import pad, shape_of, unpad
@@ -68,10 +70,9 @@ class OptimizedModel:
         device = _device(model)
         self.report: CompileReport = self._compiled.report
         inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
-        graph = self._compiled.graph_module
         self._engine = Engine(
             Target(
-                forward=torch.compile(graph, dynamic=True) if inductor else graph,
+                forward=_compile_regions(self._compiled) if inductor else self._compiled.graph_module,
                 layout=self._compiled.layout,
                 dtype=model.dtype,
                 device=device,
@@ -161,6 +162,16 @@ class OptimizedModel:
                 f"Prompt and max_new_tokens need {longest} positions, the model has {limit} "
                 "(config.max_position_embeddings). Lower max_new_tokens or shorten the prompt."
             )
+
+
+def _compile_regions(compiled: CompiledModel) -> CompiledForward:
+    with tqdm(desc="compiling", unit=" regions", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return compiled.compile_regions(on_compiled=show)
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -1,0 +1,161 @@
+"""Regions: equal layers are one, each call has its layer's own parameters, and the values are the flat graph's."""
+
+import copy
+
+import pytest
+import torch
+from torch.fx import Graph, GraphModule
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import sparsespec_compile.kernels  # noqa: F401  registers the ops
+from sparsespec_compile.kernels import ops
+from sparsespec_compile.passes import compile_regions as under_test
+from sparsespec_compile.passes.errors import StepSizeError
+from sparsespec_compile.passes.pipeline import compile_model
+from sparsespec_compile.passes.split import split
+
+from .families import tiny, tokens
+from .prefill import prefill_step
+
+aten = torch.ops.aten
+LENGTHS = (11, 37)
+
+
+class Counting:
+    """A compiler that runs regions as they are, and remembers what it was given."""
+
+    def __init__(self):
+        self.inputs = []
+
+    def __call__(self, region, inputs):
+        self.inputs.append(inputs)
+        return region
+
+
+def run(forward, layout, lengths=LENGTHS, slots=3):
+    step = prefill_step(layout, [tokens(length, seed=length) for length in lengths], slots)
+    with torch.no_grad():
+        return forward(*step.inputs), step.pool, step.scores
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def with_unlike_layers():
+    model = tiny("llama", num_hidden_layers=3)
+    for number, layer in enumerate(model.model.layers):
+        config = copy.copy(model.config)
+        config.intermediate_size = 64 + 16 * number
+        layer.mlp = LlamaMLP(config)
+    return model.eval()
+
+
+MODELS = {
+    "equal layers": (lambda: tiny("llama", num_hidden_layers=5), 6, 3),
+    "tied embedding": (lambda: tiny("qwen3", num_hidden_layers=3, tie_word_embeddings=True), 4, 3),
+    "two kinds in turn": (lambda: tiny("gemma2", num_hidden_layers=5), 6, 4),
+    "dense, then experts": (lambda: tiny("deepseek_v3", num_hidden_layers=4), 5, 4),
+    "no two alike": (with_unlike_layers, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_distinct_region_is_compiled_once(name):
+    build, regions, distinct = MODELS[name]
+    compiled = compile_model(build(), page_size=16)
+    counting, progress = Counting(), []
+    forward = compiled.compile_regions(counting, on_compiled=lambda *counts: progress.append(counts))
+    assert (len(compiled.split.calls), len(compiled.split.distinct)) == (regions, distinct)
+    assert progress == [(done, distinct) for done in range(1, distinct + 1)]
+    expected = run(compiled.graph_module, compiled.layout)
+    assert equal(run(forward, compiled.layout), expected)
+    assert equal(run(compiled.split.graph_module, compiled.layout), expected)
+    assert len(counting.inputs) == distinct
+    record = compiled.report.passes[-1]
+    assert (record.name, record.matches, len(record.notes)) == ("compile regions", distinct, distinct)
+    assert compiled.report.notes("split into regions") == (f"{regions} regions, {distinct} distinct",)
+
+
+def test_regions_take_only_tensors_and_promise_no_alignment_of_views(bench):
+    compiled = bench("qwen3").compiled
+    counting = Counting()
+    compiled.compile_regions(counting)
+    assert all(isinstance(value, torch.Tensor) for inputs in counting.inputs for value in inputs)
+    views = [value for value in counting.inputs[1] if value.storage_offset() != 0]
+    assert [(value.dim(), value.storage_offset()) for value in views] == [(4, 1), (3, 1), (3, 1)]
+
+
+def test_parameters_stay_shared():
+    model = tiny("llama", num_hidden_layers=3)
+    compiled = compile_model(model, page_size=16)
+    forward = compiled.compile_regions(Counting())
+    before = run(forward, compiled.layout)
+    with torch.no_grad():
+        for name in ("self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
+            model.model.layers[2].get_submodule(name).weight.mul_(1.5)
+    after = run(forward, compiled.layout)
+    assert not torch.equal(before[0], after[0])
+    assert equal(after, run(compiled.graph_module, compiled.layout))
+
+
+def test_the_outer_graph_only_makes_views_and_calls_regions(bench):
+    split_graph = bench("gemma2").compiled.split
+    nodes = split_graph.graph_module.graph.nodes
+    functions = {node.target for node in nodes if node.op == "call_function"}
+    called = [node.target for node in nodes if node.op == "call_module"]
+    assert {str(target) for target in functions} == {
+        "aten.slice.Tensor",
+        "aten.view.default",
+        "<built-in function getitem>",
+    }
+    assert tuple(called) == split_graph.calls
+
+
+def test_a_write_in_place_that_regions_share_keeps_the_graph_whole(bench):
+    compiled = bench("llama").compiled
+    graph = Graph()
+    graph.output(graph.graph_copy(compiled.graph_module.graph, {}))
+    flat = GraphModule(compiled.graph_module, graph)
+    (embedding,) = graph.find_nodes(op="call_function", target=aten.embedding.default)
+    *_, last = graph.find_nodes(op="call_function", target=aten.linear.default)
+    with graph.inserting_before(last):
+        graph.call_function(aten.mul_.Tensor, (embedding, 2.0)).meta["val"] = embedding.meta["val"]
+    flat.recompile()
+    whole = split(flat)
+    assert whole.calls == ("region_0",)
+    assert "mul_" in whole.whole
+    assert str(whole).startswith("1 regions, 1 distinct (mul_")
+    assert equal(run(whole.graph_module, compiled.layout), run(flat, compiled.layout))
+
+
+def test_sizes_that_the_compiled_code_does_not_hold_for_are_refused():
+    compiled = compile_model(tiny("llama"), page_size=16)
+
+    def takes_for_granted(region, inputs):
+        rows = next(size for value in inputs for size in value.shape if isinstance(size, torch.SymInt))
+        assert rows * 1000 <= 100_000
+        return region
+
+    forward = compiled.compile_regions(takes_for_granted)
+    assert equal(run(forward, compiled.layout, (50, 50), 4), run(compiled.graph_module, compiled.layout, (50, 50), 4))
+    with pytest.raises(StepSizeError, match=r"1000.* got input_ids dimension 1 = 101\. Use smaller steps"):
+        run(forward, compiled.layout, (50, 51), 4)
+
+
+def test_a_changed_fake_implementation_is_another_cache_entry(bench, monkeypatch, tmp_path):
+    tags = []
+
+    def record(region, inputs):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return region
+
+    monkeypatch.setattr(torch._inductor, "compile", record)
+    under_test.inductor(None, [])
+    under_test.inductor(None, [])
+    changed = tmp_path / "ops.py"
+    changed.write_text("another fake implementation")
+    monkeypatch.setattr(ops, "__file__", str(changed))
+    under_test.inductor(None, [])
+    assert tags[0] == tags[1] != tags[2]
+    assert torch.compiler.config.cache_key_tag == ""

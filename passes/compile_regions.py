@@ -2,13 +2,15 @@
 
 Inductor is given the regions themselves, without Dynamo: the symbolic sizes of their inputs are those of the graph, so
 no size is taken for another that happens to equal it, no size of 1 becomes a constant, and nothing is recompiled. What
-Inductor then takes for granted about sizes (that a buffer can be indexed with 32 bits) is checked in each call.
+Inductor then takes for granted about sizes (that a buffer can be indexed with 32 bits, that rows can be
+sorted with 16) is checked in each call, and a step of other sizes runs uncompiled, with a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.fx import Graph, GraphModule
 
 from sparsespec_compile.kernels import ops
 
+from .errors import UncompiledStepWarning
 from .fakes import shape_env
 from .split import SplitGraph
 from .step_sizes import StepSizes
@@ -76,7 +79,8 @@ class CompiledForward:
 
     Attributes:
         graph_module: calls the compiled regions, each with its layer's own parameters.
-        sizes: what is asked of the sizes of a call.
+        uncompiled: the same computation node by node.
+        sizes: what the compiled regions take for granted about the sizes of a call.
         seconds: what each distinct region took to compile.
     """
 
@@ -84,19 +88,24 @@ class CompiledForward:
         self, outer: GraphModule, compiled: dict[str, Region], sizes: StepSizes, seconds: dict[str, float]
     ) -> None:
         self.graph_module = GraphModule(outer, outer.graph)
+        self.uncompiled = outer
         self.sizes = sizes
         self.seconds = seconds
         for name, region in compiled.items():
             setattr(self.graph_module, name, _Call(region))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Logits `[1, R, V]`; `inputs` are those of the flat graph.
-
-        Raises:
-            StepSizeError: the compiled code does not hold for inputs of these sizes.
-        """
-        self.sizes.check(inputs)
-        return self.graph_module(*inputs)
+        """Logits `[1, R, V]`; `inputs` are those of the flat graph."""
+        broken = self.sizes.broken(inputs)
+        if broken is None:
+            return self.graph_module(*inputs)
+        warnings.warn(
+            f"a step runs uncompiled, as the compiled code holds only for {broken}. Other numbers of requests or rows "
+            "a step avoid that.",
+            UncompiledStepWarning,
+            stacklevel=2,
+        )
+        return self.uncompiled(*inputs)
 
 
 class _Call(nn.Module):

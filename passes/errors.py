@@ -53,5 +53,5 @@ class StaleParametersError(CompileError):
     """The model's parameters no longer share storage with the compiled graph."""
 
 
-class StepSizeError(CompileError):
-    """A step has sizes for which the compiled code does not hold."""
+class UncompiledStepWarning(UserWarning):
+    """A step runs without compiled code, which does not hold for its sizes; the text is the same, only later."""

@@ -1,4 +1,4 @@
-"""Checks that the sizes of a call are ones that compiled code holds for."""
+"""Says whether the sizes of a call are ones that compiled code holds for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from functools import lru_cache
 import sympy
 from torch import SymInt, Tensor
 from torch.fx import GraphModule
-
-from .errors import StepSizeError
 
 REMEMBERED = 1024
 """Combinations of sizes whose outcome is kept; a runtime uses few, and evaluating a condition takes 0.1 ms."""
@@ -28,22 +26,20 @@ class StepSizes:
         self.places = _places(graph_module)
         self._broken = lru_cache(REMEMBERED)(self._first_broken)
 
-    def check(self, inputs: Sequence[Tensor]) -> None:
-        """Raises StepSizeError unless every condition holds for `inputs`, values for the placeholders."""
+    def broken(self, inputs: Sequence[Tensor]) -> str | None:
+        """The first condition that does not hold for `inputs`, values for the placeholders; None when all do."""
         if not self.conditions:
-            return
+            return None
         sizes = tuple(inputs[place].shape[dimension] for _, _, place, dimension in self.places)
-        broken = self._broken(sizes)
-        if broken is not None:
-            got = ", ".join(
-                f"{name} dimension {dimension} = {size}"
-                for (symbol, name, _, dimension), size in zip(self.places, sizes, strict=True)
-                if symbol in broken.free_symbols
-            )
-            raise StepSizeError(
-                f"The compiled code holds for steps with {broken}, where the symbols are sizes of inputs: got {got}. "
-                "Use smaller steps (fewer requests or rows at a time)."
-            )
+        condition = self._broken(sizes)
+        if condition is None:
+            return None
+        symbols = {
+            str(symbol): f"{symbol} = {size} is dimension {dimension} of {name}"
+            for (symbol, name, _, dimension), size in zip(self.places, sizes, strict=True)
+            if symbol in condition.free_symbols
+        }
+        return f"{condition}, where {', '.join(symbols[name] for name in sorted(symbols))}"
 
     def _first_broken(self, sizes: tuple[int, ...]) -> sympy.Basic | None:
         values = {symbol: size for (symbol, *_), size in zip(self.places, sizes, strict=True)}

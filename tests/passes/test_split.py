@@ -1,6 +1,7 @@
 """Regions: equal layers are one, each call has its layer's own parameters, and the values are the flat graph's."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.passes import compile_regions as under_test
-from sparsespec_compile.passes.errors import StepSizeError
+from sparsespec_compile.passes.errors import UncompiledStepWarning
 from sparsespec_compile.passes.pipeline import compile_model
 from sparsespec_compile.passes.split import split
 
@@ -129,18 +130,31 @@ def test_a_write_in_place_that_regions_share_keeps_the_graph_whole(bench):
     assert equal(run(whole.graph_module, compiled.layout), run(flat, compiled.layout))
 
 
-def test_sizes_that_the_compiled_code_does_not_hold_for_are_refused():
+def test_a_step_that_the_compiled_code_does_not_hold_for_runs_uncompiled():
     compiled = compile_model(tiny("llama"), page_size=16)
+    ran = []
 
     def takes_for_granted(region, inputs):
         rows = next(size for value in inputs for size in value.shape if isinstance(size, torch.SymInt))
         assert rows * 1000 <= 100_000
-        return region
+        assert rows != 5
+        return lambda *values: ran.append(region) or region(*values)
 
     forward = compiled.compile_regions(takes_for_granted)
-    assert equal(run(forward, compiled.layout, (50, 50), 4), run(compiled.graph_module, compiled.layout, (50, 50), 4))
-    with pytest.raises(StepSizeError, match=r"1000.* got input_ids dimension 1 = 101\. Use smaller steps"):
-        run(forward, compiled.layout, (50, 51), 4)
+    for lengths, broken in (
+        ((50, 50), None),
+        ((50, 51), "1000"),
+        ((5,), "= 5 is dimension 1 of input_ids"),
+        ((6,), None),
+    ):
+        ran.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = run(forward, compiled.layout, lengths)
+        assert equal(got, run(compiled.graph_module, compiled.layout, lengths))
+        assert bool(ran) == (broken is None)
+        assert [warning.category for warning in caught] == [UncompiledStepWarning] * (broken is not None)
+        assert all(broken in str(warning.message) for warning in caught)
 
 
 def test_a_changed_fake_implementation_is_another_cache_entry(bench, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Regions: equal layers are one, each call has its layer's own parameters, and the values are the flat graph's."""
 
 import copy
+import operator
 import warnings
 
 import pytest
@@ -113,11 +114,42 @@ def test_the_outer_graph_only_makes_views_and_calls_regions(bench):
     assert tuple(called) == split_graph.calls
 
 
-def test_a_write_in_place_that_regions_share_keeps_the_graph_whole(bench):
-    compiled = bench("llama").compiled
+def copy_of(compiled):
     graph = Graph()
     graph.output(graph.graph_copy(compiled.graph_module.graph, {}))
-    flat = GraphModule(compiled.graph_module, graph)
+    return GraphModule(compiled.graph_module, graph)
+
+
+def test_parts_of_a_tuple_are_taken_where_the_tuple_is_made(bench):
+    compiled = bench("deepseek_v3").compiled
+    flat = copy_of(compiled)
+    part = flat.graph.find_nodes(op="call_function", target=operator.getitem)[0]
+    (logits,) = flat.graph.output_node().all_input_nodes
+    with flat.graph.inserting_after(logits):
+        late = flat.graph.node_copy(part)
+    with flat.graph.inserting_after(late):
+        total = flat.graph.call_function(aten.sum.default, (late,))
+    total.meta["val"] = part.meta["val"].new_empty(())
+    flat.graph.output_node().args = ((logits, total),)
+    flat.recompile()
+    (expected, expected_sum), *_ = run(flat, compiled.layout)
+    regions = split(flat)
+    (got, got_sum), *_ = run(regions.graph_module, compiled.layout)
+    assert len(regions.calls) == 3
+    assert torch.equal(got, expected)
+    assert torch.equal(got_sum, expected_sum)
+    values = [
+        node.meta["val"]
+        for name in regions.distinct
+        for node in regions.region(name).graph.find_nodes(op="placeholder")
+    ]
+    assert all(isinstance(value, torch.Tensor) for value in values)
+
+
+def test_a_write_in_place_that_regions_share_keeps_the_graph_whole(bench):
+    compiled = bench("llama").compiled
+    flat = copy_of(compiled)
+    graph = flat.graph
     (embedding,) = graph.find_nodes(op="call_function", target=aten.embedding.default)
     *_, last = graph.find_nodes(op="call_function", target=aten.linear.default)
     with graph.inserting_before(last):

@@ -1,13 +1,12 @@
 """Regions: equal layers are one, each call has its layer's own parameters, and the values are the flat graph's."""
 
-import copy
 import operator
 import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.kernels import ops
@@ -45,18 +44,17 @@ def equal(first, second):
 
 
 def with_unlike_layers():
-    model = tiny("llama", num_hidden_layers=3)
-    for number, layer in enumerate(model.model.layers):
-        config = copy.copy(model.config)
-        config.intermediate_size = 64 + 16 * number
-        layer.mlp = LlamaMLP(config)
+    """The same calls in each layer, on parameters of other shapes."""
+    model = tiny("opt", num_hidden_layers=3)
+    for number, layer in enumerate(model.model.decoder.layers):
+        layer.fc1, layer.fc2 = nn.Linear(48, 64 + 16 * number), nn.Linear(64 + 16 * number, 48)
     return model.eval()
 
 
 MODELS = {
-    "equal layers": (lambda: tiny("llama", num_hidden_layers=5), 6, 3),
+    "equal layers": (lambda: tiny("llama", num_hidden_layers=4), 5, 3),
     "tied embedding": (lambda: tiny("qwen3", num_hidden_layers=3, tie_word_embeddings=True), 4, 3),
-    "two kinds in turn": (lambda: tiny("gemma2", num_hidden_layers=5), 6, 4),
+    "two kinds in turn": (lambda: tiny("gemma2", num_hidden_layers=4), 5, 4),
     "dense, then experts": (lambda: tiny("deepseek_v3", num_hidden_layers=4), 5, 4),
     "no two alike": (with_unlike_layers, 4, 4),
 }
@@ -144,6 +142,22 @@ def test_parts_of_a_tuple_are_taken_where_the_tuple_is_made(bench):
         for node in regions.region(name).graph.find_nodes(op="placeholder")
     ]
     assert all(isinstance(value, torch.Tensor) for value in values)
+
+
+def test_a_size_that_no_input_of_a_region_has_is_read_from_its_tensor(bench):
+    compiled = bench("llama").compiled
+    flat = copy_of(compiled)
+    (mode,) = (node for node in flat.graph.find_nodes(op="placeholder") if node.target == ops.STEP_TENSORS[0])
+    (logits,) = flat.graph.output_node().all_input_nodes
+    with flat.graph.inserting_after(logits):
+        requests = flat.graph.call_function(aten.sym_size.int, (mode, 0))
+    requests.meta["val"] = mode.meta["val"].shape[0]
+    with flat.graph.inserting_after(requests):
+        scaled = flat.graph.call_function(aten.mul.Tensor, (logits, requests))
+    scaled.meta["val"] = logits.meta["val"]
+    flat.graph.output_node().args = (scaled,)
+    flat.recompile()
+    assert equal(run(split(flat).graph_module, compiled.layout), run(flat, compiled.layout))
 
 
 def test_a_write_in_place_that_regions_share_keeps_the_graph_whole(bench):

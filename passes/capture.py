@@ -26,10 +26,11 @@ from .masks import causal_window
 from .sites import Site, read_site
 
 ROWS = 7
-"""Tokens of the rehearsal and of the trace's example; a prime, so that few sizes of a model can equal it."""
+"""Tokens of the rehearsal; a prime, so that few sizes of a model can equal it."""
 
-KEPT = 3
-"""Rows of the trace's example for which logits are computed."""
+TYPICAL_ROWS, TYPICAL_KEPT = 61, 17
+"""Tokens of the trace's example, and rows with logits. Nothing runs on them, but compilers take them for the usual
+sizes when they choose how to divide work; primes again."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,13 @@ class PackedModel(nn.Module):
         )
         return output.logits if self.selects_rows else output.logits[:, logits_to_keep]
 
-    def example(self) -> dict[str, Tensor]:
+    def example(self, rows: int, kept: int) -> dict[str, Tensor]:
+        """Inputs of `rows` tokens, of which the first `kept` get logits."""
         device = self.model.device
         return {
-            "input_ids": torch.arange(3, 3 + ROWS, device=device)[None],
-            "position_ids": torch.arange(ROWS, device=device)[None],
-            "logits_to_keep": torch.arange(KEPT, device=device),
+            "input_ids": torch.arange(3, 3 + rows, device=device)[None],
+            "position_ids": torch.arange(rows, device=device)[None],
+            "logits_to_keep": torch.arange(kept, device=device),
         }
 
 
@@ -161,7 +163,7 @@ def _rehearse(packed: PackedModel) -> tuple[Site, ...]:
     rehearsal = _Rehearsal(packed.path_of)
     try:
         with recording(rehearsal):
-            packed(**packed.example())
+            packed(**packed.example(ROWS, kept=3))
     except SparseSpecError:
         raise
     except Exception as error:
@@ -194,7 +196,8 @@ def _trace(packed: PackedModel, sites: tuple[Site, ...]) -> GraphModule:
     shapes = {"input_ids": {1: rows}, "position_ids": {1: rows}, "logits_to_keep": {0: kept}}
     try:
         with recording(_Trace(sites)):
-            program = torch.export.export(packed, (), packed.example(), dynamic_shapes=shapes, strict=False)
+            example = packed.example(TYPICAL_ROWS, TYPICAL_KEPT)
+            program = torch.export.export(packed, (), example, dynamic_shapes=shapes, strict=False)
     except SparseSpecError:
         raise
     except Exception as error:

@@ -55,3 +55,7 @@ class StaleParametersError(CompileError):
 
 class CostModelError(CompileError):
     """The cost of a model cannot be derived: it uses weights in a way that the cost model does not know."""
+
+
+class UncompiledStepWarning(UserWarning):
+    """A step runs without compiled code, which does not hold for its sizes; the text is the same, only later."""

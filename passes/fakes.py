@@ -8,7 +8,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -29,6 +29,14 @@ def symbolic_input(
 def fake_mode(graph_module: GraphModule) -> FakeTensorMode:
     """The mode whose symbols the shapes of this graph are written in."""
     return next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
+
+
+def shape_env(graph_module: GraphModule) -> ShapeEnv:
+    """What is known of this graph's symbols."""
+    environment = fake_mode(graph_module).shape_env
+    if environment is None:
+        raise GraphInvariantError("the graph's values have no symbolic shapes; it must come from `capture`.")
+    return environment
 
 
 def fill(graph_module: GraphModule) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .base import GraphPass, PassContext
 from .capture import Captured, capture
+from .compile_regions import CompiledForward, OnCompiled, RegionCompiler, compile_regions, inductor
 from .dual_mode import AttentionToDualMode
 from .dump import Dumper
 from .fuse_projections import FuseProjections
@@ -22,6 +23,7 @@ from .locality import ProveRowLocality
 from .normalise import Normalise
 from .report import AttentionRecord, CompileReport, PassRecord
 from .requirements import check_model, check_versions
+from .split import SplitGraph, split
 from .verify import VERIFY_VARIABLE, verify, verify_shapes
 
 PASSES: tuple[type[GraphPass], ...] = (
@@ -31,6 +33,9 @@ PASSES: tuple[type[GraphPass], ...] = (
     FuseProjections,
 )
 """The passes, in the order in which they run."""
+
+SPLIT = "split into regions"
+"""The last stage, which leaves the graph itself as it is."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,36 @@ class CompiledModel:
             logits_to_keep [R] int64, kv_pool [pages, elements_per_page] in the model's dtype, scores [B, H, S] f32,
             pillar_index [B, H, M] i32, *STEP_TENSORS)`, gives logits `[1, R, V]`. T, R, B, pages, S, M and P (the
             width of page_table) are free. kv_pool and scores are written in place.
+        split: the same computation, cut into regions; equal layers are one of them.
         layout: its attention layers, and how pool, scores and pillars are laid out.
         report: what was done.
         parameters: where the model's parameters were at the end of the compilation.
     """
 
     graph_module: GraphModule
+    split: SplitGraph
     layout: KVLayout
     report: CompileReport
     parameters: SharedParameters
+
+    def compile_regions(
+        self, compiler: RegionCompiler = inductor, on_compiled: OnCompiled | None = None
+    ) -> CompiledForward:
+        """Compiles each distinct region, and puts on record what that took.
+
+        Args:
+            compiler: compiles one region.
+            on_compiled: called as `on_compiled(done, total)` after each of them, to show progress.
+
+        Returns:
+            What is called as `graph_module` is, and never compiles again.
+        """
+        forward = compile_regions(self.split, compiler, on_compiled)
+        notes = tuple(f"{name}: {seconds:.1f} s" for name, seconds in forward.seconds.items())
+        self.report.passes.append(
+            PassRecord("compile regions", sum(forward.seconds.values()), len(forward.seconds), notes)
+        )
+        return forward
 
     def parameters_are_shared(self) -> bool:
         """Whether the model's parameters still are the ones that the graph computes with."""
@@ -98,10 +124,11 @@ def _compile(model: PreTrainedModel, page_size: int, fuse: bool, dumper: Dumper)
     kinds = PASSES if fuse else tuple(kind for kind in PASSES if kind is not FuseProjections)
     try:
         graph_module = _run_passes(context, captured.graph_module, kinds, dumper)
+        regions = _split(len(kinds), graph_module, report, dumper)
     except BaseException:
         give_back_storage(context.moved)
         raise
-    return CompiledModel(graph_module, context.layout, report, SharedParameters(model))
+    return CompiledModel(graph_module, regions, context.layout, report, SharedParameters(model))
 
 
 def _context(model: PreTrainedModel, captured: Captured, page_size: int, report: CompileReport) -> PassContext:
@@ -115,10 +142,6 @@ def _run_passes(
 ) -> GraphModule:
     for number, kind in enumerate(kinds):
         _run_pass(number, kind(context), graph_module, dumper)
-    started = time.perf_counter()
-    verify_shapes(graph_module)
-    nodes = len(graph_module.graph.nodes)
-    context.report.passes.append(PassRecord("verify shapes", time.perf_counter() - started, nodes))
     return GraphModule(graph_module, graph_module.graph)  # holds only the parameters that the graph reads
 
 
@@ -133,3 +156,14 @@ def _run_pass(number: int, graph_pass: GraphPass, graph_module: GraphModule, dum
     record = PassRecord(graph_pass.name, seconds, graph_pass.matches, tuple(graph_pass.notes))
     graph_pass.context.report.passes.append(record)
     dumper.write(number, graph_pass.name, "after", graph_module)
+
+
+def _split(number: int, graph_module: GraphModule, report: CompileReport, dumper: Dumper) -> SplitGraph:
+    dumper.write(number, SPLIT, "before", graph_module)
+    started = time.perf_counter()
+    regions = split(graph_module)
+    for name in regions.distinct:  # equal regions have equal shapes, so this verifies the whole graph
+        verify_shapes(regions.region(name))
+    report.passes.append(PassRecord(SPLIT, time.perf_counter() - started, len(regions.calls), (str(regions),)))
+    dumper.write(number, SPLIT, "after", regions.graph_module)
+    return regions

@@ -1,7 +1,8 @@
 """Checks a graph between passes.
 
 `verify` is a walk over the nodes and always runs. `verify_shapes` computes every shape anew, seconds on a large model:
-it runs after the last pass, and after each one when the environment variable SPARSESPEC_VERIFY is set, as in tests.
+it runs on each distinct region of the final graph, and on the whole graph after each pass when the environment variable
+SPARSESPEC_VERIFY is set, as in tests.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsespec_compile.ceilings import Ceilings
+from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost_terms import Iteration, IterationCost, Term
+from sparsespec_compile.runtime.draft_length import IterationTime
 
 OVERHEAD = "launches"
 """Name under which the overhead of all launches is given."""
@@ -97,6 +99,16 @@ def cycle(batch: int, draft_tokens: int, length: float, budget: float) -> list[t
     few, larger = divmod(batch, phases)
     kinds = [((phases - larger) / phases, few), (larger / phases, few + 1)]
     return [(share, _iteration(batch, verifying, draft_tokens, length, budget)) for share, verifying in kinds if share]
+
+
+def iteration_time(cost: IterationCost, config: SpecConfig, ceilings: Ceilings) -> IterationTime:
+    """Predicted seconds of a mean iteration, by drafts of a cycle, mean cached length and requests."""
+
+    def seconds(drafts: int, length: float, requests: int) -> float:
+        budget = length if config.drafter == "full" else config.budget(round(length))
+        return predict_mean(cost, cycle(requests, drafts, length, budget), ceilings).seconds
+
+    return seconds
 
 
 def _iteration(batch: int, verifying: int, draft_tokens: int, length: float, budget: float) -> Iteration:

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 IterationTime = Callable[[int, float, int], float]
 """(drafts of a cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
 
+
+def no_prediction(drafts: int, length: float, requests: int) -> float:
+    """The `IterationTime` of an engine whose number of drafts is fixed: it is never asked."""
+    raise NotImplementedError("the number of drafts is fixed, so no iteration time was given")
+
+
 _FIRST_GUESS = 0.95
 """Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
 
-_ACCEPTANCE_RATE = 0.02
+_ACCEPTANCE_RATE = 0.005
 _FORGETTING = 1e-4
 """Weight of a verified draft, and of the first guess in each choice: what was not tried for long is tried again."""
 
@@ -25,6 +31,10 @@ a compilation, a capture or a pause of the caller's."""
 
 _GAIN_TO_CHANGE = 1.01
 """A change costs each request a short cycle, so it must promise this much."""
+
+_WORTH_A_TRY = 1.5
+"""A neighbour of the present choice that was never in use is tried once unless it looks slower by this factor: one
+correction for all would miss that rows or reads alone cost more than predicted."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class DraftLength:
         self._most = most
         self._predicted = iteration_time
         self._right = [_FIRST_GUESS] * most
-        self._correction: dict[int, float] = {}
+        self._correction: dict[int, tuple[float, int]] = {}
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Take note of a verification: of `drafts` drafts the first `accepted` were right."""
@@ -66,11 +76,10 @@ class DraftLength:
             return
         load = _load(lengths)
         ratio = seconds / self._predicted(self.current, load.length, load.requests)
-        known = self._correction.get(self.current)
-        if known is None:
-            self._correction[self.current] = ratio
-        elif ratio < _OUTLIER * known:
-            self._correction[self.current] = known + _TIME_RATE * (ratio - known)
+        mean, count = self._correction.get(self.current, (ratio, 0))
+        if ratio < _OUTLIER * mean:
+            rate = max(_TIME_RATE, 1 / (count + 1))
+            self._correction[self.current] = (mean + rate * (ratio - mean), count + 1)
 
     def choose(self, lengths: list[int]) -> int:
         """The number of drafts for requests of these cached lengths; keeps the present one unless another is better."""
@@ -82,6 +91,12 @@ class DraftLength:
         best = max(range(self._most + 1), key=speeds.__getitem__)
         if speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
             self.current = best
+            return self.current
+        for neighbour in (self.current - 1, self.current + 1):
+            untried = 0 <= neighbour <= self._most and neighbour not in self._correction
+            if untried and self._correction and speeds[neighbour] * _WORTH_A_TRY > speeds[self.current]:
+                self.current = neighbour
+                break
         return self.current
 
     def _speed(self, drafts: int, load: _Load) -> float:
@@ -97,7 +112,7 @@ class DraftLength:
         """Measured over predicted, of the nearest number of drafts that was in use; 1 before any was."""
         if not self._correction:
             return 1.0
-        return self._correction[min(self._correction, key=lambda known: abs(known - drafts))]
+        return self._correction[min(self._correction, key=lambda known: abs(known - drafts))][0]
 
 
 def _load(lengths: list[int]) -> _Load:

@@ -144,6 +144,9 @@ def place_rows(state: State, inputs: StepInputs, rows: int, reads_scores: bool) 
     state.page_table.view(-1).index_put_((inputs.update_at.long(),), inputs.update_page)
     prefill = inputs.mode == _PREFILL
     cached = torch.where(prefill, inputs.offset, state.length + inputs.offset)
+    # A slot's new owner must not meet its old owner's pillars.
+    for renewed in (state.pillar_count, state.recent_start):
+        renewed.masked_fill_(prefill, 0)
     # Rows that only tokens past the request's last one would need are dropped here, on the device.
     count = torch.minimum(inputs.rows, (inputs.max_length - 1 - cached).clamp(min=0))
     slot, place = inputs.row_slot[:rows].long(), inputs.row_place[:rows].long()

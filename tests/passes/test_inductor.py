@@ -1,4 +1,4 @@
-"""The compiled graph under Inductor: one compilation for all sizes, and the pool never copied.
+"""The regions under Inductor: one compilation for all sizes, and the pool never copied.
 
 An op that writes into views of one pool makes a compiler that works on values copy the pool, in the worst case in
 every layer. The generated code shows it: then the pool goes somewhere else than into the attention op.
@@ -8,12 +8,14 @@ import re
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from sparsespec_compile.kernels.ops import dual_mode_attention
+from sparsespec_compile.passes.compile_regions import inductor
 from sparsespec_compile.passes.pipeline import compile_model
 
-from .families import logits, tiny, tokens
+from .families import tiny, tokens
 from .prefill import prefill_step
 
 OP = "torch.ops.sparsespec.dual_mode_attention.default"
@@ -40,52 +42,78 @@ def uses_outside_attention(code):
     calls = [line for line in lines if OP + "(" in line]
     pools = {pool_argument(line) for line in calls}
     mentions = [line for line in lines if any(re.search(rf"\b{pool}\b", line) for pool in pools)]
-    passive = re.compile(rf"assert_size_stride\(|{'|'.join(rf'del {pool}' for pool in pools)}|.* = args$")
+    deleted = "|".join(rf"del {pool}" for pool in pools)
+    passive = re.compile(rf"assert_size_stride\(|{deleted}|.* = args$|\w+_size = \w+\.size\(\)$")
     copied = [line for line in calls if pool_argument(line).startswith("buf")]
     return copied + [line for line in mentions if line not in calls and not passive.match(line)]
 
 
-def run_compiled(graph_module, layout, sequences, slots):
+def run(forward, layout, sequences, slots):
     step = prefill_step(layout, sequences, slots)
     with torch.no_grad():
-        return graph_module(*step.inputs)[0], step
+        return forward(*step.inputs)[0], step.pool, step.scores
+
+
+def narrow(family):
+    """Three layers, of which the latter two are alike."""
+    return compile_model(tiny(family, num_hidden_layers=3), page_size=16)
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    model = tiny("qwen3", num_hidden_layers=2)
-    return model, compile_model(model, page_size=16)
+    """A compiled model, its forward pass, and the code that Inductor made, one for each distinct region."""
+    result = narrow("qwen3")
+    forward, codes = run_and_get_code(result.compile_regions)
+    return result, forward, codes
 
 
-def test_one_compilation_serves_all_sizes_and_copies_no_pool(compiled):
-    model, result = compiled
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
-    optimized = torch.compile(result.graph_module, dynamic=True, fullgraph=True, backend=counter)
+def compilations():
+    """Graphs that AOTAutograd was given, and those that Dynamo was."""
+    return counters["aot_autograd"]["total"], counters["stats"]["unique_graphs"]
+
+
+def test_one_compilation_serves_all_layers_and_sizes(compiled):
+    result, forward, _ = compiled
+    before = compilations()
     first, second = tokens(11, seed=1), tokens(37, seed=2)
-    (out, step), (code,) = run_and_get_code(run_compiled, optimized, result.layout, [first, second], 3)
-    assert torch.allclose(out[11:], logits(model, second), rtol=1e-4, atol=1e-4)
-    for sequences, slots in ([second], 4), ([first[:2]], 2), ([second, first, second[:5]], 7):
-        out, step = run_compiled(optimized, result.layout, sequences, slots)
-        expected, eager_step = run_compiled(result.graph_module, result.layout, sequences, slots)
-        assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
-        assert torch.allclose(step.pool, eager_step.pool, rtol=1e-4, atol=1e-4)
-        assert torch.allclose(step.scores, eager_step.scores, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
-    assert code.count(OP + "(") == len(result.layout.layers)
-    assert uses_outside_attention(code) == []
+    for sequences, slots in ([first, second], 3), ([second], 4), ([first[:2]], 1), ([second, first, second[:5]], 53):
+        got = run(forward, result.layout, sequences, slots)
+        expected = run(result.graph_module, result.layout, sequences, slots)
+        for ours, eager in zip(got, expected, strict=True):
+            assert torch.allclose(ours, eager, rtol=1e-4, atol=1e-4)
+    assert compilations() == before
+
+
+def test_regions_copy_no_pool(compiled):
+    result, _, codes = compiled
+    assert len(codes) == len(result.split.distinct) == 3
+    with_attention = [code for code in codes if OP + "(" in code]
+    assert len(with_attention) == 2
+    assert all(code.count(OP + "(") == 1 and uses_outside_attention(code) == [] for code in with_attention)
+
+
+def test_the_same_model_again_comes_from_the_cache(compiled):
+    counters.clear()
+    narrow("qwen3").compile_regions()
+    assert counters["inductor"]["fxgraph_cache_hit"] == 3
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
 
 
 def test_the_search_for_copies_finds_one(compiled):
-    """The same graph with one index_put into the pool, which Inductor can only do on a copy of what follows."""
-    _, result = compiled
-    graph_module = torch.fx.GraphModule(result.graph_module, result.graph_module.graph)
+    """A region with one index_put into its view of the pool, which Inductor can only do on a copy of it."""
+    result, _, _ = compiled
 
-    def with_copy(*inputs):
-        pool = inputs[3].index_put((inputs[2],), inputs[3][:1])
-        return graph_module(*inputs[:3], pool, *inputs[4:])
+    def with_copy(region, inputs):
+        attention = region.graph.find_nodes(op="call_function", target=dual_mode_attention)
+        for node in attention:
+            with region.graph.inserting_before(node):
+                pages = region.graph.call_function(torch.ops.aten.slice.Tensor, (node.args[3], 0, 0, 1))
+                index = region.graph.call_function(torch.ops.aten.slice.Tensor, (node.args[6], 0, 0, 1))
+                put = region.graph.call_function(torch.ops.aten.index_put.default, (node.args[3], [index], pages))
+            node.args = (*node.args[:3], put, *node.args[4:])
+        region.recompile()
+        return inductor(region, inputs) if attention else region
 
-    torch._dynamo.reset()
-    optimized = torch.compile(with_copy, dynamic=True)
-    _, codes = run_and_get_code(run_compiled, optimized, result.layout, [tokens(9)], 3)
-    assert uses_outside_attention(codes[0])
+    _, codes = run_and_get_code(lambda: result.compile_regions(with_copy))
+    assert len(codes) == 2
+    assert all(uses_outside_attention(code) for code in codes)

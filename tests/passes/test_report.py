@@ -6,17 +6,17 @@ import io
 import pytest
 from rich.console import Console
 
-from sparsespec_compile.passes.pipeline import PASSES, compile_model
+from sparsespec_compile.passes.pipeline import PASSES, SPLIT, compile_model
 
 from .families import tiny
 
-NAMES = ["normalise", "prove row locality", "attention to dual mode", "fuse projections"]
+NAMES = ["normalise", "prove row locality", "attention to dual mode", "fuse projections", SPLIT]
 
 
 def test_passes_are_reported_in_order(bench):
     report = bench("gemma2").compiled.report
-    assert [kind.name for kind in PASSES] == NAMES
-    assert [record.name for record in report.passes] == ["capture", *NAMES, "verify shapes"]
+    assert [*(kind.name for kind in PASSES), SPLIT] == NAMES
+    assert [record.name for record in report.passes] == ["capture", *NAMES]
     assert all(record.seconds > 0 and record.matches > 0 for record in report.passes)
     assert report.seconds == pytest.approx(sum(record.seconds for record in report.passes))
 
@@ -34,6 +34,7 @@ def test_report_prints(bench):
     text = str(report)
     for word in ("Gemma2ForCausalLM", "torch", *NAMES, "model.layers.1.self_attn", "rewritten", "0.3536", "20", "5.0"):
         assert word in text
+    assert "split into regions: 3 regions, 3 distinct" in text
     assert "fused model.layers.0.mlp.gate_proj.weight + model.layers.0.mlp.up_proj.weight" in " ".join(text.split())
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(report)
@@ -65,5 +66,7 @@ def test_dumps_show_the_graph_before_and_after_each_pass(tmp_path, monkeypatch, 
     assert before.count("torch.ops.sparsespec.attention_site") == 2
     assert after.count("torch.ops.sparsespec.dual_mode_attention") == 2
     assert 'kv_pool: "f32[' in after
+    regions = (folder / "04_split_into_regions_after.py").read_text()
+    assert all(f"class region_{number}(torch.nn.Module)" in regions for number in range(3))
     for file in folder.iterdir():
         ast.parse(file.read_text())

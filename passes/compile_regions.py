@@ -1,0 +1,127 @@
+"""Compiles each distinct region of a split graph, once, before the first call and for all sizes.
+
+Inductor is given the regions themselves, without Dynamo: the symbolic sizes of their inputs are those of the graph, so
+no size is taken for another that happens to equal it, no size of 1 becomes a constant, and nothing is recompiled. What
+Inductor then takes for granted about sizes (that a buffer can be indexed with 32 bits, that rows can be
+sorted with 16) is checked in each call, and a step of other sizes runs uncompiled, with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch._inductor
+import torch.compiler.config
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from sparsespec_compile.kernels import ops
+
+from .errors import UncompiledStepWarning
+from .fakes import shape_env
+from .split import SplitGraph
+from .step_sizes import StepSizes
+
+Region = Callable[..., Sequence[Tensor]]
+"""Tensors in, tensors out, as the region's graph has them."""
+
+RegionCompiler = Callable[[GraphModule, list[Tensor]], Region]
+"""Takes a region's graph, which it may change, and fake tensors for its inputs."""
+
+OnCompiled = Callable[[int, int], object]
+"""Told how many regions are compiled, and of how many."""
+
+
+def inductor(region: GraphModule, inputs: list[Tensor]) -> Region:
+    """Compiles with TorchInductor, or takes from its cache on disk what another process has compiled."""
+    with _cache_of_these_ops():
+        return torch._inductor.compile(region, [*inputs])
+
+
+@contextmanager
+def _cache_of_these_ops() -> Iterator[None]:
+    """Makes our ops' fake implementations part of the key, since the cache does not look into them."""
+    before = torch.compiler.config.cache_key_tag
+    torch.compiler.config.cache_key_tag = before + hashlib.sha256(Path(ops.__file__).read_bytes()).hexdigest()
+    try:
+        yield
+    finally:
+        torch.compiler.config.cache_key_tag = before
+
+
+def compile_regions(
+    split: SplitGraph, compiler: RegionCompiler = inductor, on_compiled: OnCompiled | None = None
+) -> CompiledForward:
+    """Compiles each distinct region; the result has no compilation left to do."""
+    environment = shape_env(split.graph_module)
+    known = len(environment.guards)
+    compiled: dict[str, Region] = {}
+    seconds: dict[str, float] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name in split.distinct:
+            started = time.perf_counter()
+            compiled[name] = _compile(split.region(name), compiler)
+            seconds[name] = time.perf_counter() - started
+            if on_compiled is not None:
+                on_compiled(len(compiled), len(split.distinct))
+    sizes = StepSizes(split.graph_module, [guard.expr for guard in environment.guards[known:]])
+    return CompiledForward(split.graph_module, compiled, sizes, seconds)
+
+
+class CompiledForward:
+    """The forward pass on compiled regions: called as the flat graph is.
+
+    Attributes:
+        graph_module: calls the compiled regions, each with its layer's own parameters.
+        uncompiled: the same computation node by node.
+        sizes: what the compiled regions take for granted about the sizes of a call.
+        seconds: what each distinct region took to compile.
+    """
+
+    def __init__(
+        self, outer: GraphModule, compiled: dict[str, Region], sizes: StepSizes, seconds: dict[str, float]
+    ) -> None:
+        self.graph_module = GraphModule(outer, outer.graph)
+        self.uncompiled = outer
+        self.sizes = sizes
+        self.seconds = seconds
+        for name, region in compiled.items():
+            setattr(self.graph_module, name, _Call(region))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Logits `[1, R, V]`; `inputs` are those of the flat graph."""
+        broken = self.sizes.broken(inputs)
+        if broken is None:
+            return self.graph_module(*inputs)
+        warnings.warn(
+            f"a step runs uncompiled, as the compiled code holds only for {broken}. Other numbers of requests or rows "
+            "a step avoid that.",
+            UncompiledStepWarning,
+            stacklevel=2,
+        )
+        return self.uncompiled(*inputs)
+
+
+class _Call(nn.Module):
+    """A compiled region in the shape in which a graph can call it."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.region = region
+
+    def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.region(*inputs)
+
+
+def _compile(region: GraphModule, compiler: RegionCompiler) -> Region:
+    """Compiles a copy: compilers change the graph that they are given, and this one can also be run and dumped."""
+    graph = Graph()
+    graph.output(graph.graph_copy(region.graph, {}))
+    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    return compiler(GraphModule(nn.Module(), graph), inputs)

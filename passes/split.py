@@ -1,0 +1,155 @@
+"""The last stage: cuts the rewritten graph behind each attention node, so that equal layers are compiled once.
+
+Before, flat, for layers i and i + 1:
+    x1 = ... o_proj, norm, MLP, norm, qkv of layers i and i + 1 ...; rows1 = dual_mode_attention(q1, k1, v1, kv1, ...)
+After:
+    kv1 = aten.view(aten.slice(kv_pool, 1, o1, o1 + n), ...); s1 = aten.slice(scores, ...); p1 = ...
+    x1, rows1 = region_1(x0, rows0, o_proj0, ..., qkv1, kv1, s1, ..., p1)
+    x2, rows2 = region_1(x1, rows1, o_proj1, ..., qkv2, kv2, s2, ..., p2)
+
+The cut is behind the attention, not between layers, because it is the one place where nothing can be fused anyway:
+residual, norm and projection of neighbouring layers stay together. What differs from layer to layer is handed to the
+region: parameters, and the views of pool, scores and pillars, whose offsets would otherwise be constants inside it.
+
+Requires: a rewritten graph with `meta["val"]` on all nodes.
+Ensures: the same values; the outer graph has only inputs, parameters, views of the state and calls of regions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparsespec_compile.kernels.ops import dual_mode_attention
+
+from .base import describe, input_node
+from .dual_mode import STATE_INPUTS
+from .errors import GraphInvariantError
+from .fakes import attribute
+from .regions import Region, extract, inputs_of, is_size
+
+aten = torch.ops.aten
+
+STATE_VIEWS = frozenset({aten.slice.Tensor, aten.view.default})
+
+
+@dataclass(frozen=True)
+class SplitGraph:
+    """A graph as a sequence of calls of regions.
+
+    Attributes:
+        graph_module: computes what the flat graph does; its only submodules are the distinct regions.
+        calls: name of the submodule that each region of the sequence is.
+        whole: why the graph is one single region; None when it is cut.
+    """
+
+    graph_module: GraphModule
+    calls: tuple[str, ...]
+    whole: str | None = None
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        """The submodules, in the order of their first call."""
+        return tuple(dict.fromkeys(self.calls))
+
+    def region(self, name: str) -> GraphModule:
+        """The graph of a distinct region: tensors in, a tuple of tensors out."""
+        module = self.graph_module.get_submodule(name)
+        if not isinstance(module, GraphModule):
+            raise GraphInvariantError(f"{name} is a {type(module).__name__}; a split graph calls only graphs.")
+        return module
+
+    def __str__(self) -> str:
+        why = f" ({self.whole})" if self.whole else ""
+        return f"{len(self.calls)} regions, {len(self.distinct)} distinct{why}"
+
+
+def split(graph_module: GraphModule) -> SplitGraph:
+    """Cuts a rewritten graph, which stays as it is, behind each attention node."""
+    graph = graph_module.graph
+    outside, pieces = _cut(graph)
+    whole = _why_whole(graph, pieces)
+    if whole is not None:
+        pieces = [[node for piece in pieces for node in piece]]
+    wanted = set(graph.output_node().all_input_nodes).union(*map(inputs_of, pieces))
+    regions = [extract(piece, wanted) for piece in pieces]
+    names: dict[Hashable, str] = {}
+    calls = tuple(names.setdefault(region.signature, f"region_{len(names)}") for region in regions)
+    joined = _join(graph_module, outside, list(zip(calls, regions, strict=True)))
+    return SplitGraph(joined, calls, whole)
+
+
+def _cut(graph: Graph) -> tuple[list[Node], list[list[Node]]]:
+    """The nodes that stay outside, and those of each region. Sizes are in neither: each region reads its own."""
+    outside: list[Node] = []
+    pieces: list[list[Node]] = [[]]
+    piece_of: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "output" or is_size(node):
+            continue
+        if node.op in ("placeholder", "get_attr") or _is_state_view(node, outside):
+            outside.append(node)
+            continue
+        # Part of a tuple: with the call that gives the tuple, so that only tensors are handed over.
+        piece = piece_of[input_node(node, 0)] if node.target is operator.getitem else pieces[-1]
+        piece.append(node)
+        piece_of[node] = piece
+        if node.target is dual_mode_attention:
+            pieces.append([])
+    return outside, [piece for piece in pieces if piece]
+
+
+def _is_state_view(node: Node, outside: list[Node]) -> bool:
+    if node.target not in STATE_VIEWS or len(node.all_input_nodes) != 1:
+        return False
+    source = input_node(node, 0)
+    return source.target in STATE_INPUTS or (source in outside and source.op == "call_function")
+
+
+def _why_whole(graph: Graph, pieces: list[list[Node]]) -> str | None:
+    """The first write in place that more than one region could see: then all must be one region."""
+    piece_of = {node: number for number, piece in enumerate(pieces) for node in piece}
+    family: dict[Node, set[Node]] = {}
+    for node in piece_of:
+        aliases = [family.get(source, {source}) for source in _aliased(node)]
+        family[node] = {node}.union(*aliases)
+        for member in family[node]:
+            family[member] = family[node]
+    for node in piece_of:
+        for written in _aliased(node, writes=True):
+            if node.target is not dual_mode_attention and len({piece_of.get(member) for member in family[written]}) > 1:
+                return f"{describe(node)} writes in place into a value that several regions would share"
+    return None
+
+
+def _aliased(node: Node, writes: bool = False) -> list[Node]:
+    """The inputs of which the output may be a view, or that are written into."""
+    if not isinstance(node.target, OpOverload):
+        return [input_node(node, 0)] if node.target is operator.getitem else []
+    pairs = zip(node.target._schema.arguments, node.args, strict=False)
+    infos = [(declared.alias_info, value) for declared, value in pairs if isinstance(value, Node)]
+    return [value for info, value in infos if info is not None and (info.is_write or not writes)]
+
+
+def _join(source: GraphModule, outside: list[Node], calls: list[tuple[str, Region]]) -> GraphModule:
+    """The outer graph, on the parameters of `source` and one module for each name."""
+    graph = Graph()
+    values: dict[Node, Node] = {}
+    for node in outside:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    modules: dict[str, GraphModule] = {}
+    for name, region in calls:
+        modules.setdefault(name, region.module)
+        call = graph.call_module(name, tuple(values[node] for node in region.inputs))
+        for number, node in enumerate(region.outputs):
+            values[node] = graph.call_function(operator.getitem, (call, number))
+            values[node].meta["val"] = node.meta["val"]
+    graph.output(map_arg(source.graph.output_node().args[0], values.__getitem__))
+    paths = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    return GraphModule({**{path: attribute(source, path) for path in paths}, **modules}, graph)

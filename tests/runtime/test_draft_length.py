@@ -1,0 +1,157 @@
+"""The number of drafts chosen at run time: by prediction, by measured time, by acceptance; and the texts stay."""
+
+import dataclasses
+import random
+
+import pytest
+
+import sparsespec_compile as ss
+from sparsespec_compile.errors import CeilingsError, ConfigError
+from sparsespec_compile.runtime.draft_length import DraftLength
+
+from ..support.models import left_padded, tiny
+from ..support.toy import Toy, requests_of, run
+
+FIXED, ROW, TOKEN = 4e-3, 2e-5, 3e-8
+"""A made-up device: seconds of an iteration, of each row, and of each cached token that is read."""
+
+
+def seconds(drafts, length, requests, row=ROW):
+    rows = requests * (2 * drafts + 1) / (drafts + 1)
+    read = requests * length * (0.05 * drafts + 1) / (drafts + 1)
+    return FIXED + row * rows + TOKEN * read
+
+
+def speed(drafts, length, requests, right, row=ROW):
+    accepted = sum(right**nth for nth in range(1, drafts + 1))
+    return requests * (accepted + 1) / (drafts + 1) / seconds(drafts, length, requests, row)
+
+
+def settle(chooser, lengths, right, row=ROW, choices=400, seed=0):
+    """Lets the chooser see drafts that are right with this probability and iterations that take this long."""
+    rng = random.Random(seed)
+    for _ in range(choices):
+        drafts = chooser.current
+        for _ in range(4):
+            accepted = 0
+            while accepted < drafts and rng.random() < right:
+                accepted += 1
+            chooser.verified(drafts, accepted)
+        mean = sum(lengths) / len(lengths)
+        chooser.took(seconds(drafts, mean, len(lengths), row) * rng.uniform(0.97, 1.03), lengths)
+        chooser.choose(lengths)
+    return chooser.current
+
+
+@pytest.mark.parametrize("right", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize(("length", "requests"), [(200, 256), (200, 4), (8000, 64), (30000, 16), (8000, 1)])
+def test_never_much_slower_than_the_best_fixed_number(length, requests, right):
+    chosen = settle(DraftLength(8, seconds), [length] * requests, right)
+    best = max(speed(drafts, length, requests, right) for drafts in range(9))
+    assert speed(chosen, length, requests, right) > 0.97 * best
+
+
+def test_plain_for_many_short_requests_and_long_cycles_for_long_ones():
+    assert settle(DraftLength(8, seconds), [100] * 2000, 0.6) == 0
+    assert settle(DraftLength(8, seconds), [30000] * 16, 0.98) == 8
+
+
+def test_chooses_again_as_a_batch_drains_and_fills():
+    chooser = DraftLength(8, seconds)
+    assert settle(chooser, [300] * 2000, 0.8) <= 1
+    assert settle(chooser, [20000] * 12, 0.8, choices=600) >= 2
+    assert settle(chooser, [300] * 2000, 0.8, choices=600) <= 1
+
+
+def test_measured_times_correct_the_prediction():
+    """A device on which a row costs ten times what was predicted."""
+    wrong = settle(DraftLength(8, lambda *load: seconds(*load)), [2000] * 64, 0.9, row=20 * ROW)
+    best = max(speed(drafts, 2000, 64, 0.9, 20 * ROW) for drafts in range(9))
+    assert speed(wrong, 2000, 64, 0.9, 20 * ROW) > 0.95 * best
+    assert speed(settle(DraftLength(8, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
+
+
+def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():
+    chooser = DraftLength(4, seconds)
+    before = settle(chooser, [8000] * 64, 0.9)
+    for _ in range(50):
+        chooser.took(5.0, [8000] * 64)
+    assert chooser.choose([8000] * 64) == before
+
+
+def test_what_was_given_up_is_tried_again():
+    chooser = DraftLength(4, seconds)
+    assert settle(chooser, [20000] * 16, 0.0) == 0
+    for _ in range(60_000):
+        chooser.choose([20000] * 16)
+    assert chooser.current > 0
+
+
+class Changing:
+    """Changes its mind at every choice, in an order that meets every change."""
+
+    def __init__(self, most):
+        self.order = [a for first in range(most + 1) for second in range(most + 1) for a in (first, second)]
+
+    def verified(self, drafts, accepted):
+        assert 0 <= accepted <= drafts
+
+    def took(self, seconds, lengths):
+        assert seconds > 0
+
+    def choose(self, lengths):
+        self.order.append(self.order.pop(0))
+        return self.order[-1]
+
+
+@pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
+def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
+    toy = Toy()
+    monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Changing(most))
+    requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
+    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter=drafter, min_budget=4, max_requests=5)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    assert set(engine.stats.draft_tokens_by_iteration) == set(range(5))
+    assert engine.stats.cycles > 0
+
+
+def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):
+    """Pillars of long ago would leave drafts to read everything since: no draft before a verification renews them."""
+    toy = Toy()
+    engine = toy.engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
+    forward, reads = engine.target.forward, []
+
+    def spy(*inputs):
+        mode, _, rows, cached, _, _, _, _, recent = inputs[6:]
+        reads.append(int(((cached + 1 - recent) * ((mode == 1) & (rows > 0))).max()))
+        return forward(*inputs)
+
+    class Late(Changing):
+        def choose(self, lengths):
+            self.asked = getattr(self, "asked", 0) + 1
+            return 0 if self.asked < 3 else 3
+
+    engine.target = dataclasses.replace(engine.target, forward=spy)
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Late(most))
+    requests = requests_of((30, 12), 80)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    assert max(reads) <= 4 + 3 + 1  # verified, drafted, and the budget's local quarter
+
+
+def test_auto_on_a_model():
+    model = tiny("qwen3")
+    input_ids, mask = left_padded(3, 20)
+    expected = model.generate(input_ids, attention_mask=mask, max_new_tokens=60, do_sample=False)
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens="auto", min_budget=8, ceilings=ss.H200))
+    assert (fast.generate(input_ids, attention_mask=mask, max_new_tokens=60, do_sample=False) == expected).all()
+
+
+def test_auto_needs_to_know_the_device():
+    with pytest.raises(CeilingsError, match=r"No ceilings are known for 'cpu'"):
+        ss.optimize(tiny("qwen3", num_hidden_layers=1), ss.SpecConfig(draft_tokens="auto"))
+    with pytest.raises(ConfigError, match="ceilings must be"):
+        ss.SpecConfig(ceilings="H200")
+    for wrong in ("Auto", 1.5, None, -1):
+        with pytest.raises(ConfigError, match="draft_tokens must be an integer from 0 to 64"):
+            ss.SpecConfig(draft_tokens=wrong)

@@ -1,24 +1,40 @@
-"""How much of the time a GPU runs nothing, from a profiler's trace of its kernels and copies."""
+"""When a GPU runs nothing, from a profiler's trace of its kernels and copies."""
 
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+Span = tuple[float, float]
+"""Start and end, microseconds."""
 
-def idle_share(run: Callable[[], object]) -> float:
-    """Share of the time between the first and the last kernel of `run` in which no kernel and no copy ran."""
+
+def busy_spans(run: Callable[[], object]) -> list[Span]:
+    """Spans of `run` in which kernels or copies ran, in order, without overlaps."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    spans = sorted(
+    events = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    busy, reached = 0.0, spans[0][0]
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return 1.0 - busy / (reached - spans[0][0])
+    return merge(events)
+
+
+def merge(events: list[Span]) -> list[Span]:
+    """Spans in order of their start, joined where they overlap or touch."""
+    merged: list[Span] = []
+    for start, end in events:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def idle_share(spans: list[Span]) -> float:
+    """Share of the time between the first start and the last end that no span covers."""
+    busy = sum(end - start for start, end in spans)
+    return 1.0 - busy / (spans[-1][1] - spans[0][0])

@@ -22,6 +22,7 @@ from inflate import inflated_model
 from inflated_shape import PRESETS, preset
 from rich.console import Console
 from rich.table import Table
+from texts import common_share
 from throughput_engines import (
     ENGINES,
     EngineMissingError,
@@ -94,18 +95,11 @@ def row_of(workload: str, engine: str, settings: dict[str, Any], measured: Measu
 def equal_to_plain(results: list[tuple[str, Measured]]) -> dict[str, float]:
     """Share of our texts' tokens up to which they equal plain decoding's: 1.0 in float32."""
     plain = next((measured.texts for name, measured in results if name == "plain"), None)
-    shares = {}
-    for name, measured in results:
-        if plain is None or measured.texts is None or name == "plain":
-            continue
-        common = sum(_common(mine, other) for mine, other in zip(measured.texts, plain, strict=True))
-        shares[name] = common / sum(map(len, plain))
-    return shares
-
-
-def _common(mine: list[int], other: list[int]) -> int:
-    pairs = zip(mine, other, strict=False)
-    return next((nth for nth, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(other)))
+    return {
+        name: common_share(measured.texts, plain)
+        for name, measured in results
+        if plain is not None and measured.texts is not None and name != "plain"
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> Table:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_idle import idle_share
+from gpu_idle import busy_spans, idle_share
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile as ss
@@ -128,7 +128,7 @@ def _idle_while_decoding(fast: ss.OptimizedModel, load: Load, sampling: list[ss.
                 if fast.stats.iterations > begin + 30:
                     return
 
-        return idle_share(decode)
+        return idle_share(busy_spans(decode))
 
 
 def hf_generate(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:

@@ -12,6 +12,7 @@ from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.stats import Stats
 from sparsespec_compile.runtime.work import PageUpdate, Work
 from sparsespec_compile.sampling_params import Completion, SamplingParams
+from sparsespec_compile.stream import Tokens, TokenStream
 
 __all__ = [
     "H200",
@@ -28,6 +29,8 @@ __all__ = [
     "SparseSpecError",
     "SpecConfig",
     "Stats",
+    "TokenStream",
+    "Tokens",
     "Work",
     "advise",
     "optimize",

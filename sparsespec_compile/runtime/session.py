@@ -97,11 +97,13 @@ class Session:
 
     def advance(self) -> Iterator[Output]:
         """Enqueue one iteration and read the results of the one that has been under way longest, if it is time."""
+        started = time.perf_counter()
         for request in self._scheduler.admit():
             self._packer.admit(request.slot, request.max_length, request.params)
         work = self._scheduler.plan()
         if work or self._scheduler.residency.updates:
             self._enqueue(work)
+        self._recorder.stats.host_seconds += time.perf_counter() - started
         if len(self._flight) == self._flight.depth or (not work and len(self._flight)):
             yield from self._land()
         elif not work and self._scheduler.busy:
@@ -131,7 +133,9 @@ class Session:
     def _land(self) -> Iterator[Output]:
         frame = self._flight.land()
         logprobs = _variant([request for request, _ in frame.work]).logprobs
+        asked = time.perf_counter()
         tokens, all_logprobs = frame.read(logprobs=logprobs)
+        answered = time.perf_counter()
         self._recorder.begin_iteration(sum(item.rows for _, item in frame.work), self._scheduler.draft_tokens)
         outputs = []
         for request, item in frame.work:
@@ -152,6 +156,8 @@ class Session:
                 outputs.append((request, added))
         self._choose_drafts(frame.work)
         self._flight.give_back(frame)
+        self._recorder.stats.waited_seconds += answered - asked
+        self._recorder.stats.host_seconds += time.perf_counter() - answered
         yield from outputs
 
     def _choose_drafts(self, work: list[tuple[Request, Work]]) -> None:

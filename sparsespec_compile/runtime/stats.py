@@ -25,6 +25,8 @@ class Stats:
         kv_read_plain: elements that plain decoding would have read for the same tokens.
         pages_offloaded: pages that moved to host memory.
         pages_held: pages, of pool and host memory, in use when the call ended: 0 when every text came to its end.
+        host_seconds: time the host took to plan iterations, enqueue them and read what they gave, waiting left out.
+        waited_seconds: time the host waited for results.
         draft_tokens_by_iteration: drafts of a cycle, k, as of each iteration; changes only with "auto".
         rows_by_iteration: packed rows of each iteration: what its GEMMs work on.
         kv_read_by_iteration: key and value elements that the drafts and verifications of each iteration read.
@@ -40,6 +42,8 @@ class Stats:
     kv_read_plain: int = 0
     pages_offloaded: int = 0
     pages_held: int = 0
+    host_seconds: float = 0.0
+    waited_seconds: float = 0.0
     draft_tokens_by_iteration: list[int] = field(default_factory=list)
     rows_by_iteration: list[int] = field(default_factory=list)
     kv_read_by_iteration: list[int] = field(default_factory=list)

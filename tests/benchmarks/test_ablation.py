@@ -1,0 +1,40 @@
+"""The ablation in small, and what the profiler's spans are made of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from gpu_idle import idle_share, merge  # noqa: E402
+from texts import common_share  # noqa: E402
+
+
+def test_every_stage_writes_the_same_texts(tmp_path):
+    file = tmp_path / "ablation.json"
+    sizes = {"requests": 5, "max-requests": 4, "max-new-tokens": 40, "pool-tokens": 192, "host-pool-tokens": 2048}
+    arguments = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--device", "cpu", *arguments, "--json", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 5
+    assert all(row["texts_equal"] == 1.0 for row in rows)
+    assert [row["tokens"] for row in rows] == [rows[0]["tokens"]] * 5
+    assert rows[-1]["pages_offloaded"] > 0
+    assert not any(row["pages_offloaded"] for row in rows[:-1])
+
+
+def test_idle_is_what_no_span_covers():
+    spans = merge([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (7.0, 8.0), (8.0, 10.0)])
+    assert spans == [(0.0, 5.0), (7.0, 10.0)]
+    assert idle_share(spans) == pytest.approx(0.2)
+
+
+def test_texts_agree_up_to_the_first_difference():
+    assert common_share([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]) == pytest.approx(4 / 6)
+    assert common_share([[1, 2]], [[1, 2]]) == 1.0

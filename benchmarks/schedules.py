@@ -47,7 +47,7 @@ def measure(model, prompts: list[list[int]], new_tokens: int, schedule: str) -> 
     stats = fast.stats
     row = {
         "schedule": schedule,
-        "rows": stats.rows_by_iteration,
+        "rows": list(stats.rows_by_iteration),
         "kv_megabytes": [round(read * model.dtype.itemsize / 1e6, 3) for read in stats.kv_read_by_iteration],
     }
     return row, texts

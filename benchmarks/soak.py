@@ -79,12 +79,7 @@ def soak(fast: ss.OptimizedModel, count: int, seed: int, sample_every: int) -> d
 
         arrive(64)
         for piece in pieces:
-            if rng.random() < 0.01 and open_requests:
-                index = rng.choice(list(open_requests))
-                outcome["cancelled"] += len(pieces.cancel(index))
-                open_requests.pop(index)
-                bar.update()
-            if piece.completion is not None and piece.index in open_requests:
+            if piece.completion is not None:
                 request = open_requests.pop(piece.index)
                 outcome["completed"] += 1
                 if piece.index % sample_every == 0:
@@ -93,6 +88,11 @@ def soak(fast: ss.OptimizedModel, count: int, seed: int, sample_every: int) -> d
                 if outcome["completed"] % max(1, count // 20) == 0:
                     gc.collect()
                     outcome["resident_mib"].append(resident_mib())
+            if rng.random() < 0.01 and open_requests:
+                index = rng.choice(list(open_requests))
+                outcome["cancelled"] += len(pieces.cancel(index))
+                open_requests.pop(index)
+                bar.update()
             if len(open_requests) < 64:
                 arrive(rng.randint(1, 8))  # at least one, so that the stream never runs dry before the end
     return outcome

@@ -1,12 +1,21 @@
 """What speculation achieved: counted from each iteration's work and its result."""
 
+from collections import deque
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.work import Work
+
+LATEST = 8192
+"""Iterations of which single figures are kept."""
+
+
+def _latest() -> deque[int]:
+    return deque(maxlen=LATEST)
 
 
 @dataclass
@@ -27,9 +36,10 @@ class Stats:
         pages_held: pages, of pool and host memory, in use when the call ended: 0 when every text came to its end.
         host_seconds: time the host took to plan iterations, enqueue them and read what they gave, waiting left out.
         waited_seconds: time the host waited for results.
-        draft_tokens_by_iteration: drafts of a cycle, k, as of each iteration; changes only with "auto".
-        rows_by_iteration: packed rows of each iteration: what its GEMMs work on.
-        kv_read_by_iteration: key and value elements that the drafts and verifications of each iteration read.
+        draft_tokens_by_iteration: drafts of a cycle, k, as of each of the latest 8,192 iterations; changes only
+            with "auto".
+        rows_by_iteration: packed rows of these iterations: what their GEMMs work on.
+        kv_read_by_iteration: key and value elements that their drafts and verifications read.
     """
 
     draft_tokens: int
@@ -44,9 +54,9 @@ class Stats:
     pages_held: int = 0
     host_seconds: float = 0.0
     waited_seconds: float = 0.0
-    draft_tokens_by_iteration: list[int] = field(default_factory=list)
-    rows_by_iteration: list[int] = field(default_factory=list)
-    kv_read_by_iteration: list[int] = field(default_factory=list)
+    draft_tokens_by_iteration: deque[int] = field(default_factory=_latest)
+    rows_by_iteration: deque[int] = field(default_factory=_latest)
+    kv_read_by_iteration: deque[int] = field(default_factory=_latest)
 
     def __post_init__(self) -> None:
         self.accepted_at = [0] * self.draft_tokens
@@ -90,7 +100,7 @@ class StatsRecorder:
         self.stats = Stats(config.most_draft_tokens)
         self._config = config
         self._layers = [(layer.window, layer.elements_per_token()) for layer in layout.layers]
-        self._pillars: dict[Request, tuple[int, int]] = {}
+        self._pillars: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()  # requests end by the thousand
 
     def begin_iteration(self, rows: int, draft_tokens: int) -> None:
         """Count an iteration of `rows` packed rows in cycles of k drafts; what is recorded next belongs to it."""

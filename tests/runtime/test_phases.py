@@ -63,7 +63,7 @@ def spread():
     for schedule in ("balanced", "random", "in_phase"):
         engine = toy.engine(draft_tokens=3, min_budget=4, schedule=schedule, max_requests=16)
         texts = run(engine, requests_of([100, 10, 60, 5, 90, 20, 80, 30] * 2, 60))
-        steady = engine.stats.kv_read_by_iteration[8:60]
+        steady = list(engine.stats.kv_read_by_iteration)[8:60]
         result[schedule] = (statistics.pstdev(steady) / statistics.mean(steady), texts)
     return result
 

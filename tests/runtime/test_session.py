@@ -1,5 +1,7 @@
 """The loop around the step: what is enqueued when, how often it compiles, what it takes, and public steps."""
 
+import gc
+import weakref
 from functools import partial
 from itertools import pairwise
 
@@ -172,3 +174,19 @@ class TestCapturedStep:
         for _ in generation:
             pass
         assert run(engine, requests_of((3,), 9)) == [toy.decode(r) for r in requests_of((3,), 9)]
+
+
+def test_nothing_of_a_finished_request_is_kept(toy):
+    engine = toy.engine(draft_tokens=4, min_budget=4)
+    with engine.session(engine.needs([40] * 4)) as session:
+        requests = [weakref.ref(request) for request in _added(session, (5, 9, 12, 3))]
+        while session.busy:
+            list(session.advance())
+        gc.collect()
+        assert [request() for request in requests] == [None] * 4
+
+
+def _added(session, lengths):
+    for request in requests_of(lengths, 20):
+        session.add(request)
+        yield request

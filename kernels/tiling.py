@@ -8,7 +8,7 @@ import triton
 from .device import DeviceLimits
 
 LARGE_STEP_PAIRS = 16384
-"""(row, query head) pairs of a step from which on it is taken for one that prefills: computing bounds it, not memory."""
+"""(row, query head) pairs from which on a step is taken for one that prefills: computing bounds it, not memory."""
 
 _RESERVED = 1024
 """Bytes of shared memory that a program takes besides its tiles; the compiler's exchanges take about as many."""
@@ -57,7 +57,7 @@ class Tiling:
 
 
 def small_tile(group: int) -> int:
-    """Pairs of a draft's tile: a row of a KV head's query heads, and what the smallest product on tensor cores takes."""
+    """Pairs of a draft's tile: a row's query heads of a KV head, or what a product on tensor cores takes at least."""
     return padded(group)
 
 

@@ -42,8 +42,13 @@ def dual_mode_attention(
     scale: float,
     window: int,
     softcap: float,
+    tiling: Tiling | None = None,
 ) -> Tensor:
-    """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``. float16, bfloat16 and float32."""
+    """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``. float16, bfloat16 and float32.
+
+    ``tiling`` None chooses tiles by shapes and device. Equal calls give equal bits. How units of work are split depends
+    on all of a step, so the last bits of a request's rows may depend on its company.
+    """
     given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
     step = {name: tensor.contiguous() for name, tensor in zip(STEP_TENSORS, (*given, recent_start), strict=True)}
     check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap), TRITON_DTYPES)
@@ -61,7 +66,7 @@ def dual_mode_attention(
     layer = Layer(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, kv.shape[2])
     large_step = q.shape[0] * q.shape[1] >= LARGE_STEP_PAIRS
     with torch.cuda.device_of(q):
-        _launch(arguments, layer, tiling_for(layer, large_step, device_limits(q.device)))
+        _launch(arguments, layer, tiling or tiling_for(layer, large_step, device_limits(q.device)))
     return out
 
 

@@ -64,9 +64,9 @@ def plan_requests(
     UNIT_OVERHEAD: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
-    """For each request slot [REQUESTS]: its cost in the line, its whole tiles times heads, heads that need exact scores.
+    """Of each request [REQUESTS]: its cost in the line, its units outside of it, and its heads to be scored separately.
 
-    Every request is in one of the first two; the last counts those whose scores the attention pass cannot give.
+    A request is in one of the first two; the last is 0 where the attention pass gives the scores.
     """
     request_mode, row_count, cached_length, score_rows, pillar_count, recent_start = step
     slot = tl.arange(0, REQUESTS)

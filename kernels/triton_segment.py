@@ -110,8 +110,7 @@ def attend_segment(
             PRECISION,
         )
         if HAS_WINDOW:
-            if first_block == 0:
-                clear_scores(scores, tl.minimum(start, scored_end), BLOCK_N)
+            clear_scores(scores, tl.where(first_block == 0, tl.minimum(start, scored_end), 0), BLOCK_N)
     counted = real_pair & (place >= count - scored)
     share = 1.0 / tl.maximum(scored * GROUP, 1).to(tl.float32)
     looks = (emits, scores, scored_end, measure, counted, share)

@@ -19,7 +19,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def pairs_of_tile(first, count, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of each pair of a tile that begins with row ``first`` of ``count``: its row, its query head, whether it exists."""
+    """Row, query head and existence of each pair of a tile that begins with row ``first`` of ``count``."""
     BLOCK_ROWS: tl.constexpr = BLOCK_M // GROUP
     pair = tl.arange(0, BLOCK_M)
     place = first + pair // GROUP

@@ -15,9 +15,9 @@ from .test_triton_attention import check_result
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from sparsespec_compile.kernels import triton_attention  # noqa: E402
-from sparsespec_compile.kernels.device import INTERPRETER  # noqa: E402
-from sparsespec_compile.kernels.tiling import Tiling  # noqa: E402
+from sparsespec_compile.kernels import triton_attention
+from sparsespec_compile.kernels.device import INTERPRETER
+from sparsespec_compile.kernels.tiling import Tiling
 
 REQUESTS = [
     Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
@@ -29,7 +29,7 @@ REQUESTS = [
     Request(Mode.DRAFT, cached=3, rows=37),
     Request(Mode.PREFILL, rows=7, score_rows=2),
 ]
-"""In tiles of 8 rows: one tile, two (scores in a pass of their own), and more than stand in the line, of both heights."""
+"""In tiles of 8 or 16 rows: one tile, two (scores in a pass of their own), and more than stand in the line."""
 
 Sharing = tuple[int, Tiling]
 

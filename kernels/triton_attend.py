@@ -18,8 +18,36 @@ from .triton_segment import attend_segment
 from .triton_tiles import DRAFT
 from .triton_write import clear_rows
 
+# A kernel is compiled anew for each pattern of divisible sizes and addresses, which takes seconds. Those of q, k, v and
+# kv decide how wide loads are; the others change with every step or layer, and nothing hangs on them.
+_ANY_VALUE = (
+    "requests",
+    "rows",
+    "kv_heads",
+    "stride_table",
+    "stride_score_slot",
+    "stride_score_head",
+    "stride_pillar_request",
+    "stride_pillar_head",
+    "window",
+)
+_ANY_ADDRESS = (
+    "scores",
+    "counters",
+    "request_mode",
+    "row_start",
+    "row_count",
+    "cached_length",
+    "page_table",
+    "score_rows",
+    "score_slot",
+    "pillar_count",
+    "recent_start",
+    "pillar_index",
+)
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def attention_kernel(
     q,
     k,

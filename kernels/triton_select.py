@@ -62,7 +62,23 @@ def select_pillars(
         )
 
 
-@triton.jit
+# A kernel is compiled anew for each pattern of divisible sizes and addresses; only those of scores make loads wider.
+_ANY_VALUE = (
+    "requests",
+    "heads",
+    "positions",
+    "capacity",
+    "stride_slot",
+    "stride_length",
+    "stride_budget",
+    "stride_pillar_request",
+    "stride_pillar_head",
+    "stride_count",
+)
+_ANY_ADDRESS = ("score_slot", "scored_length", "budget", "pillar_index", "pillar_count")
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def select_kernel(
     scores,
     score_slot,

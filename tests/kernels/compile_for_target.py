@@ -100,12 +100,18 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) 
         signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
         if parameter.is_constexpr:
             constants[(index,)] = value
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif _is_known_to_be_divisible(parameter, value):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(source, target=target, options=options)
     copies = len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", compiled.asm["ptx"]))
     return kernel.fn.__name__, _stack_bytes(compiled.asm["cubin"]), compiled.metadata.shared, copies
+
+
+def _is_known_to_be_divisible(parameter: Any, value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not parameter.do_not_specialize_on_alignment
+    return not parameter.do_not_specialize and isinstance(value, int) and value % 16 == 0
 
 
 def _type(value: Any) -> str:

@@ -10,6 +10,9 @@ from .device import DeviceLimits
 LARGE_STEP_PAIRS = 16384
 """(row, query head) pairs from which on a step is taken for one that prefills: computing bounds it, not memory."""
 
+_REGISTERS = 65536
+"""Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""
+
 _RESERVED = 1024
 """Bytes of shared memory that a program takes besides its tiles; the compiler's exchanges take about as many."""
 
@@ -54,6 +57,12 @@ class Tiling:
     programs_per_sm: int
     unit_overhead: int = 2
     min_blocks: int = 4
+
+    @property
+    def registers(self) -> int | None:
+        """Most registers of a thread with which so many programs fit a multiprocessor; None if any number does."""
+        share = _REGISTERS // (32 * self.num_warps * self.programs_per_sm)
+        return share // 8 * 8 if share < 255 else None
 
 
 def small_tile(group: int) -> int:

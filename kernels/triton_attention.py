@@ -88,7 +88,7 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "MIN_BLOCKS": tiling.min_blocks,
     }
     named = {name: arguments[name] for name in attention_kernel.arg_names}
-    attention_kernel[(programs,)](**named, num_warps=tiling.num_warps)
+    attention_kernel[(programs,)](**named, num_warps=tiling.num_warps, maxnreg=tiling.registers)
 
 
 def _sizes(

@@ -12,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from triton.errors import TritonError
 
 from .device import device_limits
 from .errors import KernelUnavailableError
@@ -77,7 +79,7 @@ def _tune(
     layer = layer_of(heads)
     candidates = candidate_tilings(default_tiling(layer, large, limits))
     console.print(f"{entry_key(layer, large, limits)}: {len(candidates)} candidates")
-    usable = _compile(heads, large, candidates, options.jobs)
+    usable = _compile(heads, large, candidates, options, console)
     made = {name: _copies(heads, work, device) for name, work in steps.items()}
     timed = [(tiling, _times(made, tiling)) for tiling in tqdm(usable, desc="timing")]
     timed.sort(key=lambda entry: math.prod(entry[1].values()))
@@ -111,27 +113,28 @@ def candidate_tilings(default: Tiling) -> list[Tiling]:
     return list(dict.fromkeys(found))
 
 
-def _compile(heads: Heads, large: bool, candidates: list[Tiling], jobs: int) -> list[Tiling]:
+def _compile(
+    heads: Heads, large: bool, candidates: list[Tiling], options: argparse.Namespace, console: Console
+) -> list[Tiling]:
     """Those candidates that compile and fit; leaves what was compiled in Triton's cache."""
-    work = partial(fits, heads, large)
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        fitting = list(tqdm(pool.map(work, candidates), total=len(candidates), desc="compiling"))
-    return [tiling for tiling, fit in zip(candidates, fitting, strict=True) if fit]
+    work = partial(obstacle, heads, large)
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(tqdm(pool.map(work, candidates), total=len(candidates), desc="compiling"))
+    for reason, count in Counter(filter(None, found)).items():
+        console.print(f"{count} left out: {reason}")
+    return [tiling for tiling, reason in zip(candidates, found, strict=True) if reason is None]
 
 
-def fits(heads: Heads, large: bool, tiling: Tiling) -> bool:
-    """Whether a step runs with these tiles, one program of which may need more than the device has."""
-    from triton.runtime.errors import OutOfResources
-
-    group = heads.q_heads // heads.kv_heads
+def obstacle(heads: Heads, large: bool, tiling: Tiling) -> str | None:
+    """Why a step does not run with these tiles; None if it does."""
     rows = -(-LARGE_STEP_PAIRS // heads.q_heads) if large else 1
     step = make_step(heads, [Work(Mode.PREFILL, 0, rows)], torch.device("cuda", torch.cuda.current_device()))
     try:
         _call(step, tiling)()
         torch.cuda.synchronize()
-    except OutOfResources:
-        return False
-    return tiling.big_m >= group
+    except (TritonError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    return None
 
 
 def _copies(heads: Heads, work: list[Work], device: torch.device) -> list[Step]:

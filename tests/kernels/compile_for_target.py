@@ -43,7 +43,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Launch = tuple[JITFunction, dict[str, Any]]
 

@@ -18,7 +18,9 @@ BLOCK = 8192
 """Scores that a program holds in registers: 32 a thread."""
 
 NUM_WARPS = 8
-PROGRAMS_PER_SM = 4
+PROGRAMS_PER_SM = 3
+REGISTERS = 80
+"""Of a thread, with which three programs of 8 warps share a multiprocessor."""
 
 
 def select_pillars(
@@ -59,6 +61,7 @@ def select_pillars(
             REQUESTS=triton.next_power_of_2(requests),
             BLOCK=block,
             num_warps=NUM_WARPS if block == BLOCK else 4,
+            maxnreg=REGISTERS,
         )
 
 

@@ -76,7 +76,7 @@ def _launch(case: Case, device: str) -> tuple[Tensor, Case]:
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("window", [0, 37])
 def test_any_split_is_right(sharing: str, window: int, device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
-    case = build(Shape(window=window, kv_heads=1, q_heads=2), REQUESTS, torch.float32)
+    case = build(Shape(window=window, kv_heads=1, q_heads=2, scale=1.5), REQUESTS, torch.float32)
     seen = share(SHARINGS[sharing])
     output, actual = _launch(case, device)
     check_result(output, actual, expect(case, torch.float32, device))

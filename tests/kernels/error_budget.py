@@ -28,7 +28,7 @@ factor errs by d + 2 L e + 2 e, the argument of the second, at most 2 L + 24, is
 argument x_j - n is rounded. min lets errors through unenlarged. Averaged over the r rows and heads, with room:
     |error| <= (3 t + (4 L + 64 + r) e) s.
 The first factor vanishes below 2**-126: if all that the drafts of a row could see weighs less than 2**-100 of what it
-looks at, scores below that are lost. No case here comes near: |x| <= L < 50.
+looks at, scores below that are lost. No case here comes near that.
 
 A tenth is added for products of errors, which is plenty while t is below 0.03.
 """

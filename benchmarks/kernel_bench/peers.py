@@ -73,7 +73,8 @@ def flex_paged(step: Step) -> Call:
         raise PeerUnavailableError("contexts are shorter than a block")
     _, k, v = _contiguous(heads, 1, 1, requests * pages * FLEX_PAGE)
     q = torch.randn(requests, heads.q_heads, work.rows, heads.key_dim, device="cuda", dtype=heads.dtype)
-    table = torch.randperm(requests * pages, device="cuda").int().view(requests, 1, 1, pages)
+    table = torch.zeros(requests, 1, 1, requests * pages, dtype=torch.int32, device="cuda")
+    table[..., :pages] = torch.randperm(requests * pages, device="cuda").int().view(requests, 1, 1, pages)
     count = torch.full((requests, 1, 1), pages, dtype=torch.int32, device="cuda")
     mask = BlockMask.from_kv_blocks(
         torch.zeros_like(count),

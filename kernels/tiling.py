@@ -8,7 +8,9 @@ import triton
 from .device import DeviceLimits
 
 LARGE_STEP_PAIRS = 16384
-"""(row, query head) pairs from which on a step is taken for one that prefills: computing bounds it, not memory."""
+LARGE_STEP_ROWS = 16
+"""Packed (row, query head) pairs, and rows for each request slot, from which on a step is taken for one that prefills:
+computing bounds it, not memory. A step in which all slots verify has fewer rows for each."""
 
 _REGISTERS = 65536
 """Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""
@@ -63,6 +65,11 @@ class Tiling:
         """Most registers of a thread with which so many programs fit a multiprocessor; None if any number does."""
         share = _REGISTERS // (32 * self.num_warps * self.programs_per_sm)
         return share // 8 * 8 if share < 255 else None
+
+
+def is_large_step(rows: int, q_heads: int, requests: int) -> bool:
+    """Whether a step prefills, as far as its shapes tell, which are all that a captured step may go by."""
+    return rows * q_heads >= LARGE_STEP_PAIRS and rows >= LARGE_STEP_ROWS * requests
 
 
 def small_tile(group: int) -> int:

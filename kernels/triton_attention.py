@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import check_attention
 from .device import device_limits
 from .ops import STEP_TENSORS
-from .tiling import LARGE_STEP_PAIRS, Layer, Tiling, padded, small_tile
+from .tiling import Layer, Tiling, is_large_step, padded, small_tile
 from .triton_attend import attention_kernel
 from .triton_tiles import LOG2_E
 from .tuning import tiling_for
@@ -64,7 +64,7 @@ def dual_mode_attention(
         **_settings(scale, window, softcap, q.dtype),
     }
     layer = Layer(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, kv.shape[2])
-    large_step = q.shape[0] * q.shape[1] >= LARGE_STEP_PAIRS
+    large_step = is_large_step(q.shape[0], q.shape[1], request_mode.shape[0])
     with torch.cuda.device_of(q):
         _launch(arguments, layer, tiling or tiling_for(layer, large_step, device_limits(q.device)))
     return out

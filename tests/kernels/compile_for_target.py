@@ -22,7 +22,7 @@ from sparsespec_compile.kernels.device import DeviceLimits
 
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
-    "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 512),
+    "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 1024),
     "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Phi-3": (32, 32, 96, torch.float16, 2047, 0.0, 16),
     "float32": (7, 1, 64, torch.float32, 0, 0.0, 16),

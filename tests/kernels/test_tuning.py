@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
-from sparsespec_compile.kernels.tiling import Layer, default_tiling
+from sparsespec_compile.kernels.tiling import Layer, default_tiling, is_large_step
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
 LAYER = Layer(4, 128, 128, torch.bfloat16, 16)
@@ -92,6 +92,22 @@ def test_default_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv(tuning.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning.cache_path() == tmp_path / "sparsespec_compile" / "tiles.json"
+
+
+def test_only_prefilling_steps_are_large() -> None:
+    assert not is_large_step(64 * 9, 32, 64), "all slots verify"
+    assert not is_large_step(256 * 9, 32, 256)
+    assert is_large_step(8192, 32, 1)
+    assert is_large_step(2048, 32, 64)
+    assert not is_large_step(300, 32, 1)
+
+
+def test_default_tiles_fill_a_multiprocessor() -> None:
+    """Two programs share one where a step is small and heads are not wide, and a prompt's tiles are higher."""
+    assert (DEFAULT.programs_per_sm, DEFAULT.big_m, DEFAULT.registers) == (2, 64, None)
+    large = default_tiling(LAYER, True, LIMITS)
+    assert (large.programs_per_sm, large.big_m, large.registers) == (1, 128, None)
+    assert replace(DEFAULT, programs_per_sm=3).registers == 168
 
 
 def test_candidates_differ_and_hold_the_default() -> None:

@@ -128,7 +128,7 @@ def flashinfer_mixed(step: Step) -> Call:
     shape = (heads.q_heads, heads.kv_heads, heads.key_dim, heads.value_dim, 1)
     options = {"causal": True, "q_data_type": heads.dtype, "kv_data_type": heads.dtype}
     wrapper.plan(row_start, start, table, lengths.cuda(), *shape, **options)
-    return lambda: wrapper.run(q, cache)
+    return lambda: wrapper.run(q, cache, logits_soft_cap=0.0)
 
 
 def _flashinfer():

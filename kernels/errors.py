@@ -11,3 +11,7 @@ class KernelInputError(SparseSpecError, ValueError):
 
 class KernelUnavailableError(SparseSpecError, RuntimeError):
     """The tensors live on a device whose kernels cannot run here."""
+
+
+class TuningCacheWarning(UserWarning):
+    """A file of measured tile sizes cannot be used; kernels take their default ones."""

@@ -1,125 +1,331 @@
-"""Triton kernel of the dual-mode attention: every tile of rows reads what its request's request_mode lets it read."""
+"""Triton kernel of the dual-mode attention: one launch writes K/V, attends rows of every mode and gives out scores."""
 
 import triton
 import triton.language as tl
 
-from .triton_tiles import DRAFT, logits_base_2, owner_of_tile, token_pointers
+from .triton_plan import (
+    cost_of_unit,
+    emits_scores,
+    locate,
+    plan_requests,
+    program_at,
+    reading_of,
+    share_of_line,
+    tiles_of,
+)
+from .triton_scores import score_separately
+from .triton_segment import attend_segment
+from .triton_tiles import DRAFT
+from .triton_write import clear_rows
+
+# A kernel is compiled anew for each pattern of divisible sizes and addresses, which takes seconds. Those of q, k, v and
+# kv decide how wide loads are; the others change with every step or layer, and nothing hangs on them.
+_ANY_VALUE = (
+    "requests",
+    "rows",
+    "kv_heads",
+    "stride_table",
+    "stride_score_slot",
+    "stride_score_head",
+    "stride_pillar_request",
+    "stride_pillar_head",
+    "window",
+)
+_ANY_ADDRESS = (
+    "scores",
+    "counters",
+    "request_mode",
+    "row_start",
+    "row_count",
+    "cached_length",
+    "page_table",
+    "score_rows",
+    "score_slot",
+    "pillar_count",
+    "recent_start",
+    "pillar_index",
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def attention_kernel(
     q,
+    k,
+    v,
     kv,
+    scores,
     out,
-    lse,
+    parts,
+    counters,
     request_mode,
     row_start,
     row_count,
     cached_length,
     page_table,
+    score_rows,
+    score_slot,
     pillar_count,
     recent_start,
     pillar_index,
     requests,
+    rows,
+    kv_heads,
     stride_q_row,
     stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
     stride_page,
     stride_head,
     stride_slot,
     stride_table,
+    stride_score_slot,
+    stride_score_head,
     stride_pillar_request,
     stride_pillar_head,
-    scale,
     window,
-    softcap,
+    logit_scale,
+    cap,
     GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     KEY_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     REQUESTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    SMALL_M: tl.constexpr,
+    BIG_M: tl.constexpr,
+    SMALL_ROWS_PAD: tl.constexpr,
+    BIG_ROWS_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    LIST_STAGES: tl.constexpr,
+    UNIT_OVERHEAD: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (tile, KV head). ``lse`` [T, Hq] receives the base-2 logarithm of each softmax denominator."""
-    BLOCK_ROWS: tl.constexpr = BLOCK_M // GROUP
-    head = tl.program_id(1)
-    request, first = owner_of_tile(tl.program_id(0), request_mode, row_count, requests, BLOCK_ROWS, REQUESTS)
-    if request < 0:
-        return
-    count = tl.load(row_count + request)
-    cached = tl.load(cached_length + request)
-    pair = tl.arange(0, BLOCK_M)
-    place = first + pair // GROUP
-    real_row = (place < count) & (pair < BLOCK_ROWS * GROUP)
-    row = (tl.load(row_start + request) + place).to(tl.int64)
-    q_head = head * GROUP + pair % GROUP
-    key_dim = tl.arange(0, KEY_PAD)[None, :]
-    query = tl.load(
-        q + (row * stride_q_row + q_head * stride_q_head)[:, None] + key_dim,
-        mask=real_row[:, None] & (key_dim < KEY_DIM),
-        other=0.0,
-    )
-    row_position = cached + place
-    end = cached + tl.minimum(first + BLOCK_ROWS, count)
-    is_draft = tl.load(request_mode + request) == DRAFT
-    pillars = tl.where(is_draft, tl.load(pillar_count + request), 0)
-    start = tl.where(is_draft, tl.load(recent_start + request), 0)
-    if HAS_WINDOW:
-        start = tl.maximum(start, cached + first - window + 1)
+    """Persistent: any number of programs shares the work of a step, each taking its part of the plan.
 
-    request = request.to(tl.int64)
-    pillar_index += request * stride_pillar_request + head.to(tl.int64) * stride_pillar_head
-    lane = tl.arange(0, BLOCK_N)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
-    sparse_blocks = (pillars + BLOCK_N - 1) // BLOCK_N
-    dense_blocks = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
-    for block in range(0, sparse_blocks + dense_blocks):
-        entry = block * BLOCK_N + lane
-        chosen = entry < pillars
-        pillar = tl.load(pillar_index + entry, mask=chosen, other=0)
-        dense = start + (block - sparse_blocks) * BLOCK_N + lane
-        position = tl.where(block < sparse_blocks, pillar, dense)
-        real = tl.where(block < sparse_blocks, chosen, dense < end)
-        token = token_pointers(
-            kv,
-            page_table,
-            request,
-            head,
-            position,
-            real,
+    ``parts`` [programs, 2, max(SMALL_M, BIG_M) * (VALUE_DIM + 2)] float32 needs no initial value, ``counters``
+    [programs] int32 must be 0 and is 0 again afterwards.
+    """
+    step = (request_mode, row_count, cached_length, score_rows, pillar_count, recent_start)
+    settings = (window, logit_scale, cap)
+    PART_M: tl.constexpr = max(SMALL_M, BIG_M)
+    line, whole, separate = plan_requests(
+        step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, UNIT_OVERHEAD, REQUESTS
+    )
+    line_ends = tl.cumsum(line, 0)
+    total = tl.sum(line, 0)
+    sharing, at, line_end = share_of_line(total, MIN_BLOCKS)
+    whole_units = tl.sum(whole, 0)
+    separate_units = tl.sum(separate, 0)
+    # Whole units are dealt out from the last program on, to which a short line gives nothing.
+    dealt = tl.num_programs(0) - 1 - tl.program_id(0)
+    while (at < line_end) | (dealt < separate_units + whole_units):
+        in_line = at < line_end
+        scores_only = (at >= line_end) & (dealt < separate_units)
+        if in_line:
+            request, begin = locate(line_ends, at)
+            unit = (at - begin).to(tl.int32)
+        else:
+            if scores_only:
+                request, first_unit = locate(tl.cumsum(separate, 0), dealt)
+                unit = dealt - first_unit
+            else:
+                request, first_unit = locate(tl.cumsum(whole, 0), dealt - separate_units)
+                unit = dealt - separate_units - first_unit
+            begin = at
+            dealt += tl.num_programs(0)
+
+        kind = tl.load(request_mode + request)
+        first_row = tl.load(row_start + request).to(tl.int64)
+        count = tl.load(row_count + request)
+        cached = tl.load(cached_length + request)
+        scored = tl.load(score_rows + request)
+        pillars = tl.load(pillar_count + request)
+        recent = tl.load(recent_start + request)
+        small, tile_rows, tiles = tiles_of(kind, count, GROUP, SMALL_M, BIG_M)
+        emits = emits_scores(kind, scored, tiles)
+        end = cached + count
+        # In the line, every tile of a request reads the same blocks.
+        read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
+        all_blocks = (read + end - start + BLOCK_N - 1) // BLOCK_N
+        first_block, end_block = 0, all_blocks
+        first_program, last_program = 0, 0
+        if in_line:
+            lead = cost_of_unit(emits, pillars, recent, end, BLOCK_N, UNIT_OVERHEAD)
+            cost = lead + all_blocks
+            within = unit % cost
+            unit = unit // cost
+            unit_begin = at - within
+            stop = tl.minimum(line_end, unit_begin + cost)
+            first_block = tl.maximum(within - lead, 0)
+            end_block = tl.maximum((stop - unit_begin).to(tl.int32) - lead, 0)
+            first_program = program_at(unit_begin + lead, sharing, total)
+            last_program = program_at(unit_begin + cost - 1, sharing, total)
+            at = stop
+        head = unit % kv_heads
+        tile = unit // kv_heads
+        if not in_line:
+            # The last tiles of a prompt read most and go first.
+            tile = tl.where(scores_only, 0, tiles - 1 - tile)
+        first = tile * tile_rows
+        if not in_line:
+            end = tl.minimum(end, cached + first + tile_rows)
+            read, start = reading_of(kind, cached + first, pillars, recent, window, BLOCK_N, HAS_WINDOW)
+            all_blocks = (read + end - start + BLOCK_N - 1) // BLOCK_N
+            end_block = all_blocks
+
+        wide_request, wide_head = request.to(tl.int64), head.to(tl.int64)
+        q_base = q + first_row * stride_q_row + wide_head * (GROUP * stride_q_head)
+        stride_out_row = kv_heads * (GROUP * VALUE_DIM)
+        out_base = out + first_row * stride_out_row + wide_head * (GROUP * VALUE_DIM)
+        source = (
+            kv + wide_head * stride_head,
+            k + first_row * stride_k_row + wide_head * stride_k_head,
+            v + first_row * stride_v_row + wide_head * stride_v_head,
+            page_table + wide_request * stride_table,
             stride_page,
-            stride_head,
             stride_slot,
-            stride_table,
-            PAGE_SIZE,
+            stride_k_row,
+            stride_v_row,
+            cached,
         )
-        dim = tl.arange(0, KEY_PAD)[:, None]
-        keys = tl.load(token[None, :] + dim, mask=real[None, :] & (dim < KEY_DIM), other=0.0)
-        logits = logits_base_2(query, keys, scale, softcap, HAS_SOFTCAP, PRECISION)
-        visible = real[None, :] & (position[None, :] <= row_position[:, None])
+        index_base = pillar_index + wide_request * stride_pillar_request + wide_head * stride_pillar_head
+        slot = tl.load(score_slot + request, mask=scored > 0, other=0).to(tl.int64)
+        score_base = scores + slot * stride_score_slot + wide_head * stride_score_head
+        listed = (index_base, read, start, end)
+        measured_from = recent
         if HAS_WINDOW:
-            visible = visible & (position[None, :] > row_position[:, None] - window)
-        logits = tl.where(visible, logits, float("-inf"))
-        raised = tl.maximum(largest, tl.max(logits, 1))
-        # A row that has seen nothing yet keeps -inf, from which 0 must be subtracted: -inf - -inf is not a number.
-        shift = tl.where(raised == float("-inf"), 0.0, raised)
-        weight = tl.exp2(logits - shift[:, None])
-        fade = tl.exp2(largest - shift)
-        total = total * fade + tl.sum(weight, 1)
-        value_dim = tl.arange(0, VALUE_PAD)[None, :]
-        values = tl.load(token[:, None] + KEY_DIM + value_dim, mask=real[:, None] & (value_dim < VALUE_DIM), other=0.0)
-        sums = tl.dot(weight.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
-        largest = raised
-    value_dim = tl.arange(0, VALUE_PAD)[None, :]
-    pair_index = row * (tl.num_programs(1) * GROUP) + q_head
-    target = out + pair_index[:, None] * VALUE_DIM + value_dim
-    result = sums / total[:, None]
-    tl.store(target, result.to(out.dtype.element_ty), mask=real_row[:, None] & (value_dim < VALUE_DIM))
-    tl.store(lse + pair_index, largest + tl.log2(total), mask=real_row)
+            measured_from = tl.maximum(recent, cached - window + 1)
+        measured = (index_base, pillars, measured_from, cached + count)
+        blocks = (first_block, end_block, all_blocks)
+        score = (emits, score_base, scored)
+        workspace = (parts, counters, first_program, last_program)
+        if scores_only:
+            score_separately(
+                q_base,
+                stride_q_row,
+                stride_q_head,
+                source,
+                index_base,
+                score_base,
+                kind,
+                count,
+                scored,
+                pillars,
+                recent,
+                settings,
+                GROUP,
+                KEY_DIM,
+                KEY_PAD,
+                PAGE_SIZE,
+                BIG_M,
+                BLOCK_N,
+                STAGES,
+                HAS_WINDOW,
+                HAS_SOFTCAP,
+                PRECISION,
+            )
+        elif end_block > first_block:
+            if kind == DRAFT:
+                attend_segment(
+                    q_base,
+                    stride_q_row,
+                    stride_q_head,
+                    out_base,
+                    stride_out_row,
+                    source,
+                    listed,
+                    measured,
+                    blocks,
+                    (first, count),
+                    score,
+                    settings,
+                    workspace,
+                    GROUP,
+                    KEY_DIM,
+                    VALUE_DIM,
+                    KEY_PAD,
+                    VALUE_PAD,
+                    SMALL_ROWS_PAD,
+                    PAGE_SIZE,
+                    SMALL_M,
+                    BLOCK_N,
+                    PART_M,
+                    STAGES,
+                    LIST_STAGES,
+                    True,
+                    HAS_WINDOW,
+                    HAS_SOFTCAP,
+                    PRECISION,
+                )
+            elif small:
+                attend_segment(
+                    q_base,
+                    stride_q_row,
+                    stride_q_head,
+                    out_base,
+                    stride_out_row,
+                    source,
+                    listed,
+                    measured,
+                    blocks,
+                    (first, count),
+                    score,
+                    settings,
+                    workspace,
+                    GROUP,
+                    KEY_DIM,
+                    VALUE_DIM,
+                    KEY_PAD,
+                    VALUE_PAD,
+                    SMALL_ROWS_PAD,
+                    PAGE_SIZE,
+                    SMALL_M,
+                    BLOCK_N,
+                    PART_M,
+                    STAGES,
+                    LIST_STAGES,
+                    False,
+                    HAS_WINDOW,
+                    HAS_SOFTCAP,
+                    PRECISION,
+                )
+            else:
+                attend_segment(
+                    q_base,
+                    stride_q_row,
+                    stride_q_head,
+                    out_base,
+                    stride_out_row,
+                    source,
+                    listed,
+                    measured,
+                    blocks,
+                    (first, count),
+                    score,
+                    settings,
+                    workspace,
+                    GROUP,
+                    KEY_DIM,
+                    VALUE_DIM,
+                    KEY_PAD,
+                    VALUE_PAD,
+                    BIG_ROWS_PAD,
+                    PAGE_SIZE,
+                    BIG_M,
+                    BLOCK_N,
+                    PART_M,
+                    STAGES,
+                    LIST_STAGES,
+                    False,
+                    HAS_WINDOW,
+                    HAS_SOFTCAP,
+                    PRECISION,
+                )
+    clear_rows(out, rows, kv_heads * (GROUP * VALUE_DIM), request_mode, row_start, row_count, requests, REQUESTS)

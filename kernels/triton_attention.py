@@ -1,10 +1,10 @@
-"""Launcher of the Triton attention: writes K/V, attends, gives out scores.
+"""Launcher of the Triton attention: one kernel writes K/V, attends and gives out scores.
 
-Grids follow from shapes and settings alone and nothing is read back, so a call can be captured in a CUDA graph and
-replayed with other lengths, modes and pages.
+The grid follows from the device and the tile sizes alone and nothing is read back, so a call can be captured in a CUDA
+graph and replayed with other lengths, modes and pages.
 """
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
@@ -12,35 +12,15 @@ import triton
 from torch import Tensor
 
 from .checks import check_attention
+from .device import device_limits
 from .ops import STEP_TENSORS
+from .tiling import Layer, Tiling, is_large_step, padded, small_tile
 from .triton_attend import attention_kernel
-from .triton_scores import score_kernel
-from .triton_write import write_kernel
+from .triton_tiles import LOG2_E
+from .tuning import tiling_for
+from .workspace import counters, parts
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Tile sizes of a launch: BLOCK_M (row, query head) pairs by BLOCK_N keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_tiling(group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiling:
-    """Tiles that hold at least one row of a KV head's query heads and stay within registers and shared memory."""
-    token_bytes = (_padded(key_dim) + _padded(value_dim)) * dtype.itemsize
-    single = dtype == torch.float32
-    block_m = 16 if single or token_bytes > 512 else 64
-    return Tiling(
-        block_m=max(block_m, _padded(group)),
-        block_n=32 if token_bytes <= 1024 else 16,
-        num_warps=8 if single or group > 64 else 4,
-        num_stages=2,
-    )
 
 
 def dual_mode_attention(
@@ -62,52 +42,64 @@ def dual_mode_attention(
     scale: float,
     window: int,
     softcap: float,
+    tiling: Tiling | None = None,
 ) -> Tensor:
-    """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``. float16, bfloat16 and float32."""
+    """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``. float16, bfloat16 and float32.
+
+    ``tiling`` None chooses tiles by shapes and device. Equal calls give equal bits. How units of work are split depends
+    on all of a step, so the last bits of a request's rows may depend on its company.
+    """
     given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
     step = {name: tensor.contiguous() for name, tensor in zip(STEP_TENSORS, (*given, recent_start), strict=True)}
     check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap), TRITON_DTYPES)
+    if scale <= 0:
+        # The kernel takes the largest product for the largest logit.
+        q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), abs(scale) or 1.0
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     if q.shape[0] == 0:
         return out
     arguments = {
         **{"q": q, "k": k, "v": v, "kv": kv, "scores": scores, "pillar_index": pillar_index, "out": out, **step},
-        "lse": torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
         **_sizes(q, k, v, kv, scores, step, pillar_index),
         **_settings(scale, window, softcap, q.dtype),
     }
-    tiling = choose_tiling(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype)
+    layer = Layer(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, kv.shape[2])
+    large_step = is_large_step(q.shape[0], q.shape[1], request_mode.shape[0])
     with torch.cuda.device_of(q):
-        _launch_all(arguments, tiling)
+        _launch(arguments, layer, tiling or tiling_for(layer, large_step, device_limits(q.device)))
     return out
 
 
-def _launch_all(arguments: dict[str, Any], tiling: Tiling) -> None:
-    rows, q_heads = arguments["lse"].shape
-    requests, (_, kv_heads, positions) = arguments["requests"], arguments["scores"].shape
-    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    arguments = {**arguments, "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n}
-    _launch(write_kernel, (rows, kv_heads), arguments, {})
-    # Every request has at most one tile that is not full.
-    tiles = rows // (tiling.block_m // (q_heads // kv_heads)) + min(requests, rows)
-    _launch(attention_kernel, (tiles, kv_heads), arguments, options)
-    if positions and requests:
-        _launch(score_kernel, (triton.cdiv(positions, tiling.block_n), kv_heads, requests), arguments, options)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
-    """Start a kernel with those of the arguments that it names."""
-    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
+def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
+    device = arguments["q"].device
+    programs = device_limits(device).multiprocessors * tiling.programs_per_sm
+    small_m = small_tile(layer.group)
+    arguments |= {
+        "counters": counters(device, programs),
+        "parts": parts(device, programs, max(small_m, tiling.big_m) * (layer.value_dim + 2)),
+        "SMALL_M": small_m,
+        "BIG_M": tiling.big_m,
+        "SMALL_ROWS_PAD": triton.next_power_of_2(small_m // layer.group),
+        "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
+        "BLOCK_N": tiling.block_n,
+        "STAGES": tiling.stages,
+        "LIST_STAGES": tiling.list_stages,
+        "UNIT_OVERHEAD": tiling.unit_overhead,
+        "MIN_BLOCKS": tiling.min_blocks,
+    }
+    named = {name: arguments[name] for name in attention_kernel.arg_names}
+    attention_kernel[(programs,)](**named, num_warps=tiling.num_warps, maxnreg=tiling.registers)
 
 
 def _sizes(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, scores: Tensor, step: dict[str, Tensor], pillar_index: Tensor
 ) -> dict[str, int]:
-    """Sizes and strides as the kernels name them."""
+    """Sizes and strides as the kernel names them."""
     requests = step["request_mode"].shape[0]
-    group = q.shape[1] // k.shape[1]
     return {
         "requests": requests,
+        "rows": q.shape[0],
+        "kv_heads": k.shape[1],
         **_strides("q", q, "row", "head"),
         **_strides("k", k, "row", "head"),
         **_strides("v", v, "row", "head"),
@@ -117,13 +109,12 @@ def _sizes(
         "stride_table": step["page_table"].stride(0),
         **_strides("score", scores, "slot", "head"),
         **_strides("pillar", pillar_index, "request", "head"),
-        "GROUP": group,
+        "GROUP": q.shape[1] // k.shape[1],
         "KEY_DIM": q.shape[2],
         "VALUE_DIM": v.shape[2],
+        "KEY_PAD": padded(q.shape[2]),
+        "VALUE_PAD": padded(v.shape[2]),
         "PAGE_SIZE": kv.shape[2],
-        "GROUP_PAD": triton.next_power_of_2(group),
-        "KEY_PAD": _padded(q.shape[2]),
-        "VALUE_PAD": _padded(v.shape[2]),
         "REQUESTS": triton.next_power_of_2(max(requests, 1)),
     }
 
@@ -133,17 +124,14 @@ def _strides(prefix: str, tensor: Tensor, first: str, second: str) -> dict[str, 
 
 
 def _settings(scale: float, window: int, softcap: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Scale and soft-cap as ``logits_base_2`` takes them."""
+    log2_e = LOG2_E.value
     return {
-        "scale": scale,
         "window": window,
-        "softcap": softcap,
+        "logit_scale": 2.0 * scale * log2_e / softcap if softcap else scale * log2_e,
+        "cap": softcap * log2_e,
         "HAS_WINDOW": window > 0,
         "HAS_SOFTCAP": softcap > 0,
         # Float32 products on tensor cores would be rounded to 10 bits.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-
-
-def _padded(size: int) -> int:
-    """The power of two that a tile's dimension of this size takes; a dot takes 16 at least."""
-    return max(16, triton.next_power_of_2(size))

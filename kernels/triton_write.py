@@ -1,68 +1,54 @@
-"""Triton kernel that writes the new K/V into the page pool and clears the output of rows that belong to no request."""
+"""What the attention kernel writes besides its results: new tokens into the pool, zeros into rows of no request."""
 
 import triton
 import triton.language as tl
 
-from .triton_tiles import owner_of_row, token_pointers
+from .triton_tiles import IDLE
 
 
 @triton.jit
-def write_kernel(
-    k,
-    v,
-    kv,
-    out,
-    request_mode,
-    row_start,
-    row_count,
-    cached_length,
-    page_table,
-    requests,
-    stride_k_row,
-    stride_k_head,
-    stride_v_row,
-    stride_v_head,
-    stride_page,
-    stride_head,
-    stride_slot,
-    stride_table,
-    GROUP: tl.constexpr,
+def write_tokens(
+    source,
+    first,
+    count,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     KEY_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    REQUESTS: tl.constexpr,
 ):
-    """One program per (row, KV head)."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    key_dim = tl.arange(0, KEY_PAD)
-    value_dim = tl.arange(0, VALUE_PAD)
-    request = owner_of_row(row, request_mode, row_start, row_count, requests, REQUESTS)
-    if request < 0:
-        group = tl.arange(0, GROUP_PAD)[:, None]
-        target = out + ((row * tl.num_programs(1) + head) * GROUP + group) * VALUE_DIM + value_dim[None, :]
-        zeros = tl.zeros((GROUP_PAD, VALUE_PAD), out.dtype.element_ty)
-        tl.store(target, zeros, mask=(group < GROUP) & (value_dim[None, :] < VALUE_DIM))
-        return
-    position = tl.load(cached_length + request) + (row - tl.load(row_start + request)).to(tl.int32)
-    token = token_pointers(
-        kv,
-        page_table,
-        request.to(tl.int64),
-        head,
-        position,
-        True,
-        stride_page,
-        stride_head,
-        stride_slot,
-        stride_table,
-        PAGE_SIZE,
-    )
-    in_key, in_value = key_dim < KEY_DIM, value_dim < VALUE_DIM
-    new_key = tl.load(k + row * stride_k_row + head * stride_k_head + key_dim, mask=in_key)
-    new_value = tl.load(v + row * stride_v_row + head * stride_v_head + value_dim, mask=in_value)
-    tl.store(token + key_dim, new_key, mask=in_key)
-    tl.store(token + KEY_DIM + value_dim, new_value, mask=in_value)
+    """Copy the tile's rows of k and v, ROWS of ``count`` from ``first`` on, to their positions in the pool."""
+    pool, keys, values, table, stride_page, stride_slot, stride_key_row, stride_value_row, cached = source
+    in_tile = tl.arange(0, ROWS_PAD)
+    row = (first + in_tile).to(tl.int64)
+    mine = (in_tile < ROWS) & (row < count)
+    position = cached + first + in_tile
+    page = tl.load(table + position // PAGE_SIZE, mask=mine, other=0).to(tl.int64)
+    token = (pool + page * stride_page + (position % PAGE_SIZE) * stride_slot)[:, None]
+    dim = tl.arange(0, KEY_PAD)[None, :]
+    mask = mine[:, None] & (dim < KEY_DIM)
+    tl.store(token + dim, tl.load(keys + (row * stride_key_row)[:, None] + dim, mask=mask), mask=mask)
+    dim = tl.arange(0, VALUE_PAD)[None, :]
+    mask = mine[:, None] & (dim < VALUE_DIM)
+    tl.store(token + KEY_DIM + dim, tl.load(values + (row * stride_value_row)[:, None] + dim, mask=mask), mask=mask)
+
+
+@triton.jit
+def clear_rows(out, rows, width, request_mode, row_start, row_count, requests, REQUESTS: tl.constexpr):
+    """Zero the rows of ``out`` [rows, width] that belong to no request, every program its share."""
+    slot = tl.arange(0, REQUESTS)
+    inside = slot < requests
+    kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
+    count = tl.load(row_count + slot, mask=inside & (kind != IDLE), other=0)
+    # Requests do not share rows.
+    if tl.sum(count, 0) < rows:
+        start = tl.load(row_start + slot, mask=inside, other=0)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            owned = tl.sum(((start <= row) & (row < start + count)).to(tl.int32), 0)
+            if owned == 0:
+                target = out + tl.cast(row, tl.int64) * width
+                for low in range(0, width, 1024):
+                    element = low + tl.arange(0, 1024)
+                    tl.store(target + element, tl.zeros((1024,), out.dtype.element_ty), mask=element < width)

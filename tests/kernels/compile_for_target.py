@@ -18,15 +18,24 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sparsespec_compile.kernels import triton_attention, triton_select
+from sparsespec_compile.kernels.device import DeviceLimits
 
 LAYERS = {
-    "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0),
-    "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0),
-    "Phi-3": (32, 32, 96, torch.float16, 2047, 0.0),
-    "float32": (7, 1, 64, torch.float32, 0, 0.0),
-    "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0),
+    "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
+    "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 1024),
+    "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
+    "Phi-3": (32, 32, 96, torch.float16, 2047, 0.0, 16),
+    "float32": (7, 1, 64, torch.float32, 0, 0.0, 16),
+    "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0, 16),
 }
-"""Name: query heads, KV heads, head dimension, dtype, window, soft-cap."""
+"""Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step."""
+
+TARGETS = {
+    80: (164, ("Phi-3", "float32")),
+    86: (100, ("Qwen3-8B",)),
+    90: (228, ("Qwen3-8B", "Qwen3-8B, prefilling", "Gemma-2", "71 heads")),
+}
+"""Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
 
 POINTERS = {
     torch.int32: "*i32",
@@ -34,18 +43,22 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Launch = tuple[JITFunction, dict[str, Any]]
 
 
 def main() -> None:
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    capability = int(sys.argv[1])
+    target = GPUTarget("cuda", capability, 32)
+    shared, layers = TARGETS[capability]
+    limits = DeviceLimits("none", capability, 100, shared * 1024)
+    triton_attention.device_limits = triton_select.device_limits = lambda _: limits
     launches: list[Launch] = []
     JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
     results = []
-    for name, layer in LAYERS.items():
-        _launch_attention(*layer)
+    for name in layers:
+        _launch_attention(*LAYERS[name])
         results += [(name, *_compile(*launch, target)) for launch in launches]
         launches.clear()
     _launch_select()
@@ -57,8 +70,10 @@ def _by_name(kernel: JITFunction, positional: tuple[Any, ...], named: dict[str, 
     return {**dict(zip(kernel.arg_names, positional, strict=False)), **named}
 
 
-def _launch_attention(q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int, softcap: float) -> None:
-    q, k = torch.zeros(16, q_heads, dim, dtype=dtype), torch.zeros(16, kv_heads, dim, dtype=dtype)
+def _launch_attention(
+    q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int, softcap: float, rows: int
+) -> None:
+    q, k = torch.zeros(rows, q_heads, dim, dtype=dtype), torch.zeros(rows, kv_heads, dim, dtype=dtype)
     kv = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=dtype)
     scores, pillars = torch.zeros(64, kv_heads, 48), torch.zeros(64, kv_heads, 16, dtype=torch.int32)
     slot = torch.zeros(64, dtype=torch.int32)
@@ -74,8 +89,10 @@ def _launch_select() -> None:
     )
 
 
-def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int]:
-    """Name, bytes of stack a thread and bytes of shared memory. Arguments divisible by 16 are known to be."""
+def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int, int]:
+    """Name, bytes of stack a thread, bytes of shared memory and 16-byte asynchronous copies.
+
+    Arguments divisible by 16 are known to be."""
     options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
     signature, constants, hints = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -83,11 +100,18 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) 
         signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
         if parameter.is_constexpr:
             constants[(index,)] = value
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif _is_known_to_be_divisible(parameter, value):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(source, target=target, options=options)
-    return kernel.fn.__name__, _stack_bytes(compiled.asm["cubin"]), compiled.metadata.shared
+    copies = len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", compiled.asm["ptx"]))
+    return kernel.fn.__name__, _stack_bytes(compiled.asm["cubin"]), compiled.metadata.shared, copies
+
+
+def _is_known_to_be_divisible(parameter: Any, value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not parameter.do_not_specialize_on_alignment
+    return not parameter.do_not_specialize and isinstance(value, int) and value % 16 == 0
 
 
 def _type(value: Any) -> str:

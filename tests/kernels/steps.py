@@ -29,5 +29,6 @@ LAYERS = {
     "window": Shape(window=6),
     "window of 1": Shape(window=1),
     "softcap": Shape(softcap=3.0, scale=1.0),
+    "sharp": Shape(scale=1.5),
     "unequal dims": Shape(key_dim=24, value_dim=5, window=9, softcap=5.0, page_size=16),
 }

@@ -1,6 +1,11 @@
 """What only a GPU shows: models' own shapes at length, CUDA graphs, pools beyond 2**31 elements."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +30,21 @@ STEP = [
     Request(Mode.PREFILL, rows=1, score_rows=0),
     Request(Mode.DRAFT, cached=5003, rows=1, pillars=251, recent=5000),
     Request(Mode.PREFILL, rows=97, score_rows=9),
+    Request(Mode.VERIFY, cached=1, rows=1, score_rows=1, pillars=1, recent=1),
+    Request(Mode.VERIFY, cached=300, rows=40, score_rows=40, pillars=20, recent=290),
+    Request(Mode.DRAFT, cached=64, pillars=64, recent=64),
+    Request(Mode.VERIFY, cached=63, rows=9, score_rows=9, pillars=63, recent=63),
+    Request(Mode.VERIFY, cached=4096),
 ]
+"""Lengths 1, at page and block boundaries and long, budgets of everything there is, scores on and off, tiles of every
+kind and more rows than a tile has."""
 
 MODELS = {
     "Qwen3-8B": (Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5), torch.bfloat16),
     "Qwen3-8B, page 1": (Shape(32, 8, 128, 128, page_size=1, scale=128**-0.5), torch.bfloat16),
+    "Qwen3-8B, page 128": (Shape(32, 8, 128, 128, page_size=128, scale=128**-0.5), torch.bfloat16),
+    "Qwen3-1.7B": (Shape(16, 8, 128, 128, page_size=16, scale=128**-0.5), torch.bfloat16),
+    "64-wide heads": (Shape(32, 8, 64, 64, page_size=16, scale=0.125), torch.float16),
     "Qwen2.5-7B": (Shape(28, 4, 128, 128, page_size=16, scale=128**-0.5), torch.float16),
     "Gemma-2": (Shape(8, 4, 256, 256, page_size=16, window=1000, softcap=50.0, scale=0.0625), torch.bfloat16),
     "Phi-3": (Shape(32, 32, 96, 96, page_size=16, window=2047, scale=96**-0.5), torch.bfloat16),
@@ -44,6 +59,22 @@ def test_step_at_length(model: str) -> None:
     expected = expect(case, dtype, "cuda")
     actual = case.to(dtype, "cuda")
     check_result(ops.dual_mode_attention(*actual.arguments()), actual, expected)
+
+
+def test_one_long_request_beside_many_short_ones() -> None:
+    """The long one is split over most programs."""
+    requests = [
+        *(Request(Mode.DRAFT, cached=90 + b, pillars=40, recent=80) for b in range(60)),
+        Request(Mode.VERIFY, cached=131072, rows=9, score_rows=9, pillars=6554, recent=131072),
+        *(Request(Mode.VERIFY, cached=b, rows=9, score_rows=9) for b in range(60)),
+    ]
+    case = build(Shape(8, 2, 64, 64, page_size=16, scale=0.125), requests, torch.bfloat16)
+    actual = case.to(torch.bfloat16, "cuda")
+    expected = expect(case, torch.bfloat16, "cuda")
+    check_result(ops.dual_mode_attention(*actual.arguments()), actual, expected)
+    again = case.to(torch.bfloat16, "cuda")
+    assert torch.equal(ops.dual_mode_attention(*again.arguments()), ops.dual_mode_attention(*actual.arguments()))
+    assert torch.equal(again.tensors["scores"], actual.tensors["scores"])
 
 
 def test_site_on_cuda_equals_cpu() -> None:
@@ -66,7 +97,7 @@ def test_graph_replays_with_other_lengths() -> None:
     """A captured step and selection, replayed after modes, lengths, rows and pages changed in place: eager's bits."""
     shape = Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5)
     first = build(shape, STEP, torch.bfloat16).to(torch.bfloat16, "cuda")
-    others = [STEP[b] for b in (1, 0, 3, 2, 7, 6, 5, 4, 8)]
+    others = [STEP[b] for b in (1, 0, 3, 2, 7, 6, 5, 4, 8, 13, 12, 11, 10, 9)]
     second = build(shape, others, torch.bfloat16, seed=1).to(torch.bfloat16, "cuda")
     first, second = _alike(first, second)
     budget = torch.full((len(STEP),), 300, dtype=torch.int32, device="cuda")
@@ -83,6 +114,44 @@ def test_graph_replays_with_other_lengths() -> None:
         graph.replay()
         for got, wanted in zip(results, expected, strict=True):
             assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+def test_graphs_and_streams_share_nothing() -> None:
+    """Captures and eager calls at once on streams of their own give what they give alone, over and over."""
+    shape = Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5)
+    cases = [build(shape, STEP[:5], torch.bfloat16, seed).to(torch.bfloat16, "cuda") for seed in range(4)]
+    expected = [ops.dual_mode_attention(*case.arguments()).clone() for case in cases]
+    graphs, results = [], []
+    for case in cases[:2]:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append(ops.dual_mode_attention(*case.arguments()))
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        eager = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if i < 2:
+                    graphs[i].replay()
+                else:
+                    eager.append(ops.dual_mode_attention(*cases[i].arguments()))
+        torch.cuda.synchronize()
+        for got, wanted in zip((*results, *eager), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_sanitizer_finds_nothing() -> None:
+    """compute-sanitizer over a small step and a selection: no stray access, no race, nothing read uninitialised."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer on the PATH")
+    script = Path(__file__).with_name("sanitize.py")
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        assert run.returncode == 0, f"{tool}: {run.stdout[-3000:]}{run.stderr[-1000:]}"
 
 
 def _step_and_select(case: Case, budget: Tensor) -> tuple[Tensor, ...]:

@@ -7,18 +7,18 @@ triton = pytest.importorskip("triton", reason="Triton is published for Linux onl
 
 import triton.language as tl  # noqa: E402
 
-from sparsespec_compile.kernels.triton_tiles import token_pointers  # noqa: E402
+from sparsespec_compile.kernels.triton_tiles import pages_of, pool_pointers  # noqa: E402
 
 PAGE_SIZE, STRIDE_PAGE, STRIDE_HEAD, STRIDE_SLOT = 4, 1 << 26, 1 << 24, 1 << 20
 
 
 @triton.jit
-def _offset_kernel(kv, page_table, offsets, stride_page, stride_head, stride_slot, PAGE_SIZE: tl.constexpr):
+def _offset_kernel(kv, table, offsets, stride_page, stride_head, stride_slot, PAGE_SIZE: tl.constexpr):
     position = tl.arange(0, 16)
     head = tl.program_id(0)
-    token = token_pointers(
-        kv, page_table, 1, head, position, position < 16, stride_page, stride_head, stride_slot, 4, PAGE_SIZE
-    )
+    source = (kv + head.to(tl.int64) * stride_head, kv, kv, table, stride_page, stride_slot, 0, 0, 16)
+    page = pages_of(source, position, PAGE_SIZE)
+    token = pool_pointers(source, position, page, PAGE_SIZE)
     tl.store(offsets + head * 16 + position, token.to(tl.int64) - kv.to(tl.int64))
 
 
@@ -26,7 +26,7 @@ def test_offsets_beyond_32_bits(device: str) -> None:
     kv = torch.zeros(1, dtype=torch.bfloat16, device=device)
     table = torch.tensor([[0, 0, 0, 0], [3, 77, 2000, 100_000]], dtype=torch.int32, device=device)
     offsets = torch.zeros(2, 16, dtype=torch.int64, device=device)
-    _offset_kernel[(2,)](kv, table, offsets, STRIDE_PAGE, STRIDE_HEAD, STRIDE_SLOT, PAGE_SIZE)
+    _offset_kernel[(2,)](kv, table[1], offsets, STRIDE_PAGE, STRIDE_HEAD, STRIDE_SLOT, PAGE_SIZE)
     page = table[1].long().repeat_interleave(PAGE_SIZE)
     slot = torch.arange(16, device=device) % PAGE_SIZE
     head = torch.arange(2, device=device)[:, None]

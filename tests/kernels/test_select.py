@@ -96,11 +96,13 @@ def test_nothing_else_is_written() -> None:
     assert (index[..., CAPACITY:] == SENTINEL).all()
 
 
-@pytest.mark.parametrize("capacity", [CAPACITY, 0])
-def test_triton_equals_reference(capacity: int, device: str) -> None:
+@pytest.mark.parametrize(("capacity", "block"), [(CAPACITY, 8192), (0, 8192), (CAPACITY, 1024)])
+def test_triton_equals_reference(capacity: int, block: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a program holds whole, and rows of up to 3 times that."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     from sparsespec_compile.kernels import triton_select
 
+    monkeypatch.setattr(triton_select, "BLOCK", block)
     expected = _run(reference_select.select_pillars, capacity=capacity)
     actual = _run(triton_select.select_pillars, device, capacity)
     for name, *tensors in zip(CASES, *expected, *actual, strict=True):

@@ -68,37 +68,9 @@ def test_more_query_heads_than_a_tile_has_rows(device: str) -> None:
     check(build(Shape(q_heads=17, kv_heads=1), MIXED[:4], torch.float32), torch.float32, device)
 
 
-@pytest.mark.usefixtures("last_program_first")
-def test_programs_may_run_in_any_order(device: str) -> None:
-    """No program depends on another of its launch, nor do two write one place."""
-    check(build(Shape(q_heads=7, kv_heads=1), LONG[1:], torch.float32), torch.float32, device)
-
-
-def test_bits_do_not_depend_on_company_or_pages(device: str) -> None:
-    """A request alone, and again among others, in other rows and on other pages: the same bits."""
-    alone = build(Shape(), [MIXED[1]], torch.float32)
-    among = build(Shape(), MIXED, torch.float32, seed=1)
-    _transplant(alone, 0, among, 1)
-    alone, among = alone.to(torch.float32, device), among.to(torch.float32, device)
-    first, second = launch(alone), launch(among)
-    rows, start, other = MIXED[1].rows, alone.row_start[0], among.row_start[1]
-    assert torch.equal(first[start : start + rows], second[other : other + rows])
-    scored = MIXED[1].cached
-    slots = alone.tensors["score_slot"][0], among.tensors["score_slot"][1]
-    assert torch.equal(alone.tensors["scores"][slots[0], :, :scored], among.tensors["scores"][slots[1], :, :scored])
-
-
-def _transplant(source: Case, b: int, target: Case, other: int) -> None:
-    """Give request ``other`` of the target the tokens, pillars and rows of request ``b`` of the source."""
-    request, size = source.requests[b], source.shape.page_size
-    for position in range(request.cached):
-        pages = [case.tensors["page_table"][i, position // size] for case, i in ((source, b), (target, other))]
-        target.tensors["kv"][pages[1], :, position % size] = source.tensors["kv"][pages[0], :, position % size]
-    pillars = source.tensors["pillar_index"][b, :, : request.pillars]
-    target.tensors["pillar_index"][other, :, : request.pillars] = pillars
-    for name in ("q", "k", "v"):
-        rows = source.tensors[name][source.row_start[b] :][: request.rows]
-        target.tensors[name][target.row_start[other] :][: request.rows] = rows
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_are_not_positive(scale: float, device: str) -> None:
+    check(build(Shape(scale=scale), MIXED[:4], torch.float32), torch.float32, device)
 
 
 def test_no_rows_no_requests_no_scores(device: str) -> None:

@@ -1,0 +1,97 @@
+"""What ends a unit: its rows are written, or its part goes to the workspace and the last part to arrive joins them all.
+
+A part is (sums, total, largest): the weighted sum of values, the sum of weights and the largest logit that the weights
+are measured from, float32. Parts are joined in the order of their programs, whoever comes last, so that equal calls
+give equal bits. No program waits for another.
+
+A program leaves at most two parts: in its first place that of a unit which an earlier program began, in its second
+that of a unit which a later one continues. The counter of the program that began a unit counts the parts that are
+there; whoever joins them sets it back to 0, so that counters are 0 between launches.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_rows(target, sums, total, real, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr):
+    """Write the softmax average of values of each pair to ``target`` [BLOCK_M]."""
+    dim = tl.arange(0, VALUE_PAD)[None, :]
+    result = (sums / total[:, None]).to(target.dtype.element_ty)
+    tl.store(target[:, None] + dim, result, mask=real[:, None] & (dim < VALUE_DIM))
+
+
+@triton.jit
+def _place_of_part(parts, number, PART_M: tl.constexpr, BLOCK_M: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Where a part keeps sums [BLOCK_M, VALUE_DIM], totals and largest logits [BLOCK_M]."""
+    base = parts + number.to(tl.int64) * (PART_M * (VALUE_DIM + 2))
+    pair = tl.arange(0, BLOCK_M)
+    total = base + PART_M * VALUE_DIM + pair
+    return base + pair * VALUE_DIM, total, total + PART_M
+
+
+@triton.jit
+def store_part(
+    parts,
+    number,
+    sums,
+    total,
+    largest,
+    real,
+    PART_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    """Leave a part in the workspace."""
+    at_sums, at_total, at_largest = _place_of_part(parts, number, PART_M, BLOCK_M, VALUE_DIM)
+    dim = tl.arange(0, VALUE_PAD)[None, :]
+    tl.store(at_sums[:, None] + dim, sums, mask=real[:, None] & (dim < VALUE_DIM))
+    tl.store(at_total, total, mask=real)
+    tl.store(at_largest, largest, mask=real)
+
+
+@triton.jit
+def arrive_last(counters, first, last):
+    """Report a part of the unit that programs first .. last share; true for the last of them to do so."""
+    # All threads have stored before the one that counts releases what they stored.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counters + first, 1, sem="acq_rel", scope="gpu") == last - first
+    if is_last:
+        tl.store(counters + first, 0)
+    return is_last
+
+
+@triton.jit
+def join_parts(
+    parts,
+    first,
+    last,
+    real,
+    PART_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    """Sums and totals of a unit whose parts are all there."""
+    dim = tl.arange(0, VALUE_PAD)[None, :]
+    sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for program in tl.range(first, last + 1, num_stages=3):
+        number = 2 * program + tl.where(program == first, 1, 0)
+        at_sums, at_total, at_largest = _place_of_part(parts, number, PART_M, BLOCK_M, VALUE_DIM)
+        # Past the L1 cache, which other processors' stores do not reach.
+        part_largest = tl.load(at_largest, mask=real, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(at_total, mask=real, other=0.0, cache_modifier=".cg")
+        part_sums = tl.load(
+            at_sums[:, None] + dim, mask=real[:, None] & (dim < VALUE_DIM), other=0.0, cache_modifier=".cg"
+        )
+        raised = tl.maximum(largest, part_largest)
+        # A row that has seen nothing yet keeps -inf, from which 0 must be subtracted: -inf - -inf is not a number.
+        shift = tl.where(raised == float("-inf"), 0.0, raised)
+        fade, part_fade = tl.exp2(largest - shift), tl.exp2(part_largest - shift)
+        sums = sums * fade[:, None] + part_sums * part_fade[:, None]
+        total = total * fade + part_total * part_fade
+        largest = raised
+    return sums, total

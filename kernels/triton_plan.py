@@ -1,0 +1,111 @@
+"""Who does what: every program of the attention kernel works out its own share from the step tensors.
+
+A unit of work is one tile of rows of a request with one KV head. Requests with few tiles stand in a line, each unit as
+long as the blocks of keys it reads plus what starting it costs, and each program takes one equal stretch of the line:
+bytes are shared out evenly however lengths are mixed, and a unit may be split over programs (stream-K, Osama et al.
+2023, over bytes of KV). Long prompts have tiles enough to share those out whole.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import DRAFT, IDLE, PREFILL, VERIFY
+
+MAX_STREAM_TILES = tl.constexpr(4)
+"""Most tiles of a request in the line."""
+
+
+@triton.jit
+def tiles_of(kind, count, GROUP: tl.constexpr, SMALL_M: tl.constexpr, BIG_M: tl.constexpr):
+    """Whether requests take small tiles (drafts, and whatever fits one), rows of a tile, number of tiles."""
+    small = (kind == DRAFT) | (count * GROUP <= SMALL_M)
+    rows = tl.where(small, SMALL_M // GROUP, BIG_M // GROUP)
+    return small, rows, (count + rows - 1) // rows
+
+
+@triton.jit
+def reading_of(kind, position, pillars, recent, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """What rows from ``position`` on read: a number of pillars, then everything from a first position on.
+
+    Except for drafts it is a multiple of BLOCK_N, so that blocks lie in as few pages as possible.
+    """
+    draft = kind == DRAFT
+    start = tl.where(draft, recent, 0)
+    if HAS_WINDOW:
+        start = tl.maximum(start, position - window + 1)
+    return tl.where(draft, pillars, 0), tl.where(draft, start, start // BLOCK_N * BLOCK_N)
+
+
+@triton.jit
+def cost_of_unit(emits, pillars, recent, end, BLOCK_N: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
+    """Cost of a unit before its first block, in blocks: to start it, and to read what measures its scores."""
+    measured = (pillars + end - recent + BLOCK_N - 1) // BLOCK_N
+    # Keys without values.
+    return UNIT_OVERHEAD + tl.where(emits, (measured + 1) // 2, 0)
+
+
+@triton.jit
+def emits_scores(kind, scored, tiles):
+    """Whether scores come out of the attention pass itself: all scored rows in one tile, their measure known before."""
+    return (kind == VERIFY) & (scored > 0) & (tiles == 1)
+
+
+@triton.jit
+def plan_requests(
+    step,
+    requests,
+    kv_heads,
+    window,
+    GROUP: tl.constexpr,
+    SMALL_M: tl.constexpr,
+    BIG_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    UNIT_OVERHEAD: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
+    """Of each request [REQUESTS]: its cost in the line, its units outside of it, and its heads to be scored separately.
+
+    A request is in one of the first two; the last is 0 where the attention pass gives the scores.
+    """
+    request_mode, row_count, cached_length, score_rows, pillar_count, recent_start = step
+    slot = tl.arange(0, REQUESTS)
+    inside = slot < requests
+    kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
+    count = tl.load(row_count + slot, mask=inside, other=0)
+    cached = tl.load(cached_length + slot, mask=inside, other=0)
+    scored = tl.load(score_rows + slot, mask=inside, other=0)
+    pillars = tl.load(pillar_count + slot, mask=inside, other=0)
+    recent = tl.load(recent_start + slot, mask=inside, other=0)
+    count = tl.where(kind == IDLE, 0, count)
+    tiles = tiles_of(kind, count, GROUP, SMALL_M, BIG_M)[2]
+    read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
+    blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
+    emits = emits_scores(kind, scored, tiles)
+    cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, UNIT_OVERHEAD)
+    whole = tiles > MAX_STREAM_TILES
+    line = tl.where(whole, 0, tiles * cost).to(tl.int64) * kv_heads
+    separate = (count > 0) & (scored > 0) & ((kind == PREFILL) | ((kind == VERIFY) & (tiles > 1)))
+    return line, tl.where(whole, tiles * kv_heads, 0), tl.where(separate, kv_heads, 0)
+
+
+@triton.jit
+def locate(ends, at):
+    """The request whose stretch of a line holds ``at``, and where it begins; ``ends`` [REQUESTS] never decrease."""
+    before = ends <= at
+    return tl.sum(before.to(tl.int32), 0), tl.max(tl.where(before, ends, 0), 0)
+
+
+@triton.jit
+def share_of_line(total, MIN_BLOCKS: tl.constexpr):
+    """How many programs share the line, and where this program's stretch begins and ends."""
+    program = tl.program_id(0).to(tl.int64)
+    sharing = tl.minimum(tl.num_programs(0).to(tl.int64), (total + MIN_BLOCKS - 1) // MIN_BLOCKS)
+    begin = tl.minimum(program, sharing) * total // tl.maximum(sharing, 1)
+    return sharing, begin, tl.minimum(program + 1, sharing) * total // tl.maximum(sharing, 1)
+
+
+@triton.jit
+def program_at(at, sharing, total):
+    """The program whose stretch holds ``at``."""
+    return (((at + 1) * sharing - 1) // total).to(tl.int32)

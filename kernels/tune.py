@@ -1,0 +1,163 @@
+"""Measures tile sizes of the attention kernel on the present GPU and keeps the best in the user's file.
+
+    python -m sparsespec_compile.kernels.tune --heads 32 8 128
+    python -m sparsespec_compile.kernels.tune --heads 28 4 128 --dtype float16 --output tiles.json
+
+Candidates are compiled first, in several processes, then timed one after the other on steps of this project: plain
+decoding, drafting, verifying and a mix of them; for large steps a prompt. The best has the smallest product of times.
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from triton.errors import TritonError
+
+from .device import device_limits
+from .errors import KernelUnavailableError
+from .measure import Call, replay_ms
+from .ops import Mode
+from .tiling import LARGE_STEP_PAIRS, Layer, Tiling, default_tiling
+from .triton_attention import dual_mode_attention
+from .tuning import cache_path, entry_key, save
+from .workload import Heads, Step, Work, make_step
+
+SMALL_STEPS: dict[str, list[Work]] = {
+    "decode": [Work(Mode.VERIFY, 8192)] * 16,
+    "draft": [Work(Mode.DRAFT, 8192, pillars=410)] * 57,
+    "verify": [Work(Mode.VERIFY, 8192, 9, 410, True)] * 16,
+    "mixed": [Work(Mode.DRAFT, 8192, pillars=410)] * 57 + [Work(Mode.VERIFY, 8192, 9, 410, True)] * 7,
+}
+LARGE_STEPS: dict[str, list[Work]] = {"prefill": [Work(Mode.PREFILL, 0, 8192)]}
+
+Timed = tuple[Tiling, dict[str, float]]
+
+
+def main() -> None:
+    options = _options()
+    if not torch.cuda.is_available():
+        raise KernelUnavailableError(
+            "tile sizes are measured on a GPU, and torch finds none: run this on the GPU's machine"
+        )
+    q_heads, kv_heads, dim = options.heads
+    heads = Heads(q_heads, kv_heads, dim, options.value_dim or dim, getattr(torch, options.dtype), options.page_size)
+    console = Console()
+    for large, steps in ((False, SMALL_STEPS), (True, LARGE_STEPS)):
+        if options.size in ("both", "large" if large else "small"):
+            _tune(heads, large, steps, options, console)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, nargs=3, metavar=("QUERY", "KV", "DIM"), default=(32, 8, 128))
+    parser.add_argument("--value-dim", type=int, help="dimension of values, if not that of keys")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--size", choices=("both", "small", "large"), default="both", help="steps to tune for")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="compiling processes")
+    parser.add_argument("--output", type=Path, default=cache_path(), help="file to add the best tiles to")
+    return parser.parse_args()
+
+
+def _tune(
+    heads: Heads, large: bool, steps: dict[str, list[Work]], options: argparse.Namespace, console: Console
+) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    limits = device_limits(device)
+    layer = layer_of(heads)
+    candidates = candidate_tilings(default_tiling(layer, large, limits))
+    console.print(f"{entry_key(layer, large, limits)}: {len(candidates)} candidates")
+    usable = _compile(heads, large, candidates, options, console)
+    made = {name: _copies(heads, work, device) for name, work in steps.items()}
+    timed = [(tiling, _times(made, tiling)) for tiling in tqdm(usable, desc="timing")]
+    timed.sort(key=lambda entry: math.prod(entry[1].values()))
+    console.print(_report(timed))
+    save({entry_key(layer, large, limits): timed[0][0]}, options.output)
+    console.print(f"wrote {options.output}")
+
+
+def layer_of(heads: Heads) -> Layer:
+    """The layer that tiles are chosen for."""
+    return Layer(heads.q_heads // heads.kv_heads, heads.key_dim, heads.value_dim, heads.dtype, heads.page_size)
+
+
+def candidate_tilings(default: Tiling) -> list[Tiling]:
+    """The default first, then tiles around it: other blocks, depths, warps, programs and costs of a unit."""
+    found = [default]
+    grid = itertools.product((32, 64, 128), (4, 8), (1, 2, 3), (2, 3, 4, 5))
+    for block_n, num_warps, per_sm, stages in grid:
+        found.append(
+            replace(
+                default,
+                block_n=block_n,
+                num_warps=num_warps,
+                programs_per_sm=per_sm,
+                stages=stages,
+                list_stages=stages + 1,
+            )
+        )
+    found += [replace(default, unit_overhead=overhead) for overhead in (0, 1, 4)]
+    found += [replace(default, min_blocks=blocks) for blocks in (2, 8)]
+    return list(dict.fromkeys(found))
+
+
+def _compile(
+    heads: Heads, large: bool, candidates: list[Tiling], options: argparse.Namespace, console: Console
+) -> list[Tiling]:
+    """Those candidates that compile and fit; leaves what was compiled in Triton's cache."""
+    work = partial(obstacle, heads, large)
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(tqdm(pool.map(work, candidates), total=len(candidates), desc="compiling"))
+    for reason, count in Counter(filter(None, found)).items():
+        console.print(f"{count} left out: {reason}")
+    return [tiling for tiling, reason in zip(candidates, found, strict=True) if reason is None]
+
+
+def obstacle(heads: Heads, large: bool, tiling: Tiling) -> str | None:
+    """Why a step does not run with these tiles; None if it does."""
+    rows = -(-LARGE_STEP_PAIRS // heads.q_heads) if large else 1
+    step = make_step(heads, [Work(Mode.PREFILL, 0, rows)], torch.device("cuda", torch.cuda.current_device()))
+    try:
+        _call(step, tiling)()
+        torch.cuda.synchronize()
+    except (TritonError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    return None
+
+
+def _copies(heads: Heads, work: list[Work], device: torch.device) -> list[Step]:
+    """The step on as many inputs of their own as it takes to leave none of them in the L2 cache."""
+    bytes_each = make_step(heads, work, device).fewest_bytes()
+    return [make_step(heads, work, device, seed) for seed in range(max(2, -(-400_000_000 // bytes_each)))]
+
+
+def _times(made: dict[str, list[Step]], tiling: Tiling) -> dict[str, float]:
+    return {name: replay_ms([_call(step, tiling) for step in steps], 10) for name, steps in made.items()}
+
+
+def _call(step: Step, tiling: Tiling) -> Call:
+    attend: Callable[..., object] = partial(dual_mode_attention, tiling=tiling)
+    return partial(attend, *step.arguments())
+
+
+def _report(timed: list[Timed]) -> Table:
+    table = Table("tiles", *timed[0][1], title="milliseconds, best first")
+    for tiling, times in timed[:12]:
+        table.add_row(str(tiling).removeprefix("Tiling"), *(f"{ms:.4f}" for ms in times.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Units of work split over programs: right at any split, the same bits in any order, counters left at 0."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels.ops import Mode
+
+from .cases import Case, Request, Shape, build
+from .error_budget import expect
+from .test_triton_attention import check_result
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+from sparsespec_compile.kernels import triton_attention
+from sparsespec_compile.kernels.device import INTERPRETER
+from sparsespec_compile.kernels.tiling import Tiling
+
+REQUESTS = [
+    Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
+    Request(Mode.VERIFY, cached=150, rows=5, score_rows=5, pillars=20, recent=130),
+    Request(Mode.IDLE, cached=30, rows=4),
+    Request(Mode.VERIFY, cached=61, rows=1),
+    Request(Mode.VERIFY, cached=40, rows=14, score_rows=14, pillars=9, recent=36),
+    Request(Mode.PREFILL, cached=19, rows=41, score_rows=11),
+    Request(Mode.DRAFT, cached=3, rows=37),
+    Request(Mode.PREFILL, rows=7, score_rows=2),
+]
+"""In tiles of 8 or 16 rows: one tile, two (scores in a pass of their own), and more than stand in the line."""
+
+Sharing = tuple[int, Tiling]
+
+TILING = Tiling(16, 16, 4, 2, 2, 1, unit_overhead=0, min_blocks=1)
+
+SHARINGS: dict[str, Sharing] = {
+    "one program": (1, TILING),
+    "blocks dealt out one by one": (90, TILING),
+    "uneven": (7, dataclasses.replace(TILING, unit_overhead=3, min_blocks=2)),
+    "more programs than blocks": (400, TILING),
+}
+
+
+@pytest.fixture
+def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sharing], list[Tensor]]:
+    """Sets programs and tiles. What is returned receives the counters of each launch; parts start as NaN."""
+
+    def apply(sharing: Sharing) -> list[Tensor]:
+        programs, tiling = sharing
+        seen: list[Tensor] = []
+        limits = dataclasses.replace(INTERPRETER, multiprocessors=programs)
+
+        def counters(device: torch.device, count: int) -> Tensor:
+            seen.append(torch.zeros(count, dtype=torch.int32, device=device))
+            return seen[-1]
+
+        def parts(device: torch.device, count: int, elements: int) -> Tensor:
+            return torch.full((count, 2, elements), torch.nan, device=device)
+
+        monkeypatch.setattr(triton_attention, "device_limits", lambda _: limits)
+        monkeypatch.setattr(triton_attention, "tiling_for", lambda *_: tiling)
+        monkeypatch.setattr(triton_attention, "counters", counters)
+        monkeypatch.setattr(triton_attention, "parts", parts)
+        return seen
+
+    return apply
+
+
+def _launch(case: Case, device: str) -> tuple[Tensor, Case]:
+    actual = case.to(torch.float32, device)
+    return triton_attention.dual_mode_attention(*actual.arguments()), actual
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("window", [0, 37])
+def test_any_split_is_right(sharing: str, window: int, device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
+    case = build(Shape(window=window, kv_heads=1, q_heads=2, scale=1.5), REQUESTS, torch.float32)
+    seen = share(SHARINGS[sharing])
+    output, actual = _launch(case, device)
+    check_result(output, actual, expect(case, torch.float32, device))
+    assert seen[0].numel() == SHARINGS[sharing][0]
+    assert not seen[0].any()
+
+
+def test_equal_calls_give_equal_bits(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
+    share(SHARINGS["uneven"])
+    case = build(Shape(), REQUESTS, torch.float32)
+    first, second = _launch(case, device), _launch(case, device)
+    _assert_same_bits(first, second)
+
+
+def test_bits_do_not_depend_on_the_order_of_programs(
+    device: str, share: Callable[[Sharing], list[Tensor]], request: pytest.FixtureRequest
+) -> None:
+    """Whichever part of a unit comes last, parts are joined in one order; and no program waits for another."""
+    share(SHARINGS["uneven"])
+    case = build(Shape(), REQUESTS, torch.float32)
+    first = _launch(case, device)
+    request.getfixturevalue("last_program_first")
+    _assert_same_bits(first, _launch(case, device))
+
+
+def test_pages_and_rows_do_not_matter(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
+    """The same step on other pages, with other packed rows and score slots: the same bits."""
+    share(SHARINGS["uneven"])
+    case = build(Shape(), REQUESTS, torch.float32)
+    moved = build(Shape(), REQUESTS, torch.float32, seed=1)
+    for b, request in enumerate(REQUESTS):
+        _transplant(case, moved, b, request)
+    (first, before), (second, after) = _launch(case, device), _launch(moved, device)
+    for b, request in enumerate(REQUESTS):
+        if request.length:
+            rows = [output[made.row_start[b] :][: request.rows] for output, made in ((first, case), (second, moved))]
+            assert torch.equal(*rows)
+        if request.score_rows:
+            slots = before.tensors["score_slot"][b], after.tensors["score_slot"][b]
+            assert torch.equal(before.tensors["scores"][slots[0]], after.tensors["scores"][slots[1]])
+
+
+def _assert_same_bits(first: tuple[Tensor, Case], second: tuple[Tensor, Case]) -> None:
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1].tensors["scores"], second[1].tensors["scores"])
+
+
+def _transplant(source: Case, target: Case, b: int, request: Request) -> None:
+    """Give a request of the target the tokens, pillars and rows that it has in the source."""
+    size = source.shape.page_size
+    target.history[b] = source.history[b]
+    for position in range(request.cached if request.length else 0):
+        pages = [case.tensors["page_table"][b, position // size] for case in (source, target)]
+        target.tensors["kv"][pages[1], :, position % size] = source.tensors["kv"][pages[0], :, position % size]
+    pillars = source.tensors["pillar_index"][b, :, : request.pillars]
+    target.tensors["pillar_index"][b, :, : request.pillars] = pillars
+    for name in ("q", "k", "v"):
+        rows = source.tensors[name][source.row_start[b] :][: request.rows]
+        if request.length:
+            target.tensors[name][target.row_start[b] :][: request.rows] = rows

@@ -115,6 +115,7 @@ def attention_kernel(
     step = (request_mode, row_count, cached_length, score_rows, pillar_count, recent_start)
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
+    LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, PAGE_SIZE, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
     line, whole, separate = plan_requests(
         step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, UNIT_OVERHEAD, REQUESTS
     )
@@ -184,6 +185,7 @@ def attention_kernel(
         q_base = q + first_row * stride_q_row + wide_head * (GROUP * stride_q_head)
         stride_out_row = kv_heads * (GROUP * VALUE_DIM)
         out_base = out + first_row * stride_out_row + wide_head * (GROUP * VALUE_DIM)
+        packed = (q_base, stride_q_row, stride_q_head, out_base, stride_out_row)
         source = (
             kv + wide_head * stride_head,
             k + first_row * stride_k_row + wide_head * stride_k_head,
@@ -208,9 +210,7 @@ def attention_kernel(
         workspace = (parts, counters, first_program, last_program)
         if scores_only:
             score_separately(
-                q_base,
-                stride_q_row,
-                stride_q_head,
+                packed,
                 source,
                 index_base,
                 score_base,
@@ -220,25 +220,15 @@ def attention_kernel(
                 pillars,
                 recent,
                 settings,
-                GROUP,
-                KEY_DIM,
-                KEY_PAD,
-                PAGE_SIZE,
+                LAYER,
                 BIG_M,
                 BLOCK_N,
                 STAGES,
-                HAS_WINDOW,
-                HAS_SOFTCAP,
-                PRECISION,
             )
         elif end_block > first_block:
             if kind == DRAFT:
                 attend_segment(
-                    q_base,
-                    stride_q_row,
-                    stride_q_head,
-                    out_base,
-                    stride_out_row,
+                    packed,
                     source,
                     listed,
                     measured,
@@ -247,30 +237,18 @@ def attention_kernel(
                     score,
                     settings,
                     workspace,
-                    GROUP,
-                    KEY_DIM,
-                    VALUE_DIM,
-                    KEY_PAD,
-                    VALUE_PAD,
+                    LAYER,
                     SMALL_ROWS_PAD,
-                    PAGE_SIZE,
                     SMALL_M,
                     BLOCK_N,
                     PART_M,
                     STAGES,
                     LIST_STAGES,
                     True,
-                    HAS_WINDOW,
-                    HAS_SOFTCAP,
-                    PRECISION,
                 )
             elif small:
                 attend_segment(
-                    q_base,
-                    stride_q_row,
-                    stride_q_head,
-                    out_base,
-                    stride_out_row,
+                    packed,
                     source,
                     listed,
                     measured,
@@ -279,30 +257,18 @@ def attention_kernel(
                     score,
                     settings,
                     workspace,
-                    GROUP,
-                    KEY_DIM,
-                    VALUE_DIM,
-                    KEY_PAD,
-                    VALUE_PAD,
+                    LAYER,
                     SMALL_ROWS_PAD,
-                    PAGE_SIZE,
                     SMALL_M,
                     BLOCK_N,
                     PART_M,
                     STAGES,
                     LIST_STAGES,
                     False,
-                    HAS_WINDOW,
-                    HAS_SOFTCAP,
-                    PRECISION,
                 )
             else:
                 attend_segment(
-                    q_base,
-                    stride_q_row,
-                    stride_q_head,
-                    out_base,
-                    stride_out_row,
+                    packed,
                     source,
                     listed,
                     measured,
@@ -311,21 +277,13 @@ def attention_kernel(
                     score,
                     settings,
                     workspace,
-                    GROUP,
-                    KEY_DIM,
-                    VALUE_DIM,
-                    KEY_PAD,
-                    VALUE_PAD,
+                    LAYER,
                     BIG_ROWS_PAD,
-                    PAGE_SIZE,
                     BIG_M,
                     BLOCK_N,
                     PART_M,
                     STAGES,
                     LIST_STAGES,
                     False,
-                    HAS_WINDOW,
-                    HAS_SOFTCAP,
-                    PRECISION,
                 )
     clear_rows(out, rows, kv_heads * (GROUP * VALUE_DIM), request_mode, row_start, row_count, requests, REQUESTS)

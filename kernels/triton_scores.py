@@ -74,9 +74,7 @@ def clear_scores(scores, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def score_separately(
-    query_base,
-    stride_q_row,
-    stride_q_head,
+    packed,
     source,
     pillar_index,
     scores,
@@ -86,21 +84,23 @@ def score_separately(
     pillars,
     recent,
     settings,
-    GROUP: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    LAYER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Scores of one request and KV head in a pass of its own: twice over the keys for each tile of scored rows.
 
     For prompts, once each, and for verifications of more rows than a tile has.
     """
+    GROUP: tl.constexpr = LAYER[0]
+    KEY_DIM: tl.constexpr = LAYER[1]
+    KEY_PAD: tl.constexpr = LAYER[3]
+    PAGE_SIZE: tl.constexpr = LAYER[5]
+    HAS_WINDOW: tl.constexpr = LAYER[6]
+    HAS_SOFTCAP: tl.constexpr = LAYER[7]
+    PRECISION: tl.constexpr = LAYER[8]
+    query_base, stride_q_row, stride_q_head = packed[0], packed[1], packed[2]
     window, logit_scale, cap = settings
     cached = source[8]
     unscored = count - scored

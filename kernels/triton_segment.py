@@ -42,11 +42,7 @@ def absorb_block(product, factor, values, position, looks, largest, total, sums,
 
 @triton.jit
 def attend_segment(
-    query_base,
-    stride_q_row,
-    stride_q_head,
-    out_base,
-    stride_out_row,
+    packed,
     source,
     listed,
     measured,
@@ -55,30 +51,33 @@ def attend_segment(
     score,
     settings,
     workspace,
-    GROUP: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
+    LAYER: tl.constexpr,
     ROWS_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART_M: tl.constexpr,
     STAGES: tl.constexpr,
     LIST_STAGES: tl.constexpr,
     LISTED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Attend, and finish the unit if this is its only or its last part.
 
-    ``listed`` is what the tile reads (see listed_positions) and ``measured`` what measures its scores; ``blocks``
+    ``packed`` is (q, its strides of a row and a head, out, its stride of a row), at the request and KV head;
+    ``listed`` what the tile reads (see listed_positions) and ``measured`` what measures its scores; ``blocks``
     (first, end, all) which blocks of it; ``rows`` (first, count) of the tile and the request; ``score``
     (emits, scores, scored) with scores at the request's slot and head; ``workspace`` (parts, counters, first program,
     last program). LISTED tiles look positions up, others read consecutive ones from a multiple of BLOCK_N on.
     """
+    GROUP: tl.constexpr = LAYER[0]
+    KEY_DIM: tl.constexpr = LAYER[1]
+    VALUE_DIM: tl.constexpr = LAYER[2]
+    KEY_PAD: tl.constexpr = LAYER[3]
+    VALUE_PAD: tl.constexpr = LAYER[4]
+    PAGE_SIZE: tl.constexpr = LAYER[5]
+    HAS_WINDOW: tl.constexpr = LAYER[6]
+    HAS_SOFTCAP: tl.constexpr = LAYER[7]
+    PRECISION: tl.constexpr = LAYER[8]
+    query_base, stride_q_row, stride_q_head, out_base, stride_out_row = packed
     window, logit_scale, cap = settings
     first_block, end_block, all_blocks = blocks
     first, count = rows

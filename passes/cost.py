@@ -26,7 +26,11 @@ from .errors import CostModelError
 
 aten = torch.ops.aten
 
-_WEIGHTS = {aten.linear.default: ("weight", 1), aten.addmm.default: ("mat2", 0), aten.mm.default: ("mat2", 0)}
+_WEIGHTS: dict[object, tuple[str, int]] = {
+    aten.linear.default: ("weight", 1),
+    aten.addmm.default: ("mat2", 0),
+    aten.mm.default: ("mat2", 0),
+}
 """Products with a weight: the weight's argument, and its dimension that is summed over."""
 
 

@@ -2,39 +2,33 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import rich
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
-from sparsespec_compile.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, CopyError, PoolTooSmallError, SamplingError, UnsupportedModelError
+from sparsespec_compile.errors import ConfigError, CopyError, PoolTooSmallError, SamplingError
 from sparsespec_compile.explain import Explanation, explain
 from sparsespec_compile.generation import resolve_generation, token_ids
-from sparsespec_compile.passes.compile_regions import CompiledForward
 from sparsespec_compile.passes.cost import graph_cost
-from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.report import CompileReport
-from sparsespec_compile.prediction import iteration_time
 from sparsespec_compile.prompts import pad, shape_of, unpad
 from sparsespec_compile.request_reader import Prompt, RequestReader
-from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.captured_step import CapturedStep
-from sparsespec_compile.runtime.draft_length import IterationTime, no_prediction
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.stats import Stats
-from sparsespec_compile.runtime.step import Variant, as_it_is
+from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.sampling_params import Completion, SamplingParams
 from sparsespec_compile.stop_strings import Decoder
 from sparsespec_compile.stream import TokenStream
+from sparsespec_compile.target import compile_target
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -80,22 +74,9 @@ class OptimizedModel:
     def __init__(self, model: PreTrainedModel, config: SpecConfig) -> None:
         self.model = model
         self.config = config
-        self._compiled: CompiledModel = compile_model(model, page_size=config.page_size)
-        device = _device(model)
+        self._compiled, target = compile_target(model, config)
         self.report: CompileReport = self._compiled.report
-        inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
-        self._engine = Engine(
-            Target(
-                forward=_compile_regions(self._compiled) if inductor else self._compiled.graph_module,
-                layout=self._compiled.layout,
-                dtype=model.dtype,
-                device=device,
-                iteration_time=_iteration_time(self._compiled, config, device),
-                weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
-                compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
-            ),
-            config,
-        )
+        self._engine = Engine(target, config)
 
     @property
     def stats(self) -> Stats:
@@ -282,14 +263,6 @@ class OptimizedModel:
             streamer.end()
 
 
-def _iteration_time(compiled: CompiledModel, config: SpecConfig, device: torch.device) -> IterationTime:
-    """What `draft_tokens="auto"` chooses by; CeilingsError when nothing is known about the device."""
-    if config.draft_tokens != "auto":
-        return no_prediction
-    ceilings = ceilings_of(device if config.ceilings is None else config.ceilings)
-    return iteration_time(graph_cost(compiled.graph_module), config, ceilings)
-
-
 def _require_complete(requests: list[Request]) -> None:
     """`generate` returns whole texts or none."""
     ended = sum(request.finish_reason is FinishReason.MEMORY for request in requests)
@@ -299,19 +272,3 @@ def _require_complete(requests: list[Request]) -> None:
             "less than SpecConfig.host_pool_tokens asks for. Lower SpecConfig.max_requests, or use generate_batch, "
             "which returns what could be completed."
         )
-
-
-def _compile_regions(compiled: CompiledModel) -> CompiledForward:
-    with tqdm(desc="compiling", unit=" regions", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return compiled.compile_regions(on_compiled=show)
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    if model.device.type not in ("cpu", "cuda"):
-        raise UnsupportedModelError(f"The model is on {model.device}; kernels exist for CPU and CUDA. Move it there.")
-    return model.device

@@ -58,16 +58,6 @@ class Session:
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
     @property
-    def waiting(self) -> int:
-        """Requests that have no slot yet."""
-        return len(self._scheduler.waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests that hold a slot."""
-        return len(self._scheduler.running)
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest request that fits, prompt and new ones together."""
         state = self._runner.step.state

@@ -1,0 +1,54 @@
+"""From a model and settings to what the engine runs."""
+
+from functools import partial
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sparsespec_compile.ceilings import ceilings_of
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import UnsupportedModelError
+from sparsespec_compile.passes.compile_regions import CompiledForward
+from sparsespec_compile.passes.cost import graph_cost
+from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
+from sparsespec_compile.prediction import iteration_time
+from sparsespec_compile.runtime.build import Target
+from sparsespec_compile.runtime.draft_length import no_prediction
+from sparsespec_compile.runtime.step import as_it_is
+
+
+def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel, Target]:
+    """Compile `model` and choose how its graph and the functions around it run.
+
+    Raises:
+        UnsupportedModelError: the model, or the device it is on, is not supported.
+        CeilingsError: `draft_tokens` is "auto" and nothing is known about the device.
+    """
+    device = model.device
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedModelError(f"The model is on {device}; kernels exist for CPU and CUDA. Move it there.")
+    auto = config.draft_tokens == "auto"
+    ceilings = ceilings_of(device if config.ceilings is None else config.ceilings) if auto else None
+    compiled = compile_model(model, page_size=config.page_size)
+    inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
+    cost = None if ceilings is None else graph_cost(compiled.graph_module)
+    return compiled, Target(
+        forward=_compile_regions(compiled) if inductor else compiled.graph_module,
+        layout=compiled.layout,
+        dtype=model.dtype,
+        device=device,
+        compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
+        iteration_time=no_prediction if ceilings is None or cost is None else iteration_time(cost, config, ceilings),
+        weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
+    )
+
+
+def _compile_regions(compiled: CompiledModel) -> CompiledForward:
+    with tqdm(desc="compiling", unit=" regions", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return compiled.compile_regions(on_compiled=show)

@@ -168,8 +168,7 @@ class OptimizedModel:
         progress: bool = False,
     ) -> Iterator[Completion]:
         """`generate_batch`, each text as soon as it is complete."""
-        pieces = self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress)
-        return (piece.completion for piece in pieces if piece.completion is not None)
+        return _completions(self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress))
 
     def stream(
         self,
@@ -261,6 +260,14 @@ class OptimizedModel:
                     streamer.put(torch.tensor(tokens))
         if streamer is not None:
             streamer.end()
+
+
+def _completions(stream: TokenStream) -> Iterator[Completion]:
+    """The texts of a stream, which ends with this iterator, exhausted or dropped."""
+    with stream:
+        for piece in stream:
+            if piece.completion is not None:
+                yield piece.completion
 
 
 def _require_complete(requests: list[Request]) -> None:

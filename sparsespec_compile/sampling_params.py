@@ -57,11 +57,10 @@ class SamplingParams:
                 raise SamplingError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not isinstance(self.logprobs, bool):
             raise SamplingError(f"logprobs must be True or False, got {self.logprobs!r}.")
-        strings = self.stop_strings
-        if isinstance(strings, str) or not all(isinstance(one, str) and one for one in strings):
-            raise SamplingError(f"stop_strings must be a sequence of non-empty strings, got {strings!r}.")
-        tokens = self.stop_token_ids or ()
-        if isinstance(tokens, str) or not all(_is_token(one) for one in tokens):
+        if not _is_list(self.stop_strings) or not all(isinstance(one, str) and one for one in self.stop_strings):
+            raise SamplingError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
+        tokens = () if self.stop_token_ids is None else self.stop_token_ids
+        if not _is_list(tokens) or not all(_is_token(one) for one in tokens):
             raise SamplingError(f"stop_token_ids must be a sequence of token ids, got {self.stop_token_ids!r}.")
         self.draw(0 if self.seed is None else self.seed)
 
@@ -89,6 +88,10 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[float]
     stats: RequestStats
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _is_token(value: Any) -> bool:

@@ -33,8 +33,8 @@ class Tokens:
 class TokenStream:
     """An iterator over `Tokens` of many texts, as they become final. Get it from `OptimizedModel.stream`.
 
-    While it runs, prompts may be added and taken back. Closing it (`close`, a `with` block, or dropping it) ends what
-    is unfinished and leaves the model usable.
+    While it runs, prompts may be added and taken back. Closing it, by `close` or a `with` block, ends what is
+    unfinished and leaves the model usable; so does `OptimizedModel.stop`.
     """
 
     def __init__(self, engine: Engine, reader: RequestReader, max_length: int | None, *, progress: bool) -> None:
@@ -75,7 +75,7 @@ class TokenStream:
             PoolTooSmallError: a text may become longer than the stream was opened for.
             As `OptimizedModel.generate_batch` for wrong prompts and settings.
         """
-        if self._ended:
+        if self._ended or (self._session is not None and self._session.closed):
             raise EngineBusyError("This stream has ended; open another one for more prompts.")
         read = self._reader.read(prompts, sampling)
         longest = max((request.max_length for texts in read for request in texts), default=0)
@@ -111,17 +111,24 @@ class TokenStream:
         lengths = [request.max_length for request in self._names]
         if self._max_length is not None:
             lengths += [self._max_length] * self._engine.config.max_requests
-        if self._names:
-            with self._engine.session(self._engine.needs(lengths)) as session, self._bar() as bar:
-                self._session = session
-                for request in self._names:
-                    session.add(request)
-                while session.busy:
-                    for request, tokens in session.advance():
-                        if request in self._names:  # `cancel` gave the others out
-                            yield self._piece(request, tokens)
-                        self._show(bar, session)
-        self._ended = True
+        try:
+            if self._names:
+                with self._engine.session(self._engine.needs(lengths)) as session, self._bar() as bar:
+                    self._session = session
+                    for request in self._names:
+                        session.add(request)
+                    yield from self._advance(session, bar)
+        finally:
+            self._ended, self._session = True, None
+
+    def _advance(self, session: Session, bar: "tqdm[None]") -> Iterator[Tokens]:
+        while session.busy:
+            for request, tokens in session.advance():
+                if session.closed:
+                    return
+                if request in self._names:  # `cancel` gave the others out
+                    yield self._piece(request, tokens)
+                self._show(bar, session)
 
     def _piece(self, request: Request, tokens: list[int]) -> Tokens:
         index, sample = self._names[request]

@@ -240,6 +240,35 @@ def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):
     assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
 
 
+def test_a_dropped_iterator_of_texts_leaves_the_model_usable(fast, prompts, texts):
+    for completion in fast.as_completed(prompts, GREEDY):
+        assert completion.token_ids == texts[completion.index]
+        break
+    assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
+
+
+def test_a_stopped_stream_cannot_be_revived(fast, prompts, texts):
+    stopped = fast.stream(prompts, GREEDY)
+    next(stopped)
+    fast.stop()
+    with fast.stream(prompts, GREEDY) as running:
+        next(running)
+        with pytest.raises(EngineBusyError, match="ended"):
+            stopped.add(prompts[:1], GREEDY)
+        assert list(stopped) == []
+        completed = {p.index: p.completion.token_ids for p in running if p.completion is not None}
+    assert [completed[index] for index in range(len(prompts))] == texts
+
+
+def test_inference_mode_inside_and_outside(model, prompts, texts):
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=1, page_size=4, pool_tokens=96, host_pool_tokens=4096))
+    with torch.inference_mode():
+        inside = fast.generate_batch(prompts, GREEDY)
+    assert fast.stats.pages_offloaded > 0
+    outside = fast.generate_batch(prompts, GREEDY)
+    assert [c.token_ids for c in inside] == [c.token_ids for c in outside] == texts
+
+
 def test_a_callback_that_fails_leaves_the_model_usable(fast, prompts, texts):
     class FailingTokenizer(Letters):
         def decode(self, token_ids):
@@ -295,6 +324,8 @@ def test_requests_that_cannot_fit(model, fast):
         ({"seed": -3}, "seed must be"),
         ({"stop_strings": "abc"}, "stop_strings must be a sequence of non-empty strings"),
         ({"stop_strings": [""]}, "stop_strings must be a sequence of non-empty strings"),
+        ({"stop_strings": None}, "stop_strings must be a sequence of non-empty strings"),
+        ({"stop_token_ids": 2}, "stop_token_ids must be a sequence of token ids"),
         ({"stop_token_ids": [1.5]}, "stop_token_ids must be a sequence of token ids"),
         ({"logprobs": 5}, "logprobs must be True or False"),
         ({"beam": 5}, r"unknown setting\(s\) beam. Allowed, by name: max_new_tokens"),

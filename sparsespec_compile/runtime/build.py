@@ -51,7 +51,7 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
     if policy is not None and policy.reads_scores:
         together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.most_draft_tokens + 1))
         scored = max(2, min(slots, max(together, 8)))
-    return Capacity(max(slots, 2), tokens, max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
+    return Capacity(max(slots, 2), max(tokens, 2), max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
 
 
 def build_runner(
@@ -68,7 +68,10 @@ def build_runner(
         step = Step(
             target.forward, state, _inputs(target, config, capacity), policy, config.most_draft_tokens, target.compiler
         )
-        plan = _plan_memory(target, config, capacity, _workspace_bytes(step))
+        capture = config.cuda_graphs and target.device.type == "cuda"
+        # What graphs keep for their activations stays theirs while the next one is warmed up outside of it.
+        workspace = _workspace_bytes(step) * (2 if capture else 1)
+        plan = _plan_memory(target, config, capacity, workspace)
         state.give_pool(plan.parts[_POOL] // (target.layout.elements_per_page * target.dtype.itemsize))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -78,7 +81,7 @@ def build_runner(
             f"of {capacity.pages * config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
             "max_new_tokens."
         ) from error
-    return StepRunner(step, capture=config.cuda_graphs and target.device.type == "cuda"), plan
+    return StepRunner(step, capture=capture), plan
 
 
 def _inputs(target: Target, config: SpecConfig, capacity: Capacity) -> StepInputs:
@@ -112,17 +115,22 @@ def _plan_memory(target: Target, config: SpecConfig, capacity: Capacity, workspa
 
 
 def _workspace_bytes(step: Step) -> int:
-    """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU."""
+    """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU.
+
+    The first run also compiles, the second one counts. It sorts and gives log-probabilities, which takes most.
+    """
     device = step.state.device
     if device.type != "cuda":
         return 0
+    sizes, largest = step.inputs.sizes, Variant(noise=True, sort=True, logprobs=True)
+    step(sizes.rows, sizes.logits, largest)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step(step.inputs.sizes.rows, step.inputs.sizes.logits, Variant(noise=True))
+    step(sizes.rows, sizes.logits, largest)
     return torch.cuda.max_memory_allocated(device) - before
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch's error on a CPU is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.runtime.inputs import MIN_ROWS
 from sparsespec_compile.runtime.step import Step, Variant
 
@@ -39,6 +40,7 @@ class StepRunner:
         sizes = step.inputs.sizes
         self._sizes = row_counts(sizes.rows) if capture else []
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(step.state.device) if capture else None
         self._memory: Any = None  # what `CUDAGraph.pool` gives: torch has no public name for its type
 
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
@@ -60,15 +62,25 @@ class StepRunner:
         logits = min(rows, inputs.sizes.logits)
         kept = inputs.flat.clone()
         inputs.clear()
-        stream = torch.cuda.Stream(inputs.flat.device)
-        stream.wait_stream(torch.cuda.current_stream(inputs.flat.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
+        current, stream = torch.cuda.current_stream(inputs.flat.device), self._stream
+        try:
+            if stream is not None:
+                stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_RUNS):
+                    self.step(rows, logits, variant)
+            if stream is not None:
+                current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Torch's own capture stream belongs to the device that captured first, and its default mode lets any other
+            # thread's call break a capture.
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
                 self.step(rows, logits, variant)
-        torch.cuda.current_stream(inputs.flat.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            self.step(rows, logits, variant)
+        except torch.OutOfMemoryError as error:
+            raise PoolTooSmallError(
+                f"No memory to capture a step of {rows} rows beside the KV pool. Lower SpecConfig.pool_tokens, "
+                "max_requests or prefill_chunk."
+            ) from error
         self._memory = graph.pool()
         self._graphs[rows, variant] = graph
         inputs.flat.copy_(kept)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sparsespec_compile.errors import ConfigError
 from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.inputs import InputPacker, StepInputs
 from sparsespec_compile.runtime.sampling import DrawParams
@@ -17,6 +18,9 @@ class CapturedStep:
 
     An iteration is `fill` (or writing into `inputs` yourself) and `replay`; it needs no answer from the device, so any
     number can be enqueued ahead. On a GPU a replay is a CUDA graph, on a CPU the same computation runs at once.
+
+    An iteration holds at most `inputs.sizes.rows` packed rows, `inputs.sizes.logits` rows with logits, and, if pillars
+    are chosen by score, as many scored requests as `state.scores` has rows: with phases spread, few are needed.
 
     Each slot owns pages for its longest text from the start. To lay them out differently, pass `PageUpdate` entries to
     `fill`, or write into `state.page_table`.
@@ -44,9 +48,33 @@ class CapturedStep:
         self._packer.admit(slot, max_length, DrawParams() if params is None else params)
 
     def fill(self, work: Sequence[Work], updates: Sequence[PageUpdate] = ()) -> None:
-        """Write an iteration into `inputs`: what each slot does, at most one `Work` for each."""
+        """Write an iteration into `inputs`: what each slot does, at most one `Work` for each.
+
+        Raises:
+            ConfigError: more packed rows, rows with logits, scored requests or page-table entries than fit.
+        """
+        self._check(work, updates)
         self._counts = self._packer.pack(work, updates)
         self.inputs.flat.copy_(torch.from_numpy(self._packer.flat), non_blocking=False)
+
+    def _check(self, work: Sequence[Work], updates: Sequence[PageUpdate]) -> None:
+        sizes = self.inputs.sizes
+        reads_scores = self._runner.step.reads_scores
+        asked = {
+            "packed rows": (sum(item.rows for item in work), sizes.rows),
+            "rows with logits": (sum(item.logits for item in work), sizes.logits),
+            "scored requests": (
+                sum(item.scored > 0 for item in work) if reads_scores else 0,
+                self.state.capacity.score_slots,
+            ),
+            "page-table entries": (len(updates), sizes.updates),
+        }
+        for name, (got, most) in asked.items():
+            if got > most:
+                raise ConfigError(
+                    f"The iteration has {got} {name}, the step holds {most}. Spread the work over more iterations, or "
+                    "capture a step for more requests."
+                )
 
     def replay(self) -> Results:
         """Enqueue the iteration that `inputs` holds; `results` is valid once the device has come so far."""

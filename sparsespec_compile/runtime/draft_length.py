@@ -77,7 +77,9 @@ class DraftLength:
         load = _load(lengths)
         ratio = seconds / self._predicted(self.current, load.length, load.requests)
         mean, count = self._correction.get(self.current, (ratio, 0))
-        if ratio < _OUTLIER * mean:
+        if ratio * _OUTLIER < mean:  # the first one was the outlier
+            self._correction[self.current] = (ratio, 1)
+        elif ratio < _OUTLIER * mean:
             rate = max(_TIME_RATE, 1 / (count + 1))
             self._correction[self.current] = (mean + rate * (ratio - mean), count + 1)
 

@@ -1,6 +1,5 @@
 """Builds what requests run on, to their size, and keeps it from call to call."""
 
-import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.draft_length import DraftLength
 from sparsespec_compile.runtime.drafters import choose_policy
-from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.phases import Phases
 from sparsespec_compile.runtime.pool import PageAllocator
@@ -59,6 +58,7 @@ class Engine:
         self._policy = choose_policy(config)
         self._runner: StepRunner | None = None
         self._tier: HostTier | None = None
+        self._asked: Capacity | None = None
         self._active: Session | None = None
 
     def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
@@ -116,11 +116,15 @@ class Engine:
 
     def capture(self, max_requests: int, max_length: int, variant: Variant) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine."""
-        pages = max_requests * -(-max_length // self.config.page_size)
+        pages = max(max_requests, 2) * -(-max_length // self.config.page_size)
         capacity = capacity_for(self.config, self._policy, max_requests, max_length, pages)
         with torch.inference_mode(False):
             runner, plan = build_runner(self.target, self.config, self._policy, capacity)
-        self._check_pool(capacity.slots * max_length, runner.step.state)
+        if runner.step.state.capacity.pages < capacity.pages:
+            raise PoolTooSmallError(
+                f"A step for {max_requests} texts of {max_length} tokens needs {capacity.pages} pages of KV, the "
+                f"device has room for {runner.step.state.capacity.pages}. Lower max_requests or max_length."
+            )
         self.memory_plan = plan
         return CapturedStep(runner, variant)
 
@@ -134,12 +138,13 @@ class Engine:
     def _prepared(self, needs: Needs) -> tuple[StepRunner, HostTier]:
         """Step and host tier over a state that serves `needs`, built anew only when the present one is too small."""
         capacity = self._capacity(needs)
-        present = self._runner.step.state.capacity if self._runner is not None else None
+        present = self._asked  # what the state was built for; its pool may have got fewer pages
         if self._runner is None or self._tier is None or present is None or not present.covers(capacity):
-            self._runner = self._tier = None  # the old ones make room before the new ones are allocated
+            self._runner = self._tier = self._asked = None  # the old ones make room before the new ones are allocated
             with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
                 larger = capacity if present is None else capacity.union(present)
                 self._runner, self.memory_plan = build_runner(self.target, self.config, self._policy, larger)
+                self._asked = larger
                 self._tier = HostTier(self._runner.step.state.pool, self._host_pages(self._runner.step.state))
         self._check_pool(needs.longest, self._runner.step.state)
         return self._runner, self._tier
@@ -164,8 +169,11 @@ class Engine:
 
     def _scheduler(self, runner: StepRunner, tier: HostTier) -> Scheduler:
         config, state = self.config, runner.step.state
-        scored = state.capacity.score_slots if self._policy is not None else 0
-        limits = Limits(state.capacity.slots, config.most_draft_tokens, config.prefill_chunk, scored)
+        scored = 0
+        if self._policy is not None:  # a policy that reads no scores takes no room in their buffer
+            scored = state.capacity.score_slots if self._policy.reads_scores else state.capacity.slots
+        slots = min(state.capacity.slots, config.max_requests)  # a state has room for two at least
+        limits = Limits(slots, config.most_draft_tokens, config.prefill_chunk, scored)
         residency = Residency(
             PageAllocator(state.capacity.pages),
             tier,
@@ -181,5 +189,4 @@ class Engine:
             return self.config.host_pool_tokens // self.config.page_size
         if not state.pool.is_cuda:
             return 0
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(free_bytes * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
+        return int(available_host_bytes() * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)

@@ -25,9 +25,11 @@ class Frame:
     def __init__(self, inputs: Tensor, results: Results) -> None:
         pinned = inputs.is_cuda
         self.work: list[tuple[Request, Work]] = []
-        self._upload = torch.empty(inputs.shape, dtype=inputs.dtype, pin_memory=pinned)
-        self._tokens = torch.empty(results.tokens.shape, dtype=torch.int32, pin_memory=pinned)
-        self._logprobs = torch.empty(results.logprobs.shape, pin_memory=pinned)
+        with torch.inference_mode(False):  # an iterator may be advanced inside of inference mode and outside
+            self._upload, self._tokens, self._logprobs = (
+                torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+                for tensor in (inputs, results.tokens, results.logprobs)
+            )
         self._arrived = torch.cuda.Event() if pinned else None
 
     def upload(self, packed: np.ndarray, inputs: Tensor) -> None:

@@ -7,6 +7,7 @@ needed, up to a cap. On a CPU the copies are ordinary ones and done at once.
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ _BLOCK_BYTES = 2**28
 
 _COPIES_AT_ONCE = 64
 """Pages whose copies are enqueued between two steps: the host must get back to planning."""
+
+
+def available_host_bytes() -> int:
+    """Host memory that can be had without swapping, page cache included, within the limit of the control group."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(available, 0)
 
 
 class Transfer:
@@ -61,11 +73,6 @@ class HostTier:
         self._free = PageAllocator(0)
         self._moving: deque[Transfer] = deque()
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is on the way."""
-        return not self._moving
 
     @property
     def held(self) -> int:
@@ -147,4 +154,5 @@ class HostTier:
 
     def _allocate(self, pages: int) -> Tensor:
         size = (pages, self._pool.shape[1])
-        return torch.empty(size, dtype=self._pool.dtype, pin_memory=self._pool.is_cuda)
+        with torch.inference_mode(False):  # it is written to in later calls too, inside of inference mode or not
+            return torch.empty(size, dtype=self._pool.dtype, device="cpu", pin_memory=self._pool.is_cuda)

@@ -48,11 +48,6 @@ class Residency:
         """Whether requests are on their way to or from host memory."""
         return bool(self._moving)
 
-    @property
-    def offloaded(self) -> int:
-        """Requests in host memory, or on their way there."""
-        return len(self._offloaded)
-
     def admits(self, request: Request, residents: Iterable[Request]) -> bool:
         """Whether there is room for one more; takes its pages, all of them when there is no host tier."""
         longest = self.pages_for(request.max_length)
@@ -62,12 +57,13 @@ class Residency:
             admitted = pages is not None
         else:
             held = list(residents)
-            committed = longest + sum(self.pages_for(other.max_length) for other in held)
+            lengths = [longest, *(self.pages_for(other.max_length) for other in held)]
+            pool, tier = self.allocator.pages, self.tier.capacity
+            # Requests move whole: all but the one that stays, and what does not fit beside it.
+            fits = sum(lengths) <= pool or sum(lengths) + max(lengths) <= pool + tier
             first = self.pages_for(min(len(request.prompt) + self._cycle_tokens, request.max_length))
             admitted = (
-                not self._offloaded
-                and committed <= self.allocator.pages + self.tier.capacity
-                and first + (self._reserve(held) if held else 0) <= self.allocator.free
+                not self._offloaded and fits and first + (self._reserve(held) if held else 0) <= self.allocator.free
             )
         if admitted:
             request.place = Place.DEVICE
@@ -146,10 +142,14 @@ class Residency:
         return sum(
             max(
                 0,
-                self.pages_for(min(request.reach + 3 * self._cycle_tokens, request.max_length)) - len(request.pages),
+                self.pages_for(min(self._soon(request), request.max_length)) - len(request.pages),
             )
             for request in here
         )
+
+    def _soon(self, request: Request) -> int:
+        """Tokens that a request may hold while another one leaves: its whole prompt, and some cycles more."""
+        return max(request.reach, len(request.prompt)) + 3 * self._cycle_tokens
 
     def _send_away(self, request: Request) -> bool:
         transfer = self.tier.offload(request.pages)

@@ -120,9 +120,7 @@ class Scheduler:
         stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
         due = self._phase_now() == request.phase or drafts >= most or stale
         full = scores and self._scored == self.limits.scored
-        if due and full and not stale:
-            if drafts >= most:
-                return None
+        if due and full and drafts < most and not stale:
             due = False
         if not self.residency.covers(request, min(request.max_length, request.reach + drafts + 1)):
             return None
@@ -130,8 +128,10 @@ class Scheduler:
             request.drafted += 1
             return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
         rows = drafts + 1
+        # Where the score buffer is full, the old pillars serve for one cycle more.
         scored = self._take_scores(rows) if scores and not full else 0
-        request.drafted, request.unread, request.fresh = 0, request.unread + rows, scored > 0
+        request.drafted, request.unread = 0, request.unread + rows
+        request.fresh = scored > 0 or (scores and request.fresh)
         return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, whole_cycle=drafts == most > 0)
 
     def _prefill(self, here: list[Request]) -> Iterator[tuple[Request, Work]]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 
+from sparsespec_compile.errors import EngineBusyError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.draft_length import DraftLength
@@ -35,6 +36,9 @@ class Session:
         recorder: counts what happens.
         chooser: chooses the number of drafts as requests run; None = it stays as it is.
         overlap: whether an iteration is enqueued before the results of the one before are read.
+
+    Attributes:
+        closed: whether it was ended for good.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Session:
         self._landed_at = math.nan
         self._inputs = runner.step.inputs
         self._packer = InputPacker(self._inputs.sizes)
-        self._closed = False
+        self.closed = False
         self._added: dict[Request, float] = {}
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
@@ -75,7 +79,9 @@ class Session:
         return 1 - allocator.free / max(allocator.pages, 1)
 
     def add(self, request: Request) -> None:
-        """Queue a request; it must fit the state's capacity."""
+        """Queue a request; it must fit the state's capacity. EngineBusyError when the session was closed."""
+        if self.closed:
+            raise EngineBusyError("This generation was ended; start another one for more prompts.")
         self._added[request] = time.perf_counter()
         self._scheduler.waiting.append(request)
 
@@ -101,9 +107,9 @@ class Session:
 
     def close(self) -> None:
         """Drop every request and give back all slots and pages. Nothing is busy any more; further calls do nothing."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         stats, residency = self._recorder.stats, self._scheduler.residency
         stats.pages_offloaded = residency.pages_offloaded
         stats.pages_held = residency.allocator.pages - residency.allocator.free + residency.tier.held

@@ -101,7 +101,7 @@ class Step:
         self.forward = forward
         self.state = state
         self.inputs = inputs
-        self._reads_scores = policy is not None and policy.reads_scores
+        self.reads_scores = policy is not None and policy.reads_scores
         slots = state.capacity.slots
         self.results = Results(
             tokens=torch.zeros(slots, draft_tokens + 2, dtype=torch.int32, device=state.device),
@@ -115,7 +115,7 @@ class Step:
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run the first `rows` packed rows and `logits` rows with logits of the inputs; `results` holds the outcome."""
         state, inputs = self.state, self.inputs
-        placed = self._place_rows(state, inputs, rows, self._reads_scores)
+        placed = self._place_rows(state, inputs, rows, self.reads_scores)
         logit_rows = inputs.logit_rows[:logits]
         out = self.forward(
             placed.token[None],

@@ -139,6 +139,21 @@ def test_a_host_tier_that_is_too_small_admits_fewer(toy, moves):
     assert texts == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
 
 
+def test_long_prompts_wait_rather_than_move(toy, moves):
+    """Three prompts that fill the pool one by one: those that come later wait for room for the whole prompt."""
+    requests = requests_of((80, 81, 82), 8)
+    engine = small(toy, prefill_chunk=16)
+    assert run(engine, requests) == [toy.decode(request) for request in requests_of((80, 81, 82), 8)]
+    assert moves[True] == 0
+
+
+def test_no_text_is_given_up_while_memory_can_be_had(toy):
+    """Whole requests must fit into host memory beside what stays: more are not admitted."""
+    requests = requests_of((21, 1, 6, 12, 3), 65)
+    run(small(toy, pool_tokens=100, host_pool_tokens=52, prefill_chunk=8), requests)
+    assert {request.finish_reason for request in requests} == {FinishReason.LENGTH}
+
+
 @pytest.mark.parametrize("place", [Place.DEVICE, Place.LEAVING, Place.HOST, Place.RETURNING])
 def test_cancelled_wherever_it_is(toy, monkeypatch, place):
     """Transfers that take several iterations, as on a GPU; one request is taken back while it is at `place`."""
@@ -184,7 +199,7 @@ def test_an_exception_while_pages_move_leaves_the_engine_usable(toy, monkeypatch
     engine = small(toy)
     generation = engine.run(requests_of(LENGTHS, 60))
     for _ in generation:
-        if engine._tier is not None and not engine._tier.idle:
+        if engine._tier is not None and engine._tier._moving:
             break
     with pytest.raises(KeyboardInterrupt):
         generation.throw(KeyboardInterrupt)

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import MemoryPlanError
+from sparsespec_compile.errors import ConfigError, MemoryPlanError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.capture import StepRunner, row_counts
@@ -165,6 +165,23 @@ class TestCapturedStep:
         assert step.inputs.mode.tolist() == [Mode.VERIFY, Mode.IDLE, Mode.IDLE]
         assert step.results.tokens.shape == (3, 6)
 
+    def test_one_text_of_any_length(self, toy):
+        step = toy.engine(draft_tokens=4, pool_tokens=64).capture(1, 100, Variant())
+        (request,) = requests_of((7,), 12)
+        assert self.decode(step, request) == toy.decode(request)
+        toy.engine(draft_tokens=4).capture(1, 1, Variant()).replay()
+
+    def test_more_than_fits_is_refused(self, toy):
+        step = toy.engine(draft_tokens=8, min_budget=4).capture(20, 64, Variant())
+        prompt = [Work(slot, Mode.PREFILL, rows=2, tokens=[1, 2], logits=1, scored=2) for slot in range(20)]
+        with pytest.raises(ConfigError, match="has 20 scored requests, the step holds 8"):
+            step.fill(prompt)
+        step.fill(prompt[:8])
+        with pytest.raises(ConfigError, match="packed rows"):
+            step.fill([Work(0, Mode.PREFILL, rows=10_000, tokens=[1] * 10_000)])
+        window = toy.engine(draft_tokens=8, drafter="window").capture(20, 64, Variant())
+        window.fill(prompt)
+
     def test_it_does_not_disturb_the_engine(self, toy):
         engine = toy.engine(draft_tokens=4, min_budget=4)
         generation = engine.run(requests_of((5, 9), 20))
@@ -174,6 +191,24 @@ class TestCapturedStep:
         for _ in generation:
             pass
         assert run(engine, requests_of((3,), 9)) == [toy.decode(r) for r in requests_of((3,), 9)]
+
+
+@pytest.mark.parametrize("drafter", ["pillar", "window"])
+def test_no_request_sits_out(toy, drafter):
+    """64 requests over 9 phases: as many iterations as a single request takes, and a cycle's spread more."""
+    engine = toy.engine(draft_tokens=8, drafter=drafter, min_budget=1000)
+    run(engine, requests_of([5] * 64, 45))
+    assert engine.stats.iterations < 45 + 9 + 9
+
+
+def test_a_single_slot_runs_one_request_at_a_time(toy):
+    engine = toy.engine(draft_tokens=2, min_budget=4, max_requests=1)
+    with engine.session(engine.needs([40] * 3)) as session:
+        for request in requests_of((5, 9, 12), 10):
+            session.add(request)
+        while session.busy:
+            list(session.advance())
+            assert len(session._scheduler.running) <= 1
 
 
 def test_nothing_of_a_finished_request_is_kept(toy):

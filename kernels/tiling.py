@@ -44,8 +44,8 @@ class Tiling:
             tile of 16 pairs, or of a group if that is larger.
         block_n: keys of a block, a power of two.
         num_warps: warps of a program.
-        stages: depth of the software pipeline over consecutive keys; one less block is on its way at a time.
-        list_stages: the same where positions are looked up.
+        small_ahead: blocks of keys and values that are on their way at a time, for tiles of drafts and plain decoding.
+        big_ahead: the same for large tiles.
         programs_per_sm: programs that share a multiprocessor.
         unit_overhead: what starting a tile with a KV head costs, in blocks of keys.
         min_blocks: fewest blocks of keys for which one more program is worth it.
@@ -54,8 +54,8 @@ class Tiling:
     big_m: int
     block_n: int
     num_warps: int
-    stages: int
-    list_stages: int
+    small_ahead: int
+    big_ahead: int
     programs_per_sm: int
     unit_overhead: int = 2
     min_blocks: int = 4
@@ -89,10 +89,15 @@ def default_tiling(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tili
     queries = padded(layer.key_dim) * layer.dtype.itemsize
     room = limits.shared_bytes // per_sm - 2 * _RESERVED
     # Products of 64 rows and more on Hopper keep one more block in shared memory while they run.
-    blocks = max(2, min(3, (room - big_m * queries) // (block_n * layer.token_bytes)))
-    listed = max(2, min(3, (room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes)))
-    stages = blocks if limits.capability >= 90 and big_m >= 64 and not single else blocks + 1
-    return Tiling(big_m, block_n, num_warps, stages, listed + 1, per_sm)
+    kept = 1 if limits.capability >= 90 and big_m >= 64 and not single else 0
+    big_ahead = _clamped((room - big_m * queries) // (block_n * layer.token_bytes) - kept)
+    small_ahead = _clamped((room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes))
+    return Tiling(big_m, block_n, num_warps, small_ahead, big_ahead, per_sm)
+
+
+def _clamped(ahead: int) -> int:
+    """Blocks on their way: one hides nothing, more than three bring nothing."""
+    return max(2, min(3, ahead))
 
 
 def padded(size: int) -> int:

@@ -24,6 +24,7 @@ _ANY_VALUE = (
     "requests",
     "rows",
     "kv_heads",
+    "page_units",
     "stride_table",
     "stride_score_slot",
     "stride_score_head",
@@ -76,9 +77,8 @@ def attention_kernel(
     stride_k_head,
     stride_v_row,
     stride_v_head,
-    stride_page,
     stride_head,
-    stride_slot,
+    page_units,
     stride_table,
     stride_score_slot,
     stride_score_head,
@@ -93,14 +93,18 @@ def attention_kernel(
     KEY_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    TOKEN_UNITS: tl.constexpr,
+    WIDE_UNITS: tl.constexpr,
     REQUESTS: tl.constexpr,
     SMALL_M: tl.constexpr,
     BIG_M: tl.constexpr,
     SMALL_ROWS_PAD: tl.constexpr,
     BIG_ROWS_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    LIST_STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SMALL_AHEAD: tl.constexpr,
+    BIG_AHEAD: tl.constexpr,
     UNIT_OVERHEAD: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -115,7 +119,12 @@ def attention_kernel(
     step = (request_mode, row_count, cached_length, score_rows, pillar_count, recent_start)
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
-    LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, PAGE_SIZE, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
+    # Pairs, rows padded, keys of a block, blocks on their way, pairs of a part, positions looked up, splits, reads k, v.
+    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, SPLITS, False)
+    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False)
+    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BLOCK_N, BIG_AHEAD, PART_M, False, 1, True)
+    POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
+    LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
     line, whole, separate = plan_requests(
         step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, UNIT_OVERHEAD, REQUESTS
     )
@@ -126,6 +135,7 @@ def attention_kernel(
     separate_units = tl.sum(separate, 0)
     # Whole units are dealt out from the last program on, to which a short line gives nothing.
     dealt = tl.num_programs(0) - 1 - tl.program_id(0)
+    again = False
     while (at < line_end) | (dealt < separate_units + whole_units):
         in_line = at < line_end
         scores_only = (at >= line_end) & (dealt < separate_units)
@@ -157,6 +167,7 @@ def attention_kernel(
         all_blocks = (read + end - start + BLOCK_N - 1) // BLOCK_N
         first_block, end_block = 0, all_blocks
         first_program, last_program = 0, 0
+        next_at, finished = at, True
         if in_line:
             lead = cost_of_unit(emits, pillars, recent, end, BLOCK_N, UNIT_OVERHEAD)
             cost = lead + all_blocks
@@ -168,18 +179,26 @@ def attention_kernel(
             end_block = tl.maximum((stop - unit_begin).to(tl.int32) - lead, 0)
             first_program = program_at(unit_begin + lead, sharing, total)
             last_program = program_at(unit_begin + cost - 1, sharing, total)
-            at = stop
+            next_at = stop
         head = unit % kv_heads
         tile = unit // kv_heads
+        own_first, own_end, beside_pool = 0, count, False
         if not in_line:
             # The last tiles of a prompt read most and go first.
             tile = tl.where(scores_only, 0, tiles - 1 - tile)
-        first = tile * tile_rows
-        if not in_line:
-            end = tl.minimum(end, cached + first + tile_rows)
+            first = tile * tile_rows
+            last_row = tl.minimum(count, first + tile_rows)
+            beside_pool = kind != DRAFT
+            own_first = tl.where(beside_pool, first, 0)
+            own_end = last_row
+            end = tl.where(beside_pool, cached, cached + last_row)
             read, start = reading_of(kind, cached + first, pillars, recent, window, BLOCK_N, HAS_WINDOW)
-            all_blocks = (read + end - start + BLOCK_N - 1) // BLOCK_N
+            if HAS_WINDOW:
+                # Nothing of the pool where the window begins behind it.
+                end = tl.where(beside_pool & (first >= window - 1), start, end)
+            all_blocks = tl.maximum(read + end - start + BLOCK_N - 1, 0) // BLOCK_N
             end_block = all_blocks
+        first = tile * tile_rows
 
         wide_request, wide_head = request.to(tl.int64), head.to(tl.int64)
         q_base = q + first_row * stride_q_row + wide_head * (GROUP * stride_q_head)
@@ -191,8 +210,7 @@ def attention_kernel(
             k + first_row * stride_k_row + wide_head * stride_k_head,
             v + first_row * stride_v_row + wide_head * stride_v_head,
             page_table + wide_request * stride_table,
-            stride_page,
-            stride_slot,
+            page_units,
             stride_k_row,
             stride_v_row,
             cached,
@@ -200,14 +218,6 @@ def attention_kernel(
         index_base = pillar_index + wide_request * stride_pillar_request + wide_head * stride_pillar_head
         slot = tl.load(score_slot + request, mask=scored > 0, other=0).to(tl.int64)
         score_base = scores + slot * stride_score_slot + wide_head * stride_score_head
-        listed = (index_base, read, start, end)
-        measured_from = recent
-        if HAS_WINDOW:
-            measured_from = tl.maximum(recent, cached - window + 1)
-        measured = (index_base, pillars, measured_from, cached + count)
-        blocks = (first_block, end_block, all_blocks)
-        score = (emits, score_base, scored)
-        workspace = (parts, counters, first_program, last_program)
         if scores_only:
             score_separately(
                 packed,
@@ -221,69 +231,25 @@ def attention_kernel(
                 recent,
                 settings,
                 LAYER,
-                BIG_M,
-                BLOCK_N,
-                STAGES,
+                BIG_TILE,
             )
-        elif end_block > first_block:
+        elif (end_block > first_block) | (not in_line):
+            listed = (index_base, read, start, end)
+            measured_from = recent
+            if HAS_WINDOW:
+                measured_from = tl.maximum(recent, cached - window + 1)
+            measured = (index_base, pillars, measured_from, cached + count)
+            blocks = (first_block, end_block, all_blocks)
+            own = (own_first, own_end, beside_pool)
+            score = (emits & (not again), score_base, scored)
+            workspace = (parts, counters, first_program, last_program)
+            what = (packed, source, listed, measured, blocks, (first, count), own, score, workspace)
             if kind == DRAFT:
-                attend_segment(
-                    packed,
-                    source,
-                    listed,
-                    measured,
-                    blocks,
-                    (first, count),
-                    score,
-                    settings,
-                    workspace,
-                    LAYER,
-                    SMALL_ROWS_PAD,
-                    SMALL_M,
-                    BLOCK_N,
-                    PART_M,
-                    STAGES,
-                    LIST_STAGES,
-                    True,
-                )
+                attend_segment(what, settings, LAYER, DRAFT_TILE)
             elif small:
-                attend_segment(
-                    packed,
-                    source,
-                    listed,
-                    measured,
-                    blocks,
-                    (first, count),
-                    score,
-                    settings,
-                    workspace,
-                    LAYER,
-                    SMALL_ROWS_PAD,
-                    SMALL_M,
-                    BLOCK_N,
-                    PART_M,
-                    STAGES,
-                    LIST_STAGES,
-                    False,
-                )
+                finished = attend_segment(what, settings, LAYER, SMALL_TILE)
             else:
-                attend_segment(
-                    packed,
-                    source,
-                    listed,
-                    measured,
-                    blocks,
-                    (first, count),
-                    score,
-                    settings,
-                    workspace,
-                    LAYER,
-                    BIG_ROWS_PAD,
-                    BIG_M,
-                    BLOCK_N,
-                    PART_M,
-                    STAGES,
-                    LIST_STAGES,
-                    False,
-                )
+                finished = attend_segment(what, settings, LAYER, BIG_TILE)
+        again = not finished
+        at = tl.where(finished, next_at, at)
     clear_rows(out, rows, kv_heads * (GROUP * VALUE_DIM), request_mode, row_start, row_count, requests, REQUESTS)

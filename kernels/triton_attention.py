@@ -82,8 +82,10 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_ROWS_PAD": triton.next_power_of_2(small_m // layer.group),
         "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
         "BLOCK_N": tiling.block_n,
-        "STAGES": tiling.stages,
-        "LIST_STAGES": tiling.list_stages,
+        # A product takes 16 keys at least.
+        "SPLITS": min(tiling.num_warps, tiling.block_n // 16),
+        "SMALL_AHEAD": tiling.small_ahead,
+        "BIG_AHEAD": tiling.big_ahead,
         "UNIT_OVERHEAD": tiling.unit_overhead,
         "MIN_BLOCKS": tiling.min_blocks,
     }
@@ -103,9 +105,8 @@ def _sizes(
         **_strides("q", q, "row", "head"),
         **_strides("k", k, "row", "head"),
         **_strides("v", v, "row", "head"),
-        "stride_page": kv.stride(0),
         "stride_head": kv.stride(1),
-        "stride_slot": kv.stride(2),
+        **_units(kv),
         "stride_table": step["page_table"].stride(0),
         **_strides("score", scores, "slot", "head"),
         **_strides("pillar", pillar_index, "request", "head"),
@@ -116,6 +117,18 @@ def _sizes(
         "VALUE_PAD": padded(v.shape[2]),
         "PAGE_SIZE": kv.shape[2],
         "REQUESTS": triton.next_power_of_2(max(requests, 1)),
+    }
+
+
+def _units(kv: Tensor) -> dict[str, int]:
+    """What pages and tokens are counted in; see ``triton_tiles.pool_pointers``."""
+    unit = math.gcd(kv.stride(0), kv.stride(2))
+    page_units = kv.stride(0) // unit
+    return {
+        "page_units": page_units,
+        "UNIT": unit,
+        "TOKEN_UNITS": kv.stride(2) // unit,
+        "WIDE_UNITS": kv.shape[0] * page_units >= 2**31,
     }
 
 

@@ -5,18 +5,32 @@ import triton.language as tl
 
 from .triton_tiles import (
     PREFILL,
-    dense_positions,
-    listed_positions,
-    load_pillars,
+    join_splits,
     load_queries,
     load_tokens,
-    pages_of,
+    order_of,
     pairs_of_tile,
+    pool_pointers,
+    positions_of,
     products,
     raise_largest,
+    row_pointers,
     scale_of_products,
-    token_pointers,
 )
+
+
+@triton.jit
+def key_pointers(source, position, PAD: tl.constexpr, POOL: tl.constexpr, BESIDE_POOL: tl.constexpr):
+    """Addresses [..., PAD] of keys: in the pool, or, BESIDE_POOL, those of the step's own tokens in k."""
+    if BESIDE_POOL:
+        cached = source[7]
+        # Any position of a request's reserved pages serves for those that come from k.
+        pooled = pool_pointers(source, tl.minimum(position, tl.maximum(cached - 1, 0)), 0, PAD, POOL)
+        own = row_pointers(source[1], tl.maximum(position - cached, 0), source[5], PAD)
+        pointers = tl.where(tl.expand_dims(position >= cached, -1), own, pooled)
+    else:
+        pointers = pool_pointers(source, position, 0, PAD, POOL)
+    return pointers
 
 
 @triton.jit
@@ -26,41 +40,35 @@ def log_sum_of_list(
     source,
     listed,
     settings,
-    KEY_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LAYER: tl.constexpr,
+    TILE: tl.constexpr,
+    BESIDE_POOL: tl.constexpr,
 ):
     """Base-2 log-sum-exp [BLOCK_M] of each pair's logits over those positions of a list that its row sees."""
+    HAS_WINDOW: tl.constexpr = LAYER[6]
+    BLOCK_N: tl.constexpr = TILE[2]
+    SPLITS: tl.constexpr = TILE[6]
+    STATE: tl.constexpr = (TILE[0],) if SPLITS == 1 else (SPLITS, TILE[0])
     window, logit_scale, cap = settings
-    pillars, start, end = listed[1], listed[2], listed[3]
-    factor = scale_of_products(logit_scale, HAS_SOFTCAP)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    # Pages are looked up one block ahead, and pillars two, so that keys can be fetched well before their turn.
-    position = listed_positions(listed, 0, load_pillars(listed, 0, BLOCK_N), BLOCK_N)
-    page = pages_of(source, position, PAGE_SIZE)
-    pillar = load_pillars(listed, 1, BLOCK_N)
-    for block in tl.range(0, (pillars + end - start + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES):
-        dense = dense_positions(listed, block, BLOCK_N)
-        key = token_pointers(source, position, page, PAGE_SIZE, KEY_DIM)[0]
-        keys = load_tokens(key, dense < end, KEY_DIM, KEY_PAD)
-        product = products(query, keys, logit_scale, cap, HAS_SOFTCAP, PRECISION)
-        visible = (dense < end)[None, :] & (dense[None, :] <= row_position[:, None])
+    factor = scale_of_products(logit_scale, LAYER)
+    largest = tl.full(STATE, float("-inf"), tl.float32)
+    total = tl.zeros(STATE, tl.float32)
+    entries = listed[1] + listed[3] - listed[2]
+    for block in tl.range(0, (entries + BLOCK_N - 1) // BLOCK_N, num_stages=3 * TILE[3] + 1):
+        position = positions_of(listed, block, BLOCK_N, SPLITS, True)
+        keys = load_tokens(key_pointers(source, position, LAYER[3], LAYER[5], BESIDE_POOL), LAYER[1], LAYER[3])
+        product = products(query, keys, logit_scale, cap, LAYER)
+        order = tl.expand_dims(order_of(listed, block, BLOCK_N, SPLITS), -2)
+        visible = (order < listed[3]) & (order <= row_position[:, None])
         if HAS_WINDOW:
-            visible = visible & (position[None, :] > row_position[:, None] - window)
-        position = listed_positions(listed, block + 1, pillar, BLOCK_N)
-        page = pages_of(source, position, PAGE_SIZE)
-        pillar = load_pillars(listed, block + 2, BLOCK_N)
+            visible = visible & (tl.expand_dims(position, -2) > row_position[:, None] - window)
         product = tl.where(visible, product, float("-inf"))
         raised, shift = raise_largest(product, largest, factor)
-        total = total * tl.exp2(largest - shift) + tl.sum(tl.exp2(product * factor - shift[:, None]), 1)
+        weight = tl.exp2(product * factor - tl.expand_dims(shift, -1))
+        total = total * tl.exp2(largest - shift) + tl.sum(weight, -1)
         largest = raised
+    if SPLITS > 1:
+        largest, _, total = join_splits(largest, total, 0)
     return largest + tl.log2(total)
 
 
@@ -85,9 +93,7 @@ def score_separately(
     recent,
     settings,
     LAYER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Scores of one request and KV head in a pass of its own: twice over the keys for each tile of scored rows.
 
@@ -96,17 +102,16 @@ def score_separately(
     GROUP: tl.constexpr = LAYER[0]
     KEY_DIM: tl.constexpr = LAYER[1]
     KEY_PAD: tl.constexpr = LAYER[3]
-    PAGE_SIZE: tl.constexpr = LAYER[5]
     HAS_WINDOW: tl.constexpr = LAYER[6]
-    HAS_SOFTCAP: tl.constexpr = LAYER[7]
-    PRECISION: tl.constexpr = LAYER[8]
+    BLOCK_M: tl.constexpr = TILE[0]
+    BLOCK_N: tl.constexpr = TILE[2]
     query_base, stride_q_row, stride_q_head = packed[0], packed[1], packed[2]
     window, logit_scale, cap = settings
-    cached = source[8]
+    cached = source[7]
     unscored = count - scored
     scored_end = cached + unscored
     everything = kind == PREFILL
-    factor = scale_of_products(logit_scale, HAS_SOFTCAP)
+    factor = scale_of_products(logit_scale, LAYER)
     seen, low = 0, 0
     if HAS_WINDOW:
         seen = tl.maximum(scored_end - window + 1, 0)
@@ -122,33 +127,15 @@ def score_separately(
         place, member, real_pair = pairs_of_tile(first, count, GROUP, BLOCK_M)
         query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, KEY_DIM, KEY_PAD)
         row_position = cached + place
-        measure = log_sum_of_list(
-            query,
-            row_position,
-            source,
-            listed,
-            settings,
-            KEY_DIM,
-            KEY_PAD,
-            PAGE_SIZE,
-            BLOCK_M,
-            BLOCK_N,
-            STAGES,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            PRECISION,
-        )
-        lane = tl.arange(0, BLOCK_N)
-        page = pages_of(source, low + lane, PAGE_SIZE)
-        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES):
-            position = block * BLOCK_N + lane
+        measure = log_sum_of_list(query, row_position, source, listed, settings, LAYER, TILE, True)
+        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=2 * TILE[3] + 1):
+            position = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            key = key_pointers(source, tl.minimum(position, scored_end - 1), KEY_PAD, LAYER[5], True)
+            keys = load_tokens(key, KEY_DIM, KEY_PAD)
             real = position < scored_end
             if HAS_WINDOW:
                 real = real & (position >= seen)
-            key = token_pointers(source, position, page, PAGE_SIZE, KEY_DIM)[0]
-            keys = load_tokens(key, real, KEY_DIM, KEY_PAD)
-            page = pages_of(source, position + BLOCK_N, PAGE_SIZE)
-            product = products(query, keys, logit_scale, cap, HAS_SOFTCAP, PRECISION)
+            product = products(query, keys, logit_scale, cap, LAYER)
             visible = real_pair[:, None] & real[None, :]
             if HAS_WINDOW:
                 visible = visible & (position[None, :] > row_position[:, None] - window)

@@ -35,84 +35,98 @@ def load_queries(query, stride_row, stride_head, place, member, real, KEY_DIM: t
 
 
 @triton.jit
-def load_pillars(listed, block, BLOCK_N: tl.constexpr):
-    """The pillars among the entries of a block of a list, 0 in place of other entries.
+def lanes_of(BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """Places of keys in a block: [BLOCK_N], or, for several SPLITS, [SPLITS, BLOCK_N // SPLITS]."""
+    if SPLITS == 1:
+        lanes = tl.arange(0, BLOCK_N)
+    else:
+        lanes = tl.reshape(tl.arange(0, BLOCK_N), (SPLITS, BLOCK_N // SPLITS))
+    return lanes
+
+
+@triton.jit
+def positions_of(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
+    """Positions of a block of a list; past its end the last one again, so that a load always finds a token.
 
     ``listed`` is (pillars, pillar_count, start, end): pillar_count positions at ``pillars``, then start .. end - 1.
+    Without LISTED pillar_count is 0.
     """
-    pillars, pillar_count = listed[0], listed[1]
-    entry = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.load(pillars + entry, mask=entry < pillar_count, other=0)
+    pillars, pillar_count, start, end = listed
+    entry = block * BLOCK_N + lanes_of(BLOCK_N, SPLITS)
+    if LISTED:
+        entry = tl.minimum(entry, pillar_count + end - start - 1)
+        pillar = tl.load(pillars + tl.minimum(entry, tl.maximum(pillar_count - 1, 0)).to(tl.uint32))
+        position = tl.where(entry < pillar_count, pillar, entry + (start - pillar_count))
+    else:
+        position = tl.minimum(start + entry, end - 1)
+    return position
 
 
 @triton.jit
-def dense_positions(listed, block, BLOCK_N: tl.constexpr):
-    """Positions [BLOCK_N] of a block of a list as if it had no pillars: these come out below start."""
-    return listed[2] - listed[1] + block * BLOCK_N + tl.arange(0, BLOCK_N)
+def order_of(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """What to compare rows' positions with: the positions of a block of a list, pillars below start."""
+    return listed[2] - listed[1] + block * BLOCK_N + lanes_of(BLOCK_N, SPLITS)
 
 
 @triton.jit
-def listed_positions(listed, block, pillar, BLOCK_N: tl.constexpr):
-    """Positions [BLOCK_N] of a block of a list whose pillars have been loaded; past its end, positions from end on."""
-    dense = dense_positions(listed, block, BLOCK_N)
-    return tl.where(dense < listed[2], pillar, dense)
+def pool_pointers(source, position, first_dim, PAD: tl.constexpr, POOL: tl.constexpr):
+    """Addresses [..., PAD] in the pool of what tokens keep from ``first_dim`` on: their keys, then their values.
 
-
-@triton.jit
-def pages_of(source, position, PAGE_SIZE: tl.constexpr):
-    """Physical pages of positions that were in the pool before the step, 0 for others."""
-    table, cached = source[3], source[8]
-    return tl.load(table + position // PAGE_SIZE, mask=position < cached, other=0)
-
-
-@triton.jit
-def pool_pointers(source, position, page, PAGE_SIZE: tl.constexpr):
-    """Addresses of tokens in the pool: of the key, which the value follows."""
-    return source[0] + page.to(tl.int64) * source[4] + (position % PAGE_SIZE) * source[5]
-
-
-@triton.jit
-def token_pointers(source, position, page, PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr):
-    """Addresses of the keys and of the values at ``position``: in the pool, or in k and v for the step's own tokens.
-
-    ``source`` is (pool, keys, values, table, stride_page, stride_slot, stride_key_row, stride_value_row, cached): the
-    pool at a KV head, k and v at that head and at the request's first row, the request's row of the page table. As
-    nothing is read that the step itself writes into the pool, reads and writes need no order.
+    ``source`` is (pool, keys, values, table, page_units, stride_key_row, stride_value_row, cached): the pool at a KV
+    head, k and v at that head and at the request's first row, the request's row of the page table. POOL is (page size,
+    elements of a unit, units of a token, whether units need 64 bits): every page and token begins at a multiple of a
+    unit, and counting in units takes one multiplication of 32 bits where offsets in elements need one of 64. A loop
+    spends as many instructions on addresses as on products, so this counts.
     """
-    keys, values, stride_key_row, stride_value_row, cached = source[1], source[2], source[6], source[7], source[8]
-    token = pool_pointers(source, position, page, PAGE_SIZE)
-    row = (position - cached).to(tl.int64)
-    is_new = position >= cached
-    key = tl.where(is_new, keys + row * stride_key_row, token)
-    return key, tl.where(is_new, values + row * stride_value_row, token + KEY_DIM)
+    pool, table, page_units = source[0], source[3], source[4]
+    place = position.to(tl.uint32)
+    page = tl.load(table + place // POOL[0])
+    slot = (place % POOL[0]).to(tl.int32)
+    if POOL[3]:
+        unit = page.to(tl.int64) * page_units + slot * POOL[2]
+    else:
+        unit = (page * page_units + slot * POOL[2]).to(tl.int64)
+    return (pool + first_dim + tl.arange(0, PAD)) + tl.expand_dims(unit * POOL[1], -1)
 
 
 @triton.jit
-def load_tokens(pointer, real, DIM: tl.constexpr, PAD: tl.constexpr):
-    """Keys or values [BLOCK_N, PAD]; zeros where there is none, as a stray NaN would spread."""
-    dim = tl.arange(0, PAD)[None, :]
-    return tl.load(pointer[:, None] + dim, mask=real[:, None] & (dim < DIM), other=0.0)
+def row_pointers(rows, row, stride, PAD: tl.constexpr):
+    """Addresses [N, PAD] of the step's own keys or values, ``rows`` pointing to the request's first."""
+    return (rows + tl.arange(0, PAD))[None, :] + (row.to(tl.int64) * stride)[:, None]
 
 
 @triton.jit
-def products(q, k, logit_scale, cap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """What, times ``scale_of_products``, are the logits of q [BLOCK_M, D] with keys k [BLOCK_N, D] times log2(e).
+def load_tokens(pointer, DIM: tl.constexpr, PAD: tl.constexpr):
+    """Keys or values [..., PAD]. Whole rows need no mask, which would cost a loop several instructions for each."""
+    if DIM == PAD:
+        tokens = tl.load(pointer)
+    else:
+        inside = tl.arange(0, PAD) < DIM
+        inside = inside[None, :] if len(pointer.shape) == 2 else inside[None, None, :]
+        tokens = tl.load(pointer, mask=inside, other=0.0)
+    return tokens
+
+
+@triton.jit
+def products(q, k, logit_scale, cap, LAYER: tl.constexpr):
+    """What, times ``scale_of_products``, are the logits of q [..., M, D] with keys k [..., N, D] times log2(e).
 
     ``logit_scale`` is scale * log2(e) > 0 and ``cap`` 0; with a soft-cap c they are 2 * scale * log2(e) / c, the factor
     of exp2's argument, and c * log2(e).
     """
-    product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if HAS_SOFTCAP:
+    turned = tl.trans(k) if len(k.shape) == 2 else tl.permute(k, (0, 2, 1))
+    product = tl.dot(q, turned, input_precision=LAYER[8])
+    if LAYER[7]:
         # tanh(x) = 1 - 2 / (exp(2x) + 1): right at both ends, where exp overflows or vanishes.
         product = cap - 2.0 * cap / (tl.exp2(product * logit_scale) + 1.0)
     return product
 
 
 @triton.jit
-def scale_of_products(logit_scale, HAS_SOFTCAP: tl.constexpr):
+def scale_of_products(logit_scale, LAYER: tl.constexpr):
     """The factor that ``products`` leaves to be multiplied where the largest one is subtracted, in one operation."""
     factor = logit_scale
-    if HAS_SOFTCAP:
+    if LAYER[7]:
         factor = 1.0
     return factor
 
@@ -123,5 +137,14 @@ def raise_largest(product, largest, factor):
 
     A row that has seen nothing yet keeps -inf, from which 0 must be subtracted: -inf - -inf is not a number.
     """
-    raised = tl.maximum(largest, tl.max(product, 1) * factor)
+    raised = tl.maximum(largest, tl.max(product, -1) * factor)
     return raised, tl.where(raised == float("-inf"), 0.0, raised)
+
+
+@triton.jit
+def join_splits(largest, total, axis: tl.constexpr):
+    """The largest logits over an axis, what fades each to them, and the sums of weights."""
+    top = tl.max(largest, axis)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    fade = tl.exp2(largest - tl.expand_dims(shift, axis))
+    return top, fade, tl.sum(total * fade, axis)

@@ -3,36 +3,27 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import IDLE
+from .triton_tiles import IDLE, pool_pointers, row_pointers
 
 
 @triton.jit
-def write_tokens(
-    source,
-    first,
-    count,
-    ROWS: tl.constexpr,
-    ROWS_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-):
-    """Copy the tile's rows of k and v, ROWS of ``count`` from ``first`` on, to their positions in the pool."""
-    pool, keys, values, table, stride_page, stride_slot, stride_key_row, stride_value_row, cached = source
-    in_tile = tl.arange(0, ROWS_PAD)
-    row = (first + in_tile).to(tl.int64)
-    mine = (in_tile < ROWS) & (row < count)
-    position = cached + first + in_tile
-    page = tl.load(table + position // PAGE_SIZE, mask=mine, other=0).to(tl.int64)
-    token = (pool + page * stride_page + (position % PAGE_SIZE) * stride_slot)[:, None]
-    dim = tl.arange(0, KEY_PAD)[None, :]
-    mask = mine[:, None] & (dim < KEY_DIM)
-    tl.store(token + dim, tl.load(keys + (row * stride_key_row)[:, None] + dim, mask=mask), mask=mask)
-    dim = tl.arange(0, VALUE_PAD)[None, :]
-    mask = mine[:, None] & (dim < VALUE_DIM)
-    tl.store(token + KEY_DIM + dim, tl.load(values + (row * stride_value_row)[:, None] + dim, mask=mask), mask=mask)
+def write_tokens(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
+    """Copy rows of k and v, at most ROWS from ``first`` on and before ``end``, to their positions in the pool."""
+    KEY_DIM: tl.constexpr = LAYER[1]
+    VALUE_DIM: tl.constexpr = LAYER[2]
+    KEY_PAD: tl.constexpr = LAYER[3]
+    VALUE_PAD: tl.constexpr = LAYER[4]
+    POOL: tl.constexpr = LAYER[5]
+    row = first + tl.arange(0, ROWS)
+    mine = (row < end)[:, None]
+    row = tl.minimum(row, end - 1)
+    position = source[7] + row
+    key_mask = mine & (tl.arange(0, KEY_PAD) < KEY_DIM)[None, :]
+    value_mask = mine & (tl.arange(0, VALUE_PAD) < VALUE_DIM)[None, :]
+    keys = tl.load(row_pointers(source[1], row, source[5], KEY_PAD), mask=key_mask)
+    values = tl.load(row_pointers(source[2], row, source[6], VALUE_PAD), mask=value_mask)
+    tl.store(pool_pointers(source, position, 0, KEY_PAD, POOL), keys, mask=key_mask)
+    tl.store(pool_pointers(source, position, KEY_DIM, VALUE_PAD, POOL), values, mask=value_mask)
 
 
 @triton.jit

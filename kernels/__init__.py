@@ -14,7 +14,7 @@ if __name__ == "sparsespec_compile.kernels":
     torch.library.impl("sparsespec::dual_mode_attention", "cpu", reference.dual_mode_attention)
     torch.library.impl("sparsespec::select_pillars", "cpu", reference_select.select_pillars)
     torch.library.impl("sparsespec::draw_tokens", "cpu", reference_draw.draw_tokens)
-    torch.library.impl("sparsespec::draw_tokens", "cuda", reference_draw.draw_every_row)
+    torch.library.impl("sparsespec::draw_tokens", "cuda", cuda.draw_tokens)
     torch.library.impl("sparsespec::dual_mode_attention", "cuda", cuda.dual_mode_attention)
     torch.library.impl("sparsespec::select_pillars", "cuda", cuda.select_pillars)
 

@@ -56,20 +56,3 @@ def _lowest_in_order(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     within = (before < top_p[:, None]) | (top_p[:, None] >= 1.0)
     kept = within.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.maximum(top_k_lowest, ordered.gather(-1, kept - 1))[:, 0]
-
-
-def draw_every_row(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Tensor:
-    """The same without looking at a value on the host, so that it can be captured: sorts and noise for every row."""
-    check_draw(logits, temperature, top_k, top_p, min_p, seed, position)
-    greedy = temperature == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    lowest = torch.maximum(scaled.amax(dim=-1) + torch.log(min_p), _lowest_in_order(scaled, top_k, top_p))
-    return torch.where(greedy, logits.argmax(dim=-1), draw(scaled, lowest, seed, position))

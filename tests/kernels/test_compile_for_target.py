@@ -27,10 +27,14 @@ def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
     kernels = json.loads(run.stdout)
     shared_kib, layers = TARGETS[capability]
     compiled = {(layer, name) for layer, name, *_ in kernels}
-    assert compiled == {(layer, "attention_kernel") for layer in layers} | {("selection", "select_kernel")}
+    drawing = ("filter_kernel", "draw_kernel", "join_kernel")
+    drawn = {(f"drawing torch.{dtype}", name) for dtype in ("float32", "bfloat16", "float16") for name in drawing}
+    assert compiled == {(layer, "attention_kernel") for layer in layers} | {("selection", "select_kernel")} | drawn
     for layer, name, stack, shared, copies in kernels:
         assert stack <= STACK_BYTES, f"{name} for {layer} spills {stack} bytes a thread"
         assert shared < shared_kib * 1024, f"{name} for {layer} takes {shared} bytes of shared memory"
+        if name in drawing:
+            assert stack == 0, f"{name} for {layer} spills {stack} bytes a thread"
         if name == "attention_kernel" and layer != "float32":
             assert copies, f"{name} for {layer} does not fetch keys ahead, 16 bytes at a time"
         if layer == "Qwen3-8B" and capability == 90:

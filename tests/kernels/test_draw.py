@@ -1,0 +1,232 @@
+"""Drawing tokens: the Triton kernels against the reference, token for token, and what a row may depend on."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels import reference_draw
+from sparsespec_compile.kernels.philox import gumbel_noise
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+import triton
+import triton.language as tl
+
+from sparsespec_compile.kernels import triton_draw, triton_filter
+from sparsespec_compile.kernels.triton_noise import gumbel, gumbel_bound, noise_words
+
+Settings = tuple[Tensor, ...]
+"""temperature, top_k, top_p, min_p, seed, position."""
+
+TEMPERATURES = (0.0, 1e-5, 0.3, 1.0, 1.0, 2.5, 1e5)
+TOP_K = (0, 0, 1, 5, 20, 90, 2**31 - 1)
+TOP_P = (1.0, 1.0, 0.05, 0.5, 0.95, 1 - 2**-24)
+MIN_P = (0.0, 0.0, 0.02, 1.0)
+
+
+@pytest.fixture(params=["blocks of their own size", "small blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Small blocks: rows of several programs and blocks, candidates that do not suffice."""
+    if request.param == "small blocks":
+        monkeypatch.setattr(triton_draw, "SPLIT", 128)
+        monkeypatch.setattr(triton_draw, "BLOCK", 32)
+        monkeypatch.setattr(triton_filter, "BLOCK", 128)
+        monkeypatch.setattr(triton_filter, "MOST", 16)
+        monkeypatch.setattr(triton_filter, "ROOM", 32)
+    return request.param == "small blocks"
+
+
+def settings_of(rows: int, generator: torch.Generator, **fixed: float) -> Settings:
+    """Random settings; every filter alone and together, greedy rows among them."""
+
+    def pick(name: str, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        chosen = torch.randint(len(values), (rows,), generator=generator)
+        return torch.tensor((fixed[name],) if name in fixed else values, dtype=dtype)[0 if name in fixed else chosen]
+
+    named = (("temperature", TEMPERATURES), ("top_k", TOP_K), ("top_p", TOP_P), ("min_p", MIN_P))
+    chosen = [pick(name, values, torch.int64 if name == "top_k" else torch.float32) for name, values in named]
+    seed = torch.randint(2**62, (rows,), generator=generator) * 2 + 1
+    position = torch.randint(2**34, (rows,), generator=generator)
+    return (*(setting.expand(rows).clone() for setting in chosen), seed, position)
+
+
+def logits_of(rows: int, vocabulary: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random, peaked and flat rows, with ties, zeros of both signs and -inf; rows may lie apart in memory."""
+    spread = torch.tensor([0.1, 1.0, 4.0, 12.0])[torch.randint(4, (rows, 1), generator=generator)]
+    logits = torch.randn(rows, vocabulary + 3, generator=generator) * spread
+    logits[::3] = (logits[::3] * 2).round() / 2
+    logits[1::4, ::5] = -math.inf
+    logits[2::5, ::3] = -0.0
+    return logits.to(dtype)[:, :vocabulary]
+
+
+def compare(logits: Tensor, settings: Settings, device: str) -> None:
+    expected = reference_draw.draw_tokens(logits, *settings)
+    actual = triton_draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
+    assert actual.dtype == torch.int64
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(1, torch.float32), (37, torch.float16), (397, torch.bfloat16)])
+def test_triton_equals_reference(device: str, blocks: bool, vocabulary: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    compare(logits_of(24, vocabulary, dtype, generator), settings_of(24, generator), device)
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 1.0, "top_k": 70, "top_p": 0.9, "min_p": 0.0},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_one_row_and_each_filter_alone(device: str, blocks: bool, fixed: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    compare(logits_of(4, 301, torch.float32, generator), settings_of(4, generator, **fixed), device)
+    compare(logits_of(1, 301, torch.bfloat16, generator), settings_of(1, generator, **fixed), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_thresholds_are_the_reference_s(device: str, blocks: bool, dtype: torch.dtype) -> None:
+    """Not only do they give the same tokens: they are the same number, where rounding decides nothing."""
+    generator = torch.Generator().manual_seed(1)
+    logits = logits_of(24, 300, dtype, generator)
+    settings = settings_of(24, generator, min_p=0.0)
+    sampled = settings[0] > 0
+    found = [lowest.cpu()[sampled] for lowest in _thresholds(logits.to(device), [s.to(device) for s in settings])]
+    wanted = reference_draw.lowest_kept(
+        logits[sampled].float() / settings[0][sampled, None], *_filters(settings, sampled)
+    )
+    filtered = (settings[1][sampled] > 0) & (settings[1][sampled] < 300) | (settings[2][sampled] < 1.0)
+    assert torch.equal(found[0][filtered], wanted[filtered])
+    assert (found[0][~filtered] == -math.inf).all()
+
+
+def _filters(settings: Settings, rows: Tensor) -> list[Tensor]:
+    return [settings[i][rows] for i in (1, 2, 3)]
+
+
+def _thresholds(logits: Tensor, settings: list[Tensor]) -> list[Tensor]:
+    rows = logits.shape[0]
+    lowest = torch.full((rows,), torch.nan, device=logits.device)
+    candidates = torch.zeros(rows, triton_filter.ROOM, dtype=torch.int32, device=logits.device)
+    triton_filter.filter_kernel[(rows,)](
+        logits,
+        *settings[:4],
+        candidates,
+        lowest,
+        logits.shape[1],
+        logits.stride(0),
+        DROPPED=triton_draw.DROPPED[logits.dtype],
+        BLOCK=triton_filter.BLOCK,
+        MOST=triton_filter.MOST,
+        ROOM=triton_filter.ROOM,
+        num_warps=triton_filter.NUM_WARPS,
+    )
+    return [lowest, candidates]
+
+
+def test_a_row_does_not_depend_on_the_others(device: str, blocks: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = logits_of(6, 333, torch.bfloat16, generator).to(device)
+    settings = [setting.to(device) for setting in settings_of(6, generator)]
+    together = triton_draw.draw_tokens(logits, *settings)
+    order = torch.randperm(6, generator=generator).to(device)
+    assert torch.equal(triton_draw.draw_tokens(logits[order], *(s[order] for s in settings)), together[order])
+    for row in range(6):
+        alone = triton_draw.draw_tokens(logits[row : row + 1], *(s[row : row + 1] for s in settings))
+        assert torch.equal(alone, together[row : row + 1])
+
+
+def test_nothing_uninitialised_is_read(device: str, blocks: bool) -> None:
+    """Workspaces and output hold NaN and the largest integers when the kernels get them."""
+    generator = torch.Generator().manual_seed(4)
+    logits, settings = logits_of(8, 300, torch.bfloat16, generator), settings_of(8, generator)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert (torch.empty(3, dtype=torch.int64) == 2**63 - 1).all()
+        compare(logits, settings, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_no_rows_and_expanded_settings(device: str) -> None:
+    settings = [setting.to(device) for setting in settings_of(1, torch.Generator().manual_seed(0), temperature=1.0)]
+    logits = torch.randn(1, 50, device=device).expand(4, -1)
+    assert triton_draw.draw_tokens(logits[:0], *(s[:0] for s in settings)).shape == (0,)
+    tokens = triton_draw.draw_tokens(logits, *(s.expand(4) for s in settings))
+    assert (tokens == tokens[0]).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_rows_that_no_model_gives_keep_to_the_vocabulary(
+    device: str, blocks: bool, value: float, temperature: float
+) -> None:
+    fixed = {"temperature": temperature, "top_k": 40, "top_p": 0.9, "min_p": 0.1}
+    settings = [s.to(device) for s in settings_of(2, torch.Generator().manual_seed(0), **fixed)]
+    logits = torch.full((2, 200), value, device=device)
+    logits[1, ::2] = 1.0
+    tokens = triton_draw.draw_tokens(logits, *settings)
+    assert ((tokens >= 0) & (tokens < 200)).all()
+
+
+@triton.jit
+def noise_kernel(seed, position, words, noise, bound, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    word = noise_words(tl.load(seed), tl.load(position), 0, BLOCK)
+    tl.store(words + place, word.to(tl.int64))
+    tl.store(noise + place, gumbel(word))
+    tl.store(bound + place, gumbel_bound(word))
+
+
+@triton.jit
+def gumbel_kernel(words, noise, bound, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    word = tl.load(words + place).to(tl.uint32)
+    tl.store(noise + place, gumbel(word))
+    tl.store(bound + place, gumbel_bound(word))
+
+
+def exact_noise(words: Tensor) -> Tensor:
+    """In float64, of the same 24-bit numbers u."""
+    u = ((words.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24).double()
+    return -torch.log(-torch.log1p(-u))
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (2**63 - 1, 2**40 + 7), (9147829917586925044, 12345)])
+def test_noise_is_the_reference_s(device: str, seed: int, position: int) -> None:
+    from sparsespec_compile.kernels.philox import LOW, philox
+
+    given = [torch.tensor([value], device=device) for value in (seed, position)]
+    words = torch.zeros(4096, dtype=torch.int64, device=device)
+    noise, bound = torch.zeros(2, 4096, device=device)
+    noise_kernel[(1,)](*given, words, noise, bound, BLOCK=4096)
+    counter = (torch.arange(1024), torch.tensor(position & LOW), torch.tensor(position >> 32), torch.tensor(0))
+    expected = torch.stack(philox(counter, (torch.tensor(seed & LOW), torch.tensor(seed >> 32))), 1).flatten()
+    assert torch.equal(words.cpu(), expected)
+    close = {"rtol": 2**-22, "atol": 2**-20}
+    torch.testing.assert_close(noise.cpu(), gumbel_noise(*(value.cpu() for value in given), 4096)[0], **close)
+
+
+def test_noise_keeps_to_its_bounds(device: str) -> None:
+    """The derived error of the noise, and what the kernel passes blocks over by, from the first word to the last."""
+    generator = torch.Generator().manual_seed(0)
+    powers = 2 ** torch.arange(33)
+    words = torch.cat([powers + shift for shift in (-2, -1, 0, 1)] + [torch.arange(300), 2**32 - 1 - torch.arange(300)])
+    words = torch.cat([words.clamp(0, 2**32 - 1), torch.randint(2**32, (3000,), generator=generator)])
+    words = torch.nn.functional.pad(words, (0, 4096 - len(words)))
+    noise, bound = torch.zeros(2, 4096, device=device)
+    gumbel_kernel[(1,)](words.to(device), noise, bound, BLOCK=4096)
+    exact = exact_noise(words)
+    assert ((noise.cpu().double() - exact).abs() <= 2**-21 + exact.abs() * 2**-23).all()
+    assert (bound >= noise).all()
+    assert (noise <= 22.9).all()
+    assert (bound.cpu().double() - exact)[exact > 3].max() < 0.09

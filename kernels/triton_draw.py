@@ -1,9 +1,10 @@
 """Drawing tokens on the device: filters, noise and argmax, in three launches that read the logits once or twice.
 
 1. ``filter_kernel``: a program a row finds the lowest scaled logit that its filters keep; rows without filters leave.
-2. ``draw_kernel``: a program for each SPLIT tokens of a row. A block of tokens gets noise only if its highest logit
-   could still win, and exact noise only if a bound of it, which takes a few instructions, could: so the logarithms and
-   the division are spent on the first blocks and few others, and Philox is what remains.
+2. ``draw_kernel``: a program for each SPLIT tokens of a row. Of the tokens of a lane it keeps the one with the highest
+   bound of logit plus noise, which takes few instructions, and the bound of the runner-up. Exact values, with their
+   logarithms and division, are for the kept ones alone; should a runner-up's bound reach the best of those, which is
+   rare, all are made exact. What remains is reading, and Philox.
 3. ``join_kernel``: the best of a row's programs, the lowest token among equals.
 
 Splits depend on the vocabulary alone, so a row's token does not depend on who else is in the call. A scaled logit plus
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import triton_filter
 from .checks import check_draw
-from .triton_noise import MOST_NOISE, gumbel, gumbel_bound, noise_words
+from .triton_noise import gumbel, gumbel_bound, noise_words
 
 SPLIT = 8192
 """Tokens of a program: 19 programs for a vocabulary of 151,936, so 8 rows fill a GPU."""
@@ -26,6 +27,8 @@ BLOCK = 1024
 """Tokens read at once: 8 a thread."""
 
 NUM_WARPS = 4
+REGISTERS = 80
+"""Of a thread, with which six programs share a multiprocessor."""
 
 DROPPED = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """Lowest bits of a float32 that are 0 in every number of the dtype."""
@@ -84,12 +87,13 @@ def draw_tokens(
             SPLIT=SPLIT,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            maxnreg=REGISTERS,
         )
         join_kernel[(rows,)](best, best_token, token, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
     return token
 
 
-@triton.jit(do_not_specialize=["vocabulary"])
+@triton.jit
 def draw_kernel(
     logits,
     temperature,
@@ -146,29 +150,50 @@ def _highest(logits, first, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _highest_with_noise(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
-    """The same of scaled logits that are not below ``lowest``, with noise.
+    """The same of scaled logits that are not below ``lowest``, with noise."""
+    bound, token, word, runner_up = _candidates(logits, first, end, heat, seed, position, lowest, BLOCK)
+    value = _exact(tl.load(logits + token).to(tl.float32), word, heat, lowest)
+    value = tl.where(bound > float("-inf"), value, float("-inf"))  # lanes without a candidate
+    doubt = tl.max(runner_up, 0)
+    if (doubt > float("-inf")) & (doubt >= tl.max(value, 0)):
+        for start in range(first, end, BLOCK):
+            here, logit = _load(logits, start, end, BLOCK)
+            noisy = _exact(logit, noise_words(seed, position, start, BLOCK), heat, lowest)
+            better = (noisy > value) | ((noisy == value) & (here < token))
+            value, token = tl.where(better, noisy, value), tl.where(better, here, token)
+    return value, token
 
-    A block is passed over when a value that no token of it exceeds does not exceed the best so far: tokens rise, so an
-    equal value would not win either.
-    """
-    value = tl.full((BLOCK,), float("-inf"), tl.float32)
+
+@triton.jit
+def _candidates(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
+    """In each of BLOCK lanes the highest bound, its token, its word, and the highest bound of the other tokens."""
+    bound = tl.full((BLOCK,), float("-inf"), tl.float32)
+    runner_up = bound
     token = tl.zeros((BLOCK,), tl.int32) + first
-    best = tl.full((), float("-inf"), tl.float32)
+    word = tl.zeros((BLOCK,), tl.uint32)
     # A product with the reciprocal is within 2**-22 of the quotient; twice that leaves room for what is added to it.
     above, below = (1.0 + 2.0**-21) / heat, (1.0 - 2.0**-21) / heat
     for start in range(first, end, BLOCK):
         here, logit = _load(logits, start, end, BLOCK)
-        top = tl.div_rn(tl.max(logit, 0), heat)
-        if (top >= lowest) & (top + MOST_NOISE > best):
+        wanted = True
+        if lowest > float("-inf"):  # in a filtered row, a block with nothing to keep costs nothing more
+            wanted = tl.max(logit, 0) * above >= lowest
+        if wanted:
             words = noise_words(seed, position, start, BLOCK)
-            bound = tl.maximum(logit * above, logit * below) + gumbel_bound(words)
-            if tl.max(bound, 0) > best:
-                scaled = tl.div_rn(logit, heat)
-                noisy = tl.where(scaled < lowest, float("-inf"), scaled + gumbel(words))
-                better = noisy > value
-                value, token = tl.where(better, noisy, value), tl.where(better, here, token)
-                best = tl.max(value, 0)
-    return value, token
+            scaled = tl.maximum(logit * above, logit * below)
+            limit = tl.where(scaled < lowest, float("-inf"), scaled + gumbel_bound(words))
+            better = limit > bound
+            runner_up = tl.maximum(runner_up, tl.minimum(limit, bound))
+            bound = tl.maximum(bound, limit)
+            token, word = tl.where(better, here, token), tl.where(better, words, word)
+    return bound, token, word, runner_up
+
+
+@triton.jit
+def _exact(logit, word, heat, lowest):
+    """Scaled logits plus noise; -inf for those that are not kept."""
+    scaled = tl.div_rn(logit, heat)
+    return tl.where(scaled < lowest, float("-inf"), scaled + gumbel(word))
 
 
 @triton.jit

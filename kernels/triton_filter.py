@@ -31,7 +31,7 @@ ROOM = 2048
 NUM_WARPS = 16
 
 
-@triton.jit(do_not_specialize=["vocabulary"])
+@triton.jit
 def filter_kernel(
     logits,
     temperature,

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 LOG_2 = tl.constexpr(0.6931471805599453)
-MOST_NOISE = tl.constexpr(22.9)
-"""Above the largest noise, -log(-log(1 - 2**-33)) = 22.874, whatever the rounding."""
 
 
 @triton.jit
@@ -38,11 +36,11 @@ def gumbel(word):
 
 @triton.jit
 def gumbel_bound(word):
-    """At least the noise of a word, by at most 0.07 where that is above 3, without a logarithm.
+    """At least the noise of a word, without a logarithm; by at most 0.07 where the noise is in 3 .. 16.
 
-    e >= u, so the noise is at most -log(u) = log(2) * (32 - log2(word + 1/2)). The bits of a float read as an integer
-    are its log2 with straight lines between powers of 2: too low by up to 0.0861. 1e-3 covers what is rounded here and
-    in ``gumbel``.
+    e >= u, so the noise is at most -log(u) <= log(2) * (32 - log2(word)). The bits of a float read as an integer are
+    its log2 with straight lines between powers of 2: too low by up to 0.0861. 1e-3 covers what is rounded here and in
+    ``gumbel``; the bits of word 0 give 110, above any noise.
     """
-    bits = (word.to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
+    bits = word.to(tl.float32).to(tl.int32, bitcast=True)
     return bits.to(tl.float32) * (-LOG_2 * 2.0**-23) + (LOG_2 * (32 + 127) + 1e-3)

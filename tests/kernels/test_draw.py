@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels import reference_draw
-from sparsespec_compile.kernels.philox import gumbel_noise
+from sparsespec_compile.kernels.philox import LOW, gumbel_noise, philox
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
@@ -133,6 +133,58 @@ def _thresholds(logits: Tensor, settings: list[Tensor]) -> list[Tensor]:
     return [lowest, candidates]
 
 
+def test_candidates_beyond_their_room(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 tokens reach the bound of the five highest slots, the highest token last: room for 32 does not do."""
+    for name, value in (("BLOCK", 128), ("MOST", 16), ("ROOM", 32)):
+        monkeypatch.setattr(triton_filter, name, value)
+    tokens = torch.arange(8 * 128)
+    logits = torch.where(tokens % 128 < 4, 5.0 + tokens / 1000, -3.0)
+    logits[4] = 4.0
+    settings = settings_of(1, torch.Generator().manual_seed(0), temperature=1.0, top_k=5, top_p=1.0, min_p=0.0)
+    lowest, _ = _thresholds(logits[None].to(device), [setting.to(device) for setting in settings])
+    assert lowest.cpu() == logits.topk(5).values[-1]
+
+
+def _bound_of(words: Tensor) -> Tensor:
+    """What the kernel takes for an upper bound of the noise, in float64."""
+    return math.log(2) * (32 + 127 - words.float().view(torch.int32).double() * 2.0**-23) + 1e-3
+
+
+def _pair(generator: torch.Generator, equal: bool) -> tuple[Settings, Tensor, int]:
+    """Settings of a row, the logits of two tokens of one lane, and the first of them; the other stands a block behind.
+
+    The bounds rank them in the wrong order: exactly, the second is higher by 0.01, or both are equal and the second
+    has the higher bound. Equality comes from logits so large that they round the noise to halves.
+    """
+    block = triton_draw.BLOCK
+    while True:
+        settings = settings_of(1, generator, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        seed, position = (int(setting) for setting in settings[4:])
+        words = philox_words(seed, position, 2 * block).view(2, block)
+        noise, bound = exact_noise(words), _bound_of(words)
+        if equal:
+            halves, bounds = (noise * 2).round(), (bound * 2).round()
+            inside = ((noise * 2 - halves).abs() < 0.49).all(0)
+            found = (halves[0] == halves[1]) & (bounds[1] > bounds[0]) & inside
+            logits = torch.full((2, block), 2.0**22)
+        else:
+            found = bound[0] - noise[0] > bound[1] - noise[1] + 0.03
+            logits = (torch.tensor([[0.0], [0.01]]) - noise).float()
+        if found.any():
+            lane = int(found.nonzero()[0, 0])
+            return settings, logits[:, lane], lane
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_tokens_that_their_bounds_rank_wrongly(device: str, blocks: bool, equal: bool) -> None:
+    settings, pair, first = _pair(torch.Generator().manual_seed(0), equal)
+    second = first + triton_draw.BLOCK
+    logits = torch.full((1, 2 * triton_draw.BLOCK), -1e9)
+    logits[0, first], logits[0, second] = pair
+    token = triton_draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
+    assert int(token) == (first if equal else second)
+
+
 def test_a_row_does_not_depend_on_the_others(device: str, blocks: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = logits_of(6, 333, torch.bfloat16, generator).to(device)
@@ -195,6 +247,12 @@ def gumbel_kernel(words, noise, bound, BLOCK: tl.constexpr):
     tl.store(bound + place, gumbel_bound(word))
 
 
+def philox_words(seed: int, position: int, count: int) -> Tensor:
+    """The words of the first tokens, from the reference's generator."""
+    counter = (torch.arange(count // 4), torch.tensor(position & LOW), torch.tensor(position >> 32), torch.tensor(0))
+    return torch.stack(philox(counter, (torch.tensor(seed & LOW), torch.tensor(seed >> 32))), 1).flatten()
+
+
 def exact_noise(words: Tensor) -> Tensor:
     """In float64, of the same 24-bit numbers u."""
     u = ((words.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24).double()
@@ -203,15 +261,11 @@ def exact_noise(words: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (2**63 - 1, 2**40 + 7), (9147829917586925044, 12345)])
 def test_noise_is_the_reference_s(device: str, seed: int, position: int) -> None:
-    from sparsespec_compile.kernels.philox import LOW, philox
-
     given = [torch.tensor([value], device=device) for value in (seed, position)]
     words = torch.zeros(4096, dtype=torch.int64, device=device)
     noise, bound = torch.zeros(2, 4096, device=device)
     noise_kernel[(1,)](*given, words, noise, bound, BLOCK=4096)
-    counter = (torch.arange(1024), torch.tensor(position & LOW), torch.tensor(position >> 32), torch.tensor(0))
-    expected = torch.stack(philox(counter, (torch.tensor(seed & LOW), torch.tensor(seed >> 32))), 1).flatten()
-    assert torch.equal(words.cpu(), expected)
+    assert torch.equal(words.cpu(), philox_words(seed, position, 4096))
     close = {"rtol": 2**-22, "atol": 2**-20}
     torch.testing.assert_close(noise.cpu(), gumbel_noise(*(value.cpu() for value in given), 4096)[0], **close)
 

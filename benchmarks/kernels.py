@@ -1,4 +1,4 @@
-"""Measures attention and selection kernels beside the fewest bytes they must move and beside other libraries' kernels.
+"""Measures the kernels beside the fewest bytes they must move and beside other libraries' kernels.
 
     python benchmarks/kernels.py                  # the GPU's table and results/<gpu>-kernels.json
     python benchmarks/kernels.py --quick          # small sizes, nothing written

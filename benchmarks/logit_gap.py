@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsespec_compile as ss
-from sparsespec_compile.runtime.noise import derive_seed, gumbel_noise
+from sparsespec_compile.kernels.philox import gumbel_noise
+from sparsespec_compile.runtime.sampling import derive_seed
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import KernelInputError
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LOGIT_DTYPES = FLOAT_DTYPES[:3]
 
 
 def check_site(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, softcap: float) -> None:
@@ -82,10 +83,35 @@ def check_select(
         "pillar_count": pillar_count,
     }
     for name, tensor in per_request.items():
-        _check_index(name, tensor, (requests,))
-    _check_index("pillar_index", pillar_index, (requests, heads, pillar_index.shape[2]))
+        _check_exact(name, tensor, (requests,))
+    _check_exact("pillar_index", pillar_index, (requests, heads, pillar_index.shape[2]))
     _check_last_stride({"scores": scores, "pillar_index": pillar_index})
     _check_devices(scores, {**per_request, "pillar_index": pillar_index})
+
+
+def check_draw(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> None:
+    """Refuse arguments of ``draw_tokens`` that do not fit each other."""
+    _check_rank({"logits": logits}, 2)
+    _check_float_dtype({"logits": logits}, LOGIT_DTYPES)
+    if not 0 < logits.shape[1] < 2**31:
+        raise KernelInputError(f"logits have {logits.shape[1]} tokens; give at least 1 and fewer than 2**31")
+    _check_last_stride({"logits": logits})
+    rows = (logits.shape[0],)
+    real = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+    whole = {"top_k": top_k, "seed": seed, "position": position}
+    for name, tensor in real.items():
+        _check_exact(name, tensor, rows, torch.float32)
+    for name, tensor in whole.items():
+        _check_exact(name, tensor, rows, torch.int64)
+    _check_devices(logits, {**real, **whole})
 
 
 def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor, kv_heads: int) -> None:
@@ -93,11 +119,11 @@ def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor
     requests = step["request_mode"].shape[0]
     for name, tensor in step.items():
         if name != "page_table":
-            _check_index(name, tensor, (requests,))
+            _check_exact(name, tensor, (requests,))
     _check_rank({"page_table": step["page_table"]}, 2)
-    _check_index("page_table", step["page_table"], (requests, step["page_table"].shape[1]))
+    _check_exact("page_table", step["page_table"], (requests, step["page_table"].shape[1]))
     _check_size("scores", scores, (scores.shape[0], kv_heads, scores.shape[2]))
-    _check_index("pillar_index", pillar_index, (requests, kv_heads, pillar_index.shape[2]))
+    _check_exact("pillar_index", pillar_index, (requests, kv_heads, pillar_index.shape[2]))
 
 
 def _check_rank(tensors: Mapping[str, Tensor], rank: int) -> None:
@@ -111,9 +137,9 @@ def _check_size(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
         raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; the other arguments call for {size}")
 
 
-def _check_index(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
-    if tensor.dtype != torch.int32:
-        raise KernelInputError(f"{name} is {tensor.dtype}; it must be torch.int32: call .to(torch.int32)")
+def _check_exact(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:
+    if tensor.dtype != dtype:
+        raise KernelInputError(f"{name} is {tensor.dtype}; it must be {dtype}: call .to({dtype})")
     _check_size(name, tensor, size)
 
 

@@ -16,6 +16,11 @@ def dual_mode_attention(*arguments: Tensor | float) -> Tensor:
     return _load("triton_attention").dual_mode_attention(*arguments)
 
 
+def draw_tokens(*arguments: Tensor) -> Tensor:
+    """``triton_draw.draw_tokens``."""
+    return _load("triton_draw").draw_tokens(*arguments)
+
+
 def select_pillars(*arguments: Tensor) -> None:
     """``triton_select.select_pillars``."""
     _load("triton_select").select_pillars(*arguments)

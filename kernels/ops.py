@@ -1,8 +1,8 @@
-"""The three ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
+"""The four ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
 
-Sizes: T packed rows (tokens) of a step, B request slots, Hq query heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the
-head dimensions of keys and values, P logical pages of a request, C rows of the score buffer, S positions for which
-scores can be kept, M pillars that can be kept.
+Sizes: T packed rows (tokens) of a step, R of them with logits, V tokens of the vocabulary, B request slots, Hq query
+heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the head dimensions of keys and values, P logical pages of a request, C
+rows of the score buffer, S positions for which scores can be kept, M pillars that can be kept.
 
 ``sparsespec::attention_site(q, k, v, scale, window, softcap, layer) -> [1, T, Hq, Dv]``
     What capture leaves in the graph at each attention layer. q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv].
@@ -47,6 +47,20 @@ scores can be kept, M pillars that can be kept.
     count = min(budget[b], n, M) positions with the highest scores are kept, the lower position winning a tie; they are
     written in ascending order, followed by -1 up to M, and pillar_count[b] becomes count. Scores are ordered as
     floating-point numbers (0.0 and -0.0 are equal; a NaN, which no working model gives, ranks by its bit pattern).
+
+``sparsespec::draw_tokens(logits, temperature, top_k, top_p, min_p, seed, position) -> [R]``
+    logits [R, V] float16, bfloat16 or float32, computed in float32; temperature, top_p, min_p [R] float32; top_k, seed
+    and position [R] int64. Gives int64 [R]: for each row the token with the highest x + noise among those kept, the
+    lowest token winning a tie, where x = logit / temperature. A row of temperature 0 takes its highest logit, whatever
+    else it says. Filters apply one after the other; a token is kept if
+    1. top_k k > 0: fewer than k tokens have a larger x;
+    2. top_p p < 1: of the probability of the tokens kept so far, those with a larger x have less than p; the most
+       likely token stays in any case;
+    3. min_p m > 0: x >= max(x) + log(m).
+    So tokens of equal x stay or go together. The noise is standard Gumbel noise, the token's own word of Philox4x32-10
+    keyed by the seed and counted by (token // 4, position) (``kernels.philox``): a row's token is a function of its
+    logits and settings, whoever else is in the call. Probabilities are those of float32 rounding: where the mass at a
+    token differs from p by less than that, either side is right.
 """
 
 from enum import IntEnum
@@ -63,6 +77,7 @@ __all__ = [
     "Mode",
     "SparseSpecError",
     "attention_site",
+    "draw_tokens",
     "dual_mode_attention",
     "select_pillars",
 ]
@@ -122,10 +137,17 @@ torch.library.define(
     "Tensor(b!) pillar_count) -> ()",
     tags=_TAGS,
 )
+torch.library.define(
+    "sparsespec::draw_tokens",
+    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) "
+    "-> Tensor",
+    tags=_TAGS,
+)
 
 attention_site = torch.ops.sparsespec.attention_site.default
 dual_mode_attention = torch.ops.sparsespec.dual_mode_attention.default
 select_pillars = torch.ops.sparsespec.select_pillars.default
+draw_tokens = torch.ops.sparsespec.draw_tokens.default
 
 
 @torch.library.register_fake("sparsespec::attention_site")
@@ -152,3 +174,8 @@ def _select_pillars_fake(
     pillar_count: Tensor,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("sparsespec::draw_tokens")
+def _draw_tokens_fake(logits: Tensor, *rest: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)

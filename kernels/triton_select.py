@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import check_select
 from .device import device_limits
+from .triton_bits import ordered_bits
 from .triton_plan import locate
 
 BLOCK = 8192
@@ -199,8 +200,5 @@ def _kth_highest(scores, length, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _ordered_bits(scores, position, real):
-    """Scores as uint32 keys of the same order: the sign bit flipped, and all other bits too below zero."""
-    score = tl.load(scores + position, mask=real, other=0.0)
-    score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
-    bits = score.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    """Keys of the scores at these positions."""
+    return ordered_bits(tl.load(scores + position, mask=real, other=0.0))

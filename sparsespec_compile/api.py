@@ -24,7 +24,6 @@ from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.stats import Stats
-from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.sampling_params import Completion, SamplingParams
 from sparsespec_compile.stop_strings import Decoder
 from sparsespec_compile.stream import TokenStream
@@ -196,16 +195,12 @@ class OptimizedModel:
         """End what this model is generating, if anything: for an iterator that was left without being closed."""
         self._engine.stop()
 
-    def capture(
-        self, max_requests: int, max_length: int, *, sampled: bool = False, filtered: bool = False
-    ) -> CapturedStep:
+    def capture(self, max_requests: int, max_length: int) -> CapturedStep:
         """A step to fill and replay in a loop of your own; `examples/custom_loop.py` is one.
 
         Args:
             max_requests: request slots, at least 1.
             max_length: tokens of a text, prompt included.
-            sampled: whether some texts have a temperature; without it every token is the most likely one.
-            filtered: whether some texts use top_k or top_p.
 
         Raises:
             ConfigError: sizes below 1.
@@ -218,7 +213,7 @@ class OptimizedModel:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
         self._reader().check_length(max_length)
-        return self._engine.capture(max_requests, max_length, Variant(noise=sampled, sort=filtered))
+        return self._engine.capture(max_requests, max_length)
 
     @property
     def memory_plan(self) -> MemoryPlan | None:

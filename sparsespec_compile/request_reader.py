@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.errors import ContextLengthError, PromptError, SamplingError
-from sparsespec_compile.runtime.noise import derive_seed
 from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.sampling import derive_seed
 from sparsespec_compile.sampling_params import SamplingParams
 from sparsespec_compile.stop_strings import Decoder, StopStrings
 

@@ -70,6 +70,27 @@ class Selection:
     bar: Bar = Bar(ms=0.2)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A token for each of some rows of bfloat16 logits, all with these settings.
+
+    Attributes:
+        name: unique.
+        rows: with logits; 122 verify and draft for 64 requests.
+        vocabulary: tokens; 151,936 are Qwen3's.
+        temperature, top_k, top_p: as in `ops.draw_tokens`.
+        bar: what it is held to.
+    """
+
+    name: str
+    rows: int = 122
+    vocabulary: int = 151936
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    bar: Bar = Bar()
+
+
 DENSE_PEERS = ("sdpa flash", "sdpa cudnn", "flex paged", "flashinfer")
 
 
@@ -93,7 +114,7 @@ def uneven(requests: int) -> list[Work]:
     return [Work(Mode.VERIFY, 300 + (b * 7919) % 32600, ROWS) for b in range(requests)]
 
 
-CASES: list[Case | Selection] = [
+CASES: list[Case | Selection | Draw] = [
     Case("verify 64 x 8192", QWEN3_8B, verify(64, 8192), Bar(share=0.88), DENSE_PEERS),
     Case("verify 8 x 32768", QWEN3_8B, verify(8, 32768), Bar(share=0.80), DENSE_PEERS),
     Case("verify 256 x 1024", QWEN3_8B, verify(256, 1024), Bar(share=0.80), DENSE_PEERS),
@@ -111,6 +132,10 @@ CASES: list[Case | Selection] = [
     Case("mixed, scored", QWEN3_8B, draft(57) + verify(7, 8192, scored=True), split=True),
     Case("verify 64 x 8192, scored", QWEN3_8B, verify(64, 8192, scored=True), Bar(against=("verify 64 x 8192", 1.12))),
     Selection("select 36 layers x 8 heads x 7 of 8192"),
+    Draw("draw 122 x 151936, greedy", temperature=0.0),
+    Draw("draw 122 x 151936"),
+    Draw("draw 122 x 151936, top-k 20, top-p 0.95", top_k=20, top_p=0.95, bar=Bar(ms=0.3)),
+    Draw("draw 122 x 151936, top-p 0.95", top_p=0.95),
     Case(
         "prefill 1 x 8192", QWEN3_8B, [Work(Mode.PREFILL, 0, 8192)], Bar(against=("sdpa flash", 1.5)), DENSE_PEERS[:2]
     ),
@@ -124,8 +149,10 @@ CASES: list[Case | Selection] = [
 ]
 
 
-def shrunk(case: Case | Selection, factor: int, most: int) -> Case | Selection:
+def shrunk(case: Case | Selection | Draw, factor: int, most: int) -> Case | Selection | Draw:
     """A case of the same kind with lengths divided by ``factor`` and at most ``most`` requests of each mode."""
+    if isinstance(case, Draw):
+        return replace(case, rows=most, vocabulary=case.vocabulary // factor)
     if isinstance(case, Selection):
         return replace(
             case, rows=4, slots=4, requests=2, length=case.length // factor, budget=case.budget // factor + 1

@@ -2,7 +2,8 @@
 
 SDPA has no page table: it gets contiguous copies of equal length, its best case, with the step's rows at the end, and
 without causal mask among the rows of a verification. Where lengths differ it is left out. FlexAttention reads pages of
-128 tokens, its block size, all of them visible. FlashInfer is measured where it can be imported.
+128 tokens, its block size, all of them visible. FlashInfer is measured where it can be imported. Draws stand beside
+torch's argmax, which is what greedy ones take, and eager sampling by sorting, which draws all rows from one generator.
 """
 
 import importlib
@@ -148,4 +149,27 @@ PEERS: dict[str, Callable[[Step], Call]] = {
     "flex paged": flex_paged,
     "flashinfer": flashinfer,
     "flashinfer mixed": flashinfer_mixed,
+}
+
+
+def argmax(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """What drawing greedily takes in torch: the least that any draw reads."""
+    return logits.argmax(dim=-1)
+
+
+def sorted_draw(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Sampling as HuggingFace's warpers and `torch.multinomial` do it, in eager torch; it has no seed for each row."""
+    scaled = logits.float() / temperature
+    if top_k:
+        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1.0:
+        ordered, index = scaled.sort(dim=-1)
+        dropped = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+        scaled = scaled.masked_fill(dropped.scatter(1, index, dropped), float("-inf"))
+    return torch.multinomial(scaled.softmax(dim=-1), 1)[:, 0]
+
+
+DRAW_PEERS: dict[str, Callable[[Tensor, float, int, float], Tensor]] = {
+    "torch argmax": argmax,
+    "torch sort and multinomial": sorted_draw,
 }

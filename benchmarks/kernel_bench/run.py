@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,11 +14,11 @@ from environment import environment
 from rich.console import Console
 
 from sparsespec_compile.kernels.measure import Call, replay_ms
-from sparsespec_compile.kernels.ops import Mode, dual_mode_attention, select_pillars
+from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
 from sparsespec_compile.kernels.workload import Step, make_step
 
-from .cases import CASES, Case, Selection, shrunk
-from .peers import PEERS, PeerUnavailableError
+from .cases import CASES, Case, Draw, Selection, shrunk
+from .peers import DRAW_PEERS, PEERS, PeerUnavailableError
 from .report import Result, as_table, judge
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -59,10 +59,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(case: Case | Selection, device: torch.device, repeats: int) -> Result:
+def _run(case: Case | Selection | Draw, device: torch.device, repeats: int) -> Result:
     if isinstance(case, Selection):
         calls, fewest = _selection_calls(case, device)
         return Result(case.name, _time(calls, repeats), fewest)
+    if isinstance(case, Draw):
+        return _run_draw(case, device, repeats)
     first = make_step(case.heads, case.work, device)
     fewest = first.fewest_bytes()
     sets = max(2, -(-FRESH_BYTES // fewest)) if device.type == "cuda" else 1
@@ -72,7 +74,7 @@ def _run(case: Case | Selection, device: torch.device, repeats: int) -> Result:
         result.peers["in turn"] = _in_turn(case, device, sets, repeats)
     del steps
     for name in case.peers:
-        _add_peer(result, name, first, sets, repeats)
+        _add_peer(result, name, lambda name=name: [PEERS[name](first) for _ in range(sets)], device, repeats)
     return result
 
 
@@ -108,13 +110,34 @@ def _selection_calls(case: Selection, device: torch.device) -> tuple[list[Call],
     return calls, fewest
 
 
-def _add_peer(result: Result, name: str, step: Step, sets: int, repeats: int) -> None:
+def _run_draw(case: Draw, device: torch.device, repeats: int) -> Result:
+    """Draws from logits of their own, which must be read once, and what torch takes for them."""
+    fewest = case.rows * case.vocabulary * torch.bfloat16.itemsize
+    sets = max(2, -(-FRESH_BYTES // fewest)) if device.type == "cuda" else 1
+    # Spread as a model's are: a few tokens carry most of the probability.
+    logits = [(torch.randn(case.rows, case.vocabulary, device=device) * 3).bfloat16() for _ in range(sets)]
+    ones = torch.ones(case.rows, device=device)
+    count, seed = (torch.full((case.rows,), value, device=device) for value in (case.top_k, 7))
+    position = torch.arange(case.rows, device=device)
+    rows = (ones * case.temperature, count, ones * case.top_p, ones * 0.0, seed, position)
+    result = Result(case.name, _time([partial(draw_tokens, own, *rows) for own in logits], repeats), fewest)
+    settings = (case.temperature, case.top_k, case.top_p)
+    for name, peer in DRAW_PEERS.items():
+        if case.temperature > 0 or name == "torch argmax":
+            calls = [partial(peer, own, *settings) for own in logits]
+            _add_peer(result, name, lambda calls=calls: calls, device, repeats)
+    return result
+
+
+def _add_peer(
+    result: Result, name: str, calls: Callable[[], Sequence[Call]], device: torch.device, repeats: int
+) -> None:
     """Time a peer, or note why there is no time."""
-    if step.tensors["q"].device.type != "cuda":
+    if device.type != "cuda":
         result.notes += f"{name}: needs a GPU. "
         return
     try:
-        result.peers[name] = _time([PEERS[name](step) for _ in range(sets)], repeats)
+        result.peers[name] = _time(calls(), repeats)
     except PeerUnavailableError as error:
         result.notes += f"{name}: {error}. "
     except Exception as error:  # another library's failure must not cost our results; it is reported

@@ -117,12 +117,12 @@ def _plan_memory(target: Target, config: SpecConfig, capacity: Capacity, workspa
 def _workspace_bytes(step: Step) -> int:
     """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU.
 
-    The first run also compiles, the second one counts. It sorts and gives log-probabilities, which takes most.
+    The first run also compiles, the second one counts. It gives log-probabilities, which takes most.
     """
     device = step.state.device
     if device.type != "cuda":
         return 0
-    sizes, largest = step.inputs.sizes, Variant(noise=True, sort=True, logprobs=True)
+    sizes, largest = step.inputs.sizes, Variant(logprobs=True)
     step(sizes.rows, sizes.logits, largest)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)

@@ -23,7 +23,6 @@ from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 from sparsespec_compile.runtime.session import Output, Session
 from sparsespec_compile.runtime.state import Capacity, State
 from sparsespec_compile.runtime.stats import Stats, StatsRecorder
-from sparsespec_compile.runtime.step import Variant
 
 _TOKENS_MULTIPLE = 256  # the longest request is rounded up to this, so that similar calls share their state
 _HOST_MEMORY_SHARE = 0.5  # of the free host memory, for requests that leave the device
@@ -114,7 +113,7 @@ class Engine:
             self._active.close()
             self._active = None
 
-    def capture(self, max_requests: int, max_length: int, variant: Variant) -> CapturedStep:
+    def capture(self, max_requests: int, max_length: int) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine."""
         pages = max(max_requests, 2) * -(-max_length // self.config.page_size)
         capacity = capacity_for(self.config, self._policy, max_requests, max_length, pages)
@@ -126,7 +125,7 @@ class Engine:
                 f"device has room for {runner.step.state.capacity.pages}. Lower max_requests or max_length."
             )
         self.memory_plan = plan
-        return CapturedStep(runner, variant)
+        return CapturedStep(runner)
 
     def needs(self, lengths: Sequence[int]) -> Needs:
         """The needs of requests with these prompt and new tokens together."""

@@ -186,8 +186,4 @@ class Session:
 
 
 def _variant(requests: list[Request]) -> Variant:
-    return Variant(
-        noise=any(not request.params.greedy for request in requests),
-        sort=any(request.params.filters for request in requests),
-        logprobs=any(request.logprobs for request in requests),
-    )
+    return Variant(logprobs=any(request.logprobs for request in requests))

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.ops import Mode, draw_tokens
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import StepInputs
-from sparsespec_compile.runtime.sampling import SamplingRows, log_probability, sample
+from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
 from sparsespec_compile.runtime.state import State
 
 _VERIFY, _PREFILL = int(Mode.VERIFY), int(Mode.PREFILL)  # torch.compile takes a tensor and an enum for unequal
@@ -37,13 +37,9 @@ class Variant:
     """What an iteration's requests need; each variant is a computation of its own.
 
     Attributes:
-        noise: some request samples.
-        sort: some request uses top_k or top_p.
         logprobs: some request wants the log-probabilities of its tokens.
     """
 
-    noise: bool = False
-    sort: bool = False
     logprobs: bool = False
 
 
@@ -177,7 +173,7 @@ def accept(
     slot = torch.where(logit_rows >= 0, placed.slot[row], slots)
     drawn_position = placed.position[row] + 1
     settings: SamplingRows = inputs.sampling(slot.clamp(max=slots - 1))
-    drawn = sample(logits, settings, drawn_position, noise=variant.noise, sort=variant.sort)
+    drawn = draw_tokens(logits, *settings, drawn_position)
     as_drafted = drawn == state.tokens[slot, drawn_position]
     # Verified tokens replace the drafts; what stands behind them is rewritten by the next drafts before it is read.
     state.tokens.index_put_((slot, drawn_position), drawn)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sparsespec_compile.kernels import triton_attention, triton_select
+from sparsespec_compile.kernels import triton_attention, triton_draw, triton_select
 from sparsespec_compile.kernels.device import DeviceLimits
 
 LAYERS = {
@@ -39,6 +39,7 @@ TARGETS = {
 
 POINTERS = {
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -63,6 +64,10 @@ def main() -> None:
         launches.clear()
     _launch_select()
     results += [("selection", *_compile(*launch, target)) for launch in launches]
+    for dtype in triton_draw.DROPPED:
+        launches.clear()
+        _launch_draw(dtype)
+        results += [(f"drawing {dtype}", *_compile(*launch, target)) for launch in launches]
     print(json.dumps(results))
 
 
@@ -87,6 +92,11 @@ def _launch_select() -> None:
     triton_select.select_pillars(
         torch.zeros(64, 8, 48), slot, slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot
     )
+
+
+def _launch_draw(dtype: torch.dtype) -> None:
+    real, whole = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
+    triton_draw.draw_tokens(torch.zeros(8, 151936, dtype=dtype), real, whole, real, real, whole, whole)
 
 
 def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int, int]:

@@ -1,8 +1,8 @@
-"""A small step and a selection on a GPU, for compute-sanitizer to watch: split units, all modes, scores both ways."""
+"""A small step, a selection and draws on a GPU, for compute-sanitizer to watch: split units, modes, scores, filters."""
 
 import torch
 
-from sparsespec_compile.kernels.ops import Mode, dual_mode_attention, select_pillars
+from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
 from sparsespec_compile.kernels.workload import Heads, Work, make_step
 
 HEADS = Heads(8, 2, 64, 64)
@@ -26,7 +26,16 @@ def main() -> None:
     select_pillars(
         tensors["scores"], tensors["score_slot"], scored, budget, tensors["pillar_index"], tensors["pillar_count"]
     )
+    _draw(device)
     torch.cuda.synchronize()
+
+
+def _draw(device: torch.device) -> None:
+    """Greedy, unfiltered, a few candidates, and filters that read the row once for each bit."""
+    settings = ([0.0, 1.0, 0.7, 0.7, 1.0], [0, 0, 20, 3000, 0], [1.0, 1.0, 0.9, 0.9, 0.99], [0.0, 0.0, 0.1, 0.0, 0.0])
+    heat, mass, share = (torch.tensor(settings[i], device=device) for i in (0, 2, 3))
+    count, seed = (torch.tensor(x, device=device) for x in (settings[1], [1, 2, 3, 4, 5]))
+    draw_tokens(torch.randn(5, 20011, device=device), heat, count, mass, share, seed, seed)
 
 
 if __name__ == "__main__":

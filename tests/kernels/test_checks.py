@@ -108,6 +108,33 @@ def test_select_pillars_refuses(position: int, tensor: Tensor, message: str) -> 
         ops.select_pillars(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("position", "tensor", "message"),
+    [
+        (0, torch.zeros(9), "logits has shape .*; its number of dimensions must be 2"),
+        (
+            0,
+            torch.zeros(2, 9).double(),
+            "logits is torch.float64; allowed on cpu: torch.float16, torch.bfloat16, torch",
+        ),
+        (0, torch.zeros(2, 0), "logits have 0 tokens; give at least 1"),
+        (0, torch.zeros(2, 18)[:, ::2], "logits has last stride 2"),
+        (1, torch.ones(3), "temperature has shape .*; the other arguments call for"),
+        (2, torch.ones(2).int(), "top_k is torch.int32; it must be torch.int64: call .to"),
+        (3, torch.ones(2).double(), "top_p is torch.float64; it must be torch.float32"),
+        (4, torch.ones(2, 1), "min_p has shape .*; the other arguments call for"),
+        (5, torch.ones(2), "seed is torch.float32; it must be torch.int64"),
+        (6, torch.ones(()).long(), "position has shape .*; the other arguments call for"),
+    ],
+)
+def test_draw_tokens_refuses(position: int, tensor: Tensor, message: str) -> None:
+    real, whole = torch.ones(2), torch.ones(2, dtype=torch.int64)
+    arguments = [torch.zeros(2, 9), real, whole, real, real, whole, whole]
+    arguments[position] = tensor
+    with pytest.raises(KernelInputError, match=message):
+        ops.draw_tokens(*arguments)
+
+
 def test_errors_share_one_base() -> None:
     assert issubclass(KernelInputError, SparseSpecError)
     assert issubclass(KernelInputError, ValueError)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels import ops, reference_select
+from sparsespec_compile.kernels import ops, reference_draw, reference_select
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.philox import gumbel_noise
 
 from .cases import Case, Request, Shape, build
 from .error_budget import expect
@@ -225,3 +226,71 @@ def test_selection_of_long_contexts() -> None:
         results.append((index.cpu(), count.cpu()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+DRAW_ROWS, VOCABULARY = 122, 151936
+
+
+def _draw_inputs(seed: int) -> list[Tensor]:
+    """Logits of a large model's spread in bfloat16, and settings of all kinds, row by row."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    rows = torch.arange(DRAW_ROWS, device="cuda") + seed
+    spread = torch.tensor([1.0, 2.5, 4.0], device="cuda")[rows % 3, None]
+    logits = torch.randn(DRAW_ROWS, VOCABULARY, generator=generator, device="cuda") * spread
+
+    def cycle(values: list[float], dtype: torch.dtype, every: int) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device="cuda")[rows // every % len(values)]
+
+    settings = [
+        cycle([1.0, 0.6, 0.0, 1.5], torch.float32, 1),
+        cycle([0, 20, 0, 5000, 1], torch.int64, 4),
+        cycle([1.0, 0.95, 0.3], torch.float32, 5),
+        cycle([0.0, 0.0, 0.0, 0.05], torch.float32, 7),
+    ]
+    seeds = torch.randint(2**62, (2, DRAW_ROWS), generator=generator, device="cuda")
+    return [logits.bfloat16(), *settings, seeds[0], seeds[1] >> 29]
+
+
+def _decided(logits: Tensor, settings: list[Tensor]) -> Tensor:
+    """Rows whose token no rounding within the kernels' bounds can change: bool [R]. Greedy rows all are."""
+    heat, top_k, top_p, min_p, seed, position = settings
+    sampled = heat != 0
+    scaled = logits.float() / heat.where(sampled, 1.0)[:, None]
+    lowest = {}
+    for off in (-1, 1):  # the fewest and the most tokens that may be kept
+        near_p = (top_p + off * 2.0**-16).clamp(min=2.0**-20).where(top_p < 1.0, top_p)
+        lowest[off] = reference_draw.lowest_kept(scaled, top_k, near_p, min_p * (1 - off * 2.0**-18))
+    noisy = scaled + gumbel_noise(seed, position, VOCABULARY)
+    best = noisy.masked_fill(scaled < lowest[1][:, None], float("-inf")).topk(2, dim=1)
+    first, second = best.values.unbind(1)
+    error = 2.0**-21 + 23 * 2.0**-23 + first.abs() * 2.0**-24  # of one value; as much in the reference
+    certain = scaled.gather(1, best.indices[:, :1])[:, 0] >= lowest[-1]
+    return ~sampled | (first - second > 4 * error) & certain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_draw_at_length(dtype: torch.dtype) -> None:
+    logits, *settings = _draw_inputs(0)
+    logits = logits.to(dtype)
+    actual, expected = ops.draw_tokens(logits, *settings), reference_draw.draw_tokens(logits, *settings)
+    decided = _decided(logits, settings)
+    assert decided.float().mean() > 0.9
+    assert torch.equal(actual[decided], expected[decided])
+    assert torch.equal(ops.draw_tokens(logits, *settings), actual)
+    for rows in (slice(0, 1), slice(7, 15)):
+        assert torch.equal(ops.draw_tokens(logits[rows], *(setting[rows] for setting in settings)), actual[rows])
+
+
+def test_captured_draws_follow_their_inputs() -> None:
+    cases = [_draw_inputs(seed) for seed in (0, 1)]
+    eager = [ops.draw_tokens(*case).clone() for case in cases]
+    static = [tensor.clone() for tensor in cases[0]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token = ops.draw_tokens(*static)
+    for i in (0, 1, 0):
+        for held, given in zip(static, cases[i], strict=True):
+            held.copy_(given)
+        token.fill_(-1)
+        graph.replay()
+        assert torch.equal(token, eager[i])

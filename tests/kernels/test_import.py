@@ -24,7 +24,7 @@ def test_cpu_needs_no_triton() -> None:
     assert "torch.Size([1, 3, 2, 4])" in run.stdout
 
 
-@pytest.mark.parametrize("op", [cuda.dual_mode_attention, cuda.select_pillars])
+@pytest.mark.parametrize("op", [cuda.dual_mode_attention, cuda.draw_tokens, cuda.select_pillars])
 def test_cuda_without_triton_is_a_named_error(op: object, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("sparsespec_compile.kernels.triton_")]:
         monkeypatch.delitem(sys.modules, name)

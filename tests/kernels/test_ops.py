@@ -39,3 +39,26 @@ def test_select_pillars_keeps_its_schema() -> None:
     lists = ([3, 9], [20, -1], [5, 5], [0, 3])
     slot, length, budget, count = (torch.tensor(pair, dtype=torch.int32) for pair in lists)
     torch.library.opcheck(ops.select_pillars, (scores, slot, length, budget, index, count))
+
+
+def _draw_arguments(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    settings = ([0.0, 1.0, 0.7], [0, 3, 0], [1.0, 0.9, 0.5], [0.0, 0.1, 0.0], [1, 2, 3], [7, 8, 2**33])
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+    rows = (torch.tensor(values, dtype=kind) for values, kind in zip(settings, dtypes, strict=True))
+    return torch.randn(3, 50).to(dtype), *rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draw_tokens_keeps_its_schema(dtype: torch.dtype) -> None:
+    torch.library.opcheck(ops.draw_tokens, _draw_arguments(dtype))
+
+
+def test_draw_tokens_is_opaque_to_a_compiler() -> None:
+    """Inductor calls it as it is: compiled by Inductor, its sort would not compile and its noise would be slow."""
+    arguments = _draw_arguments(torch.float16)
+
+    def draw(logits: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+        return ops.draw_tokens(logits * 2, *rows) + 1
+
+    compiled = torch.compile(draw, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(*arguments), draw(*arguments))

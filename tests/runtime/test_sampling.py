@@ -7,8 +7,10 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from sparsespec_compile.errors import SamplingError
-from sparsespec_compile.runtime.noise import derive_seed, gumbel_noise, philox
-from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows, sample
+from sparsespec_compile.kernels.ops import draw_tokens
+from sparsespec_compile.kernels.philox import gumbel_noise, philox
+from sparsespec_compile.kernels.reference_draw import lowest_kept
+from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows, derive_seed
 
 DRAWS = 100_000
 LOGITS = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 2.0, -3.0, 0.25, 0.3, 1.5, -6.0])
@@ -56,11 +58,11 @@ def test_noise_in_float32_reaches_the_tail():
     assert largest > 22
 
 
-def draw(params: DrawParams, sampler=sample, logits=LOGITS) -> torch.Tensor:
+def draw(params: DrawParams, sampler=draw_tokens, logits=LOGITS) -> torch.Tensor:
     """Counts of tokens over consecutive positions of one request."""
     values = (params.temperature, params.top_k, params.top_p, params.min_p, params.seed)
     rows = SamplingRows(*(torch.tensor([value]).expand(DRAWS) for value in values))
-    tokens = sampler(logits.expand(DRAWS, -1), rows, torch.arange(DRAWS), noise=True, sort=params.filters)
+    tokens = sampler(logits.expand(DRAWS, -1), *rows, torch.arange(DRAWS))
     return torch.bincount(tokens, minlength=len(logits)).double()
 
 
@@ -106,8 +108,8 @@ def test_draws_follow_the_exact_probabilities(params):
 def test_the_distribution_test_notices_a_slightly_colder_sampler():
     """Noise scaled by 0.95 is a temperature 5% too low; the test above must reject it."""
 
-    def biased(logits, rows, position, *, noise, sort):
-        return (logits + 0.95 * gumbel_noise(rows.seed, position, logits.shape[-1])).argmax(-1)
+    def biased(logits, temperature, top_k, top_p, min_p, seed, position):
+        return (logits + 0.95 * gumbel_noise(seed, position, logits.shape[-1])).argmax(-1)
 
     params = DrawParams(temperature=1.0, seed=11)
     assert not fits(draw(params, biased), exact(params))
@@ -117,8 +119,6 @@ def test_filters_match_huggingface():
     """The same tokens survive as in transformers' own warpers, on random logits."""
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from sparsespec_compile.runtime.sampling import _lowest_kept
-
     logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)) * 3
     for temperature, top_k, top_p, min_p in [(0.7, 10, 0.9, 0.0), (1.0, 3, 0.5, 0.1), (1.5, 0, 0.95, 0.02)]:
         warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
@@ -127,10 +127,9 @@ def test_filters_match_huggingface():
         expected = logits
         for warper in warpers:
             expected = warper(None, expected)
-        values = (temperature, top_k, top_p, min_p, 0)
-        rows = SamplingRows(*(torch.tensor([value]).expand(200) for value in values))
+        filters = (torch.tensor([value]).expand(200) for value in (top_k, top_p, min_p))
         scaled = logits / temperature
-        kept = scaled >= _lowest_kept(scaled, rows, sort=True)[:, None]
+        kept = scaled >= lowest_kept(scaled, *filters)[:, None]
         assert torch.equal(kept, expected.isfinite())
 
 
@@ -138,7 +137,7 @@ def test_greedy_rows_beside_sampled_ones():
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
     temperature = torch.tensor([0.0, 1.0] * 3)
     rows = SamplingRows(temperature, torch.zeros(6).long(), torch.ones(6), torch.zeros(6), torch.arange(6))
-    tokens = sample(logits, rows, torch.arange(6), noise=True, sort=True)
+    tokens = draw_tokens(logits, *rows, torch.arange(6))
     assert torch.equal(tokens[::2], logits.argmax(-1)[::2])
 
 
@@ -172,13 +171,3 @@ def test_derived_seeds_differ():
 def test_bad_settings_are_refused_by_name(name, value):
     with pytest.raises(SamplingError, match=rf"{name} must be .*got"):
         DrawParams(**{name: value})
-
-
-def test_compiled_noise_is_the_same():
-    """Inductor's code and eager torch must agree bit for bit in the integers, or a seed would mean two texts."""
-    seeds = torch.tensor([0, 2**31, 2**32 - 1, 9147829917586925044, 2**63 - 1])
-    counter = tuple(torch.arange(5)[:, None] * step for step in (1, 2**29, 3, 2**30 - 7))
-    key = (seeds & 0xFFFFFFFF, seeds >> 32)
-    compiled = torch.compile(philox, dynamic=True)(counter, key)
-    for word, expected in zip(compiled, philox(counter, key), strict=True):
-        assert torch.equal(word, expected)

@@ -18,7 +18,6 @@ from sparsespec_compile.runtime.capture import StepRunner, row_counts
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.frames import Frame
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work
 
 from ..support.toy import Toy, requests_of, run
@@ -146,19 +145,19 @@ class TestCapturedStep:
 
     def test_replays_decode(self, toy):
         engine = toy.engine(draft_tokens=4, min_budget=4)
-        step = engine.capture(2, 64, Variant(noise=True))
+        step = engine.capture(2, 64)
         for request in (*requests_of((7,), 12), *requests_of((20,), 30, temperature=0.9)):
             assert self.decode(step, request) == toy.decode(request)
 
     def test_pages_may_lie_anywhere(self, toy):
-        step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64, Variant())
+        step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)
         (request,) = requests_of((7,), 12)
         moved = [PageUpdate(0, page, 31 - page) for page in range(5)]
         assert self.decode(step, request, moved) == toy.decode(request)
         assert step.state.page_table[0, :5].tolist() == [31, 30, 29, 28, 27]
 
     def test_inputs_and_results_are_static(self, toy):
-        step = toy.engine(draft_tokens=4).capture(3, 64, Variant())
+        step = toy.engine(draft_tokens=4).capture(3, 64)
         addresses = [tensor.data_ptr() for tensor in (step.inputs.flat, *step.results, step.state.pool)]
         self.decode(step, requests_of((7,), 12)[0])
         assert addresses == [tensor.data_ptr() for tensor in (step.inputs.flat, *step.results, step.state.pool)]
@@ -166,27 +165,27 @@ class TestCapturedStep:
         assert step.results.tokens.shape == (3, 6)
 
     def test_one_text_of_any_length(self, toy):
-        step = toy.engine(draft_tokens=4, pool_tokens=64).capture(1, 100, Variant())
+        step = toy.engine(draft_tokens=4, pool_tokens=64).capture(1, 100)
         (request,) = requests_of((7,), 12)
         assert self.decode(step, request) == toy.decode(request)
-        toy.engine(draft_tokens=4).capture(1, 1, Variant()).replay()
+        toy.engine(draft_tokens=4).capture(1, 1).replay()
 
     def test_more_than_fits_is_refused(self, toy):
-        step = toy.engine(draft_tokens=8, min_budget=4).capture(20, 64, Variant())
+        step = toy.engine(draft_tokens=8, min_budget=4).capture(20, 64)
         prompt = [Work(slot, Mode.PREFILL, rows=2, tokens=[1, 2], logits=1, scored=2) for slot in range(20)]
         with pytest.raises(ConfigError, match="has 20 scored requests, the step holds 8"):
             step.fill(prompt)
         step.fill(prompt[:8])
         with pytest.raises(ConfigError, match="packed rows"):
             step.fill([Work(0, Mode.PREFILL, rows=10_000, tokens=[1] * 10_000)])
-        window = toy.engine(draft_tokens=8, drafter="window").capture(20, 64, Variant())
+        window = toy.engine(draft_tokens=8, drafter="window").capture(20, 64)
         window.fill(prompt)
 
     def test_it_does_not_disturb_the_engine(self, toy):
         engine = toy.engine(draft_tokens=4, min_budget=4)
         generation = engine.run(requests_of((5, 9), 20))
         next(generation)
-        step = engine.capture(2, 64, Variant())
+        step = engine.capture(2, 64)
         assert self.decode(step, requests_of((7,), 12)[0]) == toy.decode(requests_of((7,), 12)[0])
         for _ in generation:
             pass

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels.ops import draw_tokens
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows, sample
+from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows
 
 HIDDEN, Q_HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4, 2, 8, 37
 
@@ -99,7 +99,7 @@ class Toy:
         text, output = list(request.prompt), []
         while len(output) < request.max_new_tokens and not (output and output[-1] in request.stop_tokens):
             position = torch.tensor([len(text)])
-            token = int(sample(self.logits(text)[None], rows, position, noise=not p.greedy, sort=p.filters))
+            token = int(draw_tokens(self.logits(text)[None], *rows, position))
             text.append(token)
             output.append(token)
         return output

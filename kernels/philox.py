@@ -7,16 +7,17 @@ from torch import Tensor
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
+LOW = 0xFFFFFFFF
+"""The low 32 bits: a seed or a position is taken apart into two words by it."""
 
 
 def _multiply(factor: int, value: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a 32 x 32-bit product.
 
-    The whole product would overflow int64, which compiled C++ need not wrap: so in two halves of 48 bits.
+    The whole product would overflow int64, which C++ need not wrap: so in two halves of 48 bits.
     """
     upper, lower = (value >> 16) * factor, (value & 0xFFFF) * factor
-    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & LOW
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -35,7 +36,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
         high_a, low_a = _multiply(_MULTIPLIERS[0], a)
         high_c, low_c = _multiply(_MULTIPLIERS[1], c)
         a, b, c, d = high_c ^ b ^ key_a, low_c, high_a ^ d ^ key_b, low_a
-        key_a, key_b = (key_a + _KEY_STEPS[0]) & _LOW, (key_b + _KEY_STEPS[1]) & _LOW
+        key_a, key_b = (key_a + _KEY_STEPS[0]) & LOW, (key_b + _KEY_STEPS[1]) & LOW
     return a, b, c, d
 
 
@@ -53,21 +54,9 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     blocks = torch.arange(-(-vocabulary // 4), device=seed.device)
     zero = torch.zeros_like(blocks)
     seed, position = seed[:, None], position[:, None]
-    words = philox((blocks, position & _LOW, position >> 32, zero), (seed & _LOW, (seed >> 32) & _LOW))
+    words = philox((blocks, position & LOW, position >> 32, zero), (seed & LOW, (seed >> 32) & LOW))
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary]
     # -log(-log(u)) takes its large values where u is next to 1, which float32 cannot resolve; 1 - u can, so draw that.
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
     exponential = -torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24))
     return -torch.log(exponential)
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of request `index` of a batch that was given one `seed`: distinct for distinct (seed, index).
-
-    Returns:
-        An integer in [0, 2**63).
-    """
-    key = (torch.tensor(seed & _LOW), torch.tensor((seed >> 32) & _LOW))
-    counter = (torch.tensor(index), torch.tensor(0), torch.tensor(0), torch.tensor(1))  # text noise has 0 in the last
-    words = philox(counter, key)
-    return (int(words[0]) | int(words[1]) << 32) & (2**63 - 1)

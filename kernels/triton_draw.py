@@ -1,0 +1,203 @@
+"""Drawing tokens on the device: filters, noise and argmax, in three launches that read the logits once or twice.
+
+1. ``filter_kernel``: a program a row finds the lowest scaled logit that its filters keep; rows without filters leave.
+2. ``draw_kernel``: a program for each SPLIT tokens of a row. Of the tokens of a lane it keeps the one with the highest
+   bound of logit plus noise, which takes few instructions, and the bound of the runner-up. Exact values, with their
+   logarithms and division, are for the kept ones alone; should a runner-up's bound reach the best of those, which is
+   rare, all are made exact. What remains is reading, and Philox.
+3. ``join_kernel``: the best of a row's programs, the lowest token among equals.
+
+Splits depend on the vocabulary alone, so a row's token does not depend on who else is in the call. A scaled logit plus
+noise is off by at most 2**-21 + |noise| * 2**-23 + |sum| * 2**-24 (``triton_noise``).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_filter
+from .checks import check_draw
+from .triton_noise import gumbel, gumbel_bound, noise_words
+
+SPLIT = 8192
+"""Tokens of a program: 19 programs for a vocabulary of 151,936, so 8 rows fill a GPU."""
+
+BLOCK = 1024
+"""Tokens read at once: 8 a thread."""
+
+NUM_WARPS = 4
+REGISTERS = 80
+"""Of a thread, with which six programs share a multiprocessor."""
+
+DROPPED = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+"""Lowest bits of a float32 that are 0 in every number of the dtype."""
+
+
+def draw_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """One token for each row; see ``kernels.ops``."""
+    check_draw(logits, temperature, top_k, top_p, min_p, seed, position)
+    rows, vocabulary = logits.shape
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return token
+    heat, count, mass, share, key, place = (
+        setting.contiguous() for setting in (temperature, top_k, top_p, min_p, seed, position)
+    )
+    splits = triton.cdiv(vocabulary, SPLIT)
+    lowest = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    candidates = torch.empty(rows, triton_filter.ROOM, dtype=torch.int32, device=logits.device)
+    best = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
+    best_token = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        triton_filter.filter_kernel[(rows,)](
+            logits,
+            heat,
+            count,
+            mass,
+            share,
+            candidates,
+            lowest,
+            vocabulary,
+            logits.stride(0),
+            DROPPED=DROPPED[logits.dtype],
+            BLOCK=triton_filter.BLOCK,
+            MOST=triton_filter.MOST,
+            ROOM=triton_filter.ROOM,
+            num_warps=triton_filter.NUM_WARPS,
+        )
+        draw_kernel[(rows, splits)](
+            logits,
+            heat,
+            key,
+            place,
+            lowest,
+            best,
+            best_token,
+            vocabulary,
+            logits.stride(0),
+            SPLIT=SPLIT,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            maxnreg=REGISTERS,
+        )
+        join_kernel[(rows,)](best, best_token, token, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    return token
+
+
+@triton.jit
+def draw_kernel(
+    logits,
+    temperature,
+    seed,
+    position,
+    lowest,
+    best,
+    best_token,
+    vocabulary,
+    stride_row,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best of SPLIT tokens of a row: its value, what the argmax is over, and its token."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = split * SPLIT
+    end = tl.minimum(first + SPLIT, vocabulary)
+    heat = tl.load(temperature + row)
+    own = logits + row * stride_row
+    if heat == 0.0:
+        value, token = _highest(own, first, end, BLOCK)
+    else:
+        value, token = _highest_with_noise(
+            own, first, end, heat, tl.load(seed + row), tl.load(position + row), tl.load(lowest + row), BLOCK
+        )
+    place = row * tl.num_programs(1) + split
+    top = tl.max(value, 0)
+    tl.store(best + place, top)
+    tl.store(best_token + place, tl.min(tl.where(value == top, token, 0x7FFFFFFF), 0))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def join_kernel(best, best_token, out, splits, SPLITS: tl.constexpr):
+    """The token with the highest value of a row's programs, the first of equal ones."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    value = tl.load(best + row * splits + split, mask=split < splits, other=float("-inf"))
+    token = tl.load(best_token + row * splits + split, mask=split < splits, other=0x7FFFFFFF)
+    won = value == tl.max(value, 0)
+    tl.store(out + row, tl.min(tl.where(won, token, 0x7FFFFFFF), 0).to(tl.int64))
+
+
+@triton.jit
+def _highest(logits, first, end, BLOCK: tl.constexpr):
+    """Highest logit and its token in each of BLOCK lanes; -inf and ``first`` where there is none above."""
+    value = tl.full((BLOCK,), float("-inf"), tl.float32)
+    token = tl.zeros((BLOCK,), tl.int32) + first
+    for start in range(first, end, BLOCK):
+        here, logit = _load(logits, start, end, BLOCK)
+        better = logit > value
+        value, token = tl.where(better, logit, value), tl.where(better, here, token)
+    return value, token
+
+
+@triton.jit
+def _highest_with_noise(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
+    """The same of scaled logits that are not below ``lowest``, with noise."""
+    bound, token, word, runner_up = _candidates(logits, first, end, heat, seed, position, lowest, BLOCK)
+    value = _exact(tl.load(logits + token).to(tl.float32), word, heat, lowest)
+    value = tl.where(bound > float("-inf"), value, float("-inf"))  # lanes without a candidate
+    doubt = tl.max(runner_up, 0)
+    if (doubt > float("-inf")) & (doubt >= tl.max(value, 0)):
+        for start in range(first, end, BLOCK):
+            here, logit = _load(logits, start, end, BLOCK)
+            noisy = _exact(logit, noise_words(seed, position, start, BLOCK), heat, lowest)
+            better = (noisy > value) | ((noisy == value) & (here < token))
+            value, token = tl.where(better, noisy, value), tl.where(better, here, token)
+    return value, token
+
+
+@triton.jit
+def _candidates(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
+    """In each of BLOCK lanes the highest bound, its token, its word, and the highest bound of the other tokens."""
+    bound = tl.full((BLOCK,), float("-inf"), tl.float32)
+    runner_up = bound
+    token = tl.zeros((BLOCK,), tl.int32) + first
+    word = tl.zeros((BLOCK,), tl.uint32)
+    # A product with the reciprocal is within 2**-22 of the quotient; twice that leaves room for what is added to it.
+    above, below = (1.0 + 2.0**-21) / heat, (1.0 - 2.0**-21) / heat
+    for start in range(first, end, BLOCK):
+        here, logit = _load(logits, start, end, BLOCK)
+        wanted = True
+        if lowest > float("-inf"):  # in a filtered row, a block with nothing to keep costs nothing more
+            wanted = tl.max(logit, 0) * above >= lowest
+        if wanted:
+            words = noise_words(seed, position, start, BLOCK)
+            scaled = tl.maximum(logit * above, logit * below)
+            limit = tl.where(scaled < lowest, float("-inf"), scaled + gumbel_bound(words))
+            better = limit > bound
+            runner_up = tl.maximum(runner_up, tl.minimum(limit, bound))
+            bound = tl.maximum(bound, limit)
+            token, word = tl.where(better, here, token), tl.where(better, words, word)
+    return bound, token, word, runner_up
+
+
+@triton.jit
+def _exact(logit, word, heat, lowest):
+    """Scaled logits plus noise; -inf for those that are not kept."""
+    scaled = tl.div_rn(logit, heat)
+    return tl.where(scaled < lowest, float("-inf"), scaled + gumbel(word))
+
+
+@triton.jit
+def _load(logits, start, end, BLOCK: tl.constexpr):
+    """Tokens [BLOCK] and their logits as float32, -inf past the end."""
+    token = start + tl.arange(0, BLOCK)
+    return token, tl.load(logits + token, mask=token < end, other=float("-inf")).to(tl.float32)

@@ -8,7 +8,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.capture import StepRunner
-from sparsespec_compile.runtime.draft_length import IterationTime, no_prediction
+from sparsespec_compile.runtime.draft_length import IterationTime
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
@@ -29,7 +29,7 @@ class Target:
         dtype: of keys and values.
         device: where it runs.
         compiler: applied to the functions around the graph; such as `torch.compile`.
-        iteration_time: what "auto" chooses the number of drafts by.
+        iteration_time: what "auto" chooses the number of drafts by; None = the number is fixed.
         weight_bytes: what the model's parameters take on the device, for the memory plan.
     """
 
@@ -38,7 +38,7 @@ class Target:
     dtype: torch.dtype
     device: torch.device
     compiler: Compiler = as_it_is
-    iteration_time: IterationTime = no_prediction
+    iteration_time: IterationTime | None = None
     weight_bytes: int = 0
 
 

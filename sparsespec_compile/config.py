@@ -1,11 +1,12 @@
 """Settings of `optimize`."""
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.errors import ConfigError
+from sparsespec_compile.settings import Settings
 
 Drafter = Literal["pillar", "window", "full"]
 Backend = Literal["auto", "eager", "inductor"]
@@ -13,7 +14,7 @@ Schedule = Literal["balanced", "random", "in_phase"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecConfig:
+class SpecConfig(Settings, error=ConfigError):
     """How a model is compiled and how its requests are drafted. Frozen; every field is checked when it is built.
 
     Args:
@@ -65,14 +66,6 @@ class SpecConfig:
     cuda_graphs: bool = True
     backend: Backend = "auto"
     ceilings: Ceilings | None = None
-
-    def __new__(cls, *args: Any, **settings: Any) -> "SpecConfig":
-        allowed = [field.name for field in fields(cls)]
-        unknown = [name for name in settings if name not in allowed]
-        if args or unknown:
-            got = f"positional values {args}" if args else f"unknown setting(s) {', '.join(unknown)}"
-            raise ConfigError(f"SpecConfig got {got}. Allowed, by name: {', '.join(allowed)}.")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.draft_tokens != "auto":

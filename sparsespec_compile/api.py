@@ -117,7 +117,7 @@ class OptimizedModel:
             PoolTooSmallError: a request does not fit the KV pool.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
-        self._compiled.require_shared_parameters()
+        self._compiled.parameters.require()
         reader = self._reader()
         batch, width = shape_of(input_ids)
         generation = resolve_generation(
@@ -187,7 +187,7 @@ class OptimizedModel:
             max_length: tokens of the longest text that will be added, its prompt included; None = as long as the
                 longest of `prompts`. The others as in `generate_batch`.
         """
-        self._compiled.require_shared_parameters()
+        self._compiled.parameters.require()
         stream = TokenStream(self._engine, self._reader(tokenizer), max_length, progress=progress)
         stream.add(prompts, sampling)
         return stream
@@ -213,7 +213,7 @@ class OptimizedModel:
             MemoryPlanError, PoolTooSmallError: the sizes do not fit the device.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
-        self._compiled.require_shared_parameters()
+        self._compiled.parameters.require()
         for name, value in (("max_requests", max_requests), ("max_length", max_length)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")

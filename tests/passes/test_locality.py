@@ -104,7 +104,7 @@ def test_mixing_of_every_kind_is_found_where_it_happens(monkeypatch, change, ope
 
 
 @pytest.mark.parametrize("source", ["q", "k", "v"])
-def test_mixing_is_found_on_every_way_into_a_site(monkeypatch, source):
+def test_mixing_is_found_on_every_way_into_a_site(source):
     model = tiny("llama")
     projection = getattr(model.model.layers[1].self_attn, f"{source}_proj")
     projection.register_forward_hook(lambda module, inputs, output: token_shift(output))

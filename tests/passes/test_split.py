@@ -203,7 +203,7 @@ def test_a_step_that_the_compiled_code_does_not_hold_for_runs_uncompiled():
         assert all(broken in str(warning.message) for warning in caught)
 
 
-def test_a_changed_fake_implementation_is_another_cache_entry(bench, monkeypatch, tmp_path):
+def test_a_changed_fake_implementation_is_another_cache_entry(monkeypatch, tmp_path):
     tags = []
 
     def record(region, inputs):

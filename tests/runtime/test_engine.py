@@ -48,7 +48,7 @@ def test_sampled_text_does_not_depend_on_company(toy):
     assert together == alone
 
 
-def test_sliding_windows(toy):
+def test_sliding_windows():
     windowed = Toy(windows=(6, 0, 17))
     requests = requests_of(LENGTHS, 50)
     texts = run(windowed.engine(draft_tokens=4, min_budget=8, page_size=8), requests)

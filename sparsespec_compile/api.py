@@ -45,10 +45,11 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
         config: settings; None = `SpecConfig()`.
 
     Returns:
-        An object with `generate`, `generate_batch`, `stream`, `capture`, `stats` and `report`.
+        What generates: see `OptimizedModel`.
 
     Raises:
         UnsupportedModelError: the model cannot be rewritten with the same text; the text says why and what to do.
+        CeilingsError, CostModelError: `draft_tokens` is "auto", and the device or the model's cost is not known.
         ConfigError: `config` is not a `SpecConfig`.
 
     Example:
@@ -80,7 +81,7 @@ class OptimizedModel:
 
     @property
     def stats(self) -> Stats:
-        """What speculation achieved in the latest `generate`."""
+        """What speculation achieved in the latest generation, the one under way included."""
         return self._engine.stats
 
     def generate(
@@ -115,6 +116,7 @@ class OptimizedModel:
             SamplingError: unknown, unsupported or impossible arguments.
             ContextLengthError: prompt and new tokens exceed the model's positions.
             PoolTooSmallError: a request does not fit the KV pool.
+            EngineBusyError: a stream of this model is open.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
         self._compiled.parameters.require()
@@ -222,7 +224,7 @@ class OptimizedModel:
 
     @property
     def memory_plan(self) -> MemoryPlan | None:
-        """What the latest state on the device takes; None before the first text. Print it with rich."""
+        """What the latest state on the device takes; None before the first one. Print it with rich."""
         return self._engine.memory_plan
 
     def _reader(self, tokenizer: Decoder | None = None) -> RequestReader:
@@ -237,7 +239,18 @@ class OptimizedModel:
     def explain(
         self, lengths: int | Sequence[int], batch: int, device: torch.device | str | Ceilings | None = None
     ) -> Explanation:
-        """Print and return what a mean iteration costs, see `explain.explain`; None = the model's device."""
+        """Print and return what a mean iteration costs.
+
+        Args:
+            lengths: cached length of the requests, or a sample of their lengths, of which the mean counts.
+            batch: requests decoded together.
+            device: a CUDA device, the name of a known one ("H200"), or its `Ceilings`; None = the model's device.
+
+        Raises:
+            CostModelError: the model's cost is not known, as for mixtures of experts.
+            CeilingsError: the device is unknown.
+            AdviceError: impossible lengths or batch.
+        """
         cost = graph_cost(self._compiled.graph_module)
         explanation = explain(cost, self.config, lengths, batch, device or self._engine.target.device)
         rich.print(explanation)

@@ -22,7 +22,7 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
 
     Raises:
         UnsupportedModelError: the model, or the device it is on, is not supported.
-        CeilingsError: `draft_tokens` is "auto" and nothing is known about the device.
+        CeilingsError, CostModelError: `draft_tokens` is "auto", and the device or the model's cost is not known.
     """
     device = model.device
     if device.type not in ("cpu", "cuda"):

@@ -188,9 +188,17 @@ class OptimizedModel:
         Args:
             max_length: tokens of the longest text that will be added, its prompt included; None = as long as the
                 longest of `prompts`. The others as in `generate_batch`.
+
+        Raises:
+            ConfigError: `max_length` is below 1.
+            As `generate_batch`.
         """
         self._compiled.parameters.require()
-        stream = TokenStream(self._engine, self._reader(tokenizer), max_length, progress=progress)
+        reader = self._reader(tokenizer)
+        if max_length is not None:
+            _require_counts(max_length=max_length)
+            reader.check_length(max_length)
+        stream = TokenStream(self._engine, reader, max_length, progress=progress)
         stream.add(prompts, sampling)
         return stream
 
@@ -216,9 +224,7 @@ class OptimizedModel:
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
         self._compiled.parameters.require()
-        for name, value in (("max_requests", max_requests), ("max_length", max_length)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        _require_counts(max_requests=max_requests, max_length=max_length)
         self._reader().check_length(max_length)
         return self._engine.capture(max_requests, max_length, Variant(noise=sampled, sort=filtered))
 
@@ -281,6 +287,12 @@ def _completions(stream: TokenStream) -> Iterator[Completion]:
         for piece in stream:
             if piece.completion is not None:
                 yield piece.completion
+
+
+def _require_counts(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def _require_complete(requests: list[Request]) -> None:

@@ -60,7 +60,7 @@ class Phases:
         if counts[light] >= self.most:
             return
         gap = loads[heavy] - loads[light]
-        movable = [r for r in requests if r.phase == heavy and r.reach < gap]
+        movable = [request for request in requests if request.phase == heavy]
         if not movable:
             return
         best = min(movable, key=lambda request: abs(gap - 2 * request.reach))

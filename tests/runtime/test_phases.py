@@ -48,6 +48,20 @@ def test_nothing_moves_for_a_small_gain():
     assert [request.phase for request in balanced] == [0, 0, 1]
 
 
+def test_nothing_moves_into_a_full_phase():
+    phases = Phases(1, "balanced", most=2)
+    uneven = [resident(100, 0), resident(100, 0), resident(1, 1), resident(1, 1)]
+    phases.rebalance(uneven)
+    assert [request.phase for request in uneven] == [0, 0, 1, 1]
+
+
+def test_a_new_number_of_drafts_spreads_the_longest_requests_first():
+    requests = [resident(length, 0) for length in (10, 20, 30, 60)]
+    Phases(3, "balanced", most=8).spread(1, requests)
+    loads = [sum(r.reach for r in requests if r.phase == phase) for phase in range(2)]
+    assert loads == [60, 60]
+
+
 def test_schedules_for_comparison():
     assert Phases(8, "in_phase", most=8).choose([], now=3) == 0
     drawn = {Phases(8, "random", most=64).choose([], now=3) for _ in range(3)}

@@ -128,3 +128,23 @@ def test_requests_come_in_the_order_in_which_they_were_added():
     assert [len(request.prompt) for request in made.waiting] == [10]
     made.release(requests[3])
     assert [(len(request.prompt), request.slot) for request in made.admit()] == [(10, 3)]
+
+
+def test_every_row_has_a_page():
+    """With pages of one token, the table's entries are the positions that may be written."""
+    made = scheduler()
+    (request,) = admitted(made, 5)
+    entered = 0
+    for _ in range(12):
+        verified = request.reach
+        (item,) = planned(made).values()
+        entered += len(made.residency.updates)
+        first = item.offset if item.mode == Mode.PREFILL else verified + item.offset
+        assert entered == first + item.rows
+
+
+def test_the_youngest_ends_when_nothing_else_can_move():
+    made = scheduler()
+    requests = admitted(made, 5, 6, 7)
+    assert made.give_up() is requests[2]
+    assert made.running == requests[:2]

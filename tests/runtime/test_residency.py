@@ -81,3 +81,20 @@ def test_clearing_gives_back_what_is_on_the_way():
         residency.release(request)
     assert residency.allocator.free == PAGES
     assert not residency.moving
+
+
+def test_a_request_that_ends_in_host_memory_keeps_nobody_waiting():
+    residency, held = residents(4)
+    residency.begin_iteration(held)
+    residency.begin_iteration(held)
+    residency.release(held[3])
+    assert residency.tier.held == 0
+    residency.release(held[2])
+    assert residency.admits(Request([1], 2, slot=3), held[:2])
+
+
+def test_room_is_kept_for_the_whole_of_a_prompt_that_is_under_way():
+    residency, _ = residents(0)
+    long = Request([1] * 25, 10, slot=0)
+    assert residency.admits(long, [])
+    assert not residency.admits(Request([1] * 10, 10, slot=1), [long])

@@ -133,7 +133,7 @@ def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch):
             assert request.output == text
 
 
-def test_a_host_tier_that_is_too_small_admits_fewer(toy, moves):
+def test_a_host_tier_that_is_too_small_admits_fewer(toy):
     requests = requests_of(LENGTHS, 60)
     texts = run(small(toy, host_pool_tokens=64), requests)
     assert texts == [toy.decode(request) for request in requests_of(LENGTHS, 60)]

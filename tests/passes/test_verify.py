@@ -171,7 +171,7 @@ def wrong_size(graph_module):
 
 def wrong_rank(graph_module):
     node = find_calls(graph_module.graph, aten.linear.default)[0]
-    node.meta["val"] = node.meta["val"][0]
+    node.meta["val"] = node.meta["val"][..., 0]
 
 
 @pytest.mark.parametrize("change", [wrong_dtype, wrong_size, wrong_rank])

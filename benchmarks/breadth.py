@@ -64,7 +64,7 @@ class Outcome:
 
 
 def examine(family: str) -> Outcome:
-    """Builds, decodes, compiles, decodes again, compares."""
+    """Builds, decodes, compiles, decodes again, compares. Whatever is raised is an outcome too."""
     try:
         model = tiny_model(family)
     except Exception as error:

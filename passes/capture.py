@@ -166,7 +166,7 @@ def _rehearse(packed: PackedModel) -> tuple[Site, ...]:
             packed(**packed.example(ROWS, kept=3))
     except SparseSpecError:
         raise
-    except Exception as error:
+    except Exception as error:  # from the model's own code, which may raise anything
         raise ExportError(_failure(packed, "ran on packed tokens without a cache", error)) from error
     _check_windows(packed.model, rehearsal.sites)
     if not rehearsal.sites:
@@ -200,7 +200,7 @@ def _trace(packed: PackedModel, sites: tuple[Site, ...]) -> GraphModule:
             program = torch.export.export(packed, (), example, dynamic_shapes=shapes, strict=False)
     except SparseSpecError:
         raise
-    except Exception as error:
+    except Exception as error:  # from the model's own code or the exporter, whose errors have no common base
         raise ExportError(_failure(packed, "was traced by torch.export", error)) from error
     exported = program.module(check_guards=False)
     return GraphModule(exported, exported.graph)  # without the exported module's hooks, which check its signature

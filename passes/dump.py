@@ -11,14 +11,10 @@ VARIABLE = "SPARSESPEC_DUMP"
 
 
 class Dumper:
-    """Writes numbered files into a folder, or nothing when there is none.
+    """Writes numbered files into the folder that SPARSESPEC_DUMP names, or nothing when it is unset."""
 
-    Args:
-        folder: where to write; None = the environment variable SPARSESPEC_DUMP, and nothing when that is unset.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        chosen = folder or os.environ.get(VARIABLE)
+    def __init__(self) -> None:
+        chosen = os.environ.get(VARIABLE)
         self.folder = Path(chosen) if chosen else None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def propagate(graph_module: GraphModule) -> None:
     try:
         with enable_python_dispatcher(), torch.no_grad():
             tracker.propagate_dont_convert_inputs(*inputs)
-    except Exception as error:
+    except Exception as error:  # from any op's shape function: they raise what they like
         raise GraphInvariantError(
             f"{tracker.current} does not run on the shapes that reach it: {error}. A pass has left the graph broken."
         ) from error

@@ -47,6 +47,7 @@ class _Run(Interpreter):
     """Runs one node at a time; each site gives a function of a single row's q, k and v."""
 
     def start(self, inputs: Iterable[Tensor]) -> None:
+        """Sets what the placeholders will take their values from, in order."""
         self.args_iter = iter(inputs)
 
     def step(self, node: Node) -> Any:

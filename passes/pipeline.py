@@ -44,9 +44,9 @@ class CompiledModel:
 
     Attributes:
         graph_module: called with positional arguments `(input_ids [1, T] int64, position_ids [1, T] int64,
-            logits_to_keep [R] int64, kv_pool [pages, elements_per_page] in the model's dtype, scores [B, H, S] f32,
-            pillar_index [B, H, M] i32, *STEP_TENSORS)`, gives logits `[1, R, V]`. T, R, B, pages, S, M and P (the
-            width of page_table) are free. kv_pool and scores are written in place.
+            logits_to_keep [R] int64, kv_pool [pages, elements_per_page] in the model's dtype, scores [C, H, S] f32,
+            pillar_index [B, H, M] i32, *STEP_TENSORS)`, gives logits `[1, R, V]`. T, R, B, C, pages, S, M and P
+            (the width of page_table) are free. kv_pool and scores are written in place.
         split: the same computation, cut into regions; equal layers are one of them.
         layout: its attention layers, and how pool, scores and pillars are laid out.
         report: what was done.
@@ -78,31 +78,15 @@ class CompiledModel:
         )
         return forward
 
-    def parameters_are_shared(self) -> bool:
-        """Whether the model's parameters still are the ones that the graph computes with."""
-        return self.parameters.moved() is None
 
-    def require_shared_parameters(self) -> None:
-        """Raises StaleParametersError unless `parameters_are_shared()`."""
-        self.parameters.require()
-
-
-def compile_model(
-    model: PreTrainedModel,
-    *,
-    page_size: int,
-    fuse: bool = True,
-    dump_dir: str | os.PathLike[str] | None = None,
-) -> CompiledModel:
-    """Captures `model` and runs the passes.
+def compile_model(model: PreTrainedModel, *, page_size: int) -> CompiledModel:
+    """Captures `model` and runs the passes; SPARSESPEC_DUMP names a folder for the graph before and after each.
 
     Args:
-        model: a decoder-only causal LM of transformers. Its parameters are shared with the result; with `fuse`,
-            projections that share an input have theirs moved into one storage, of which they become views. Nothing
-            else about the model changes.
+        model: a decoder-only causal LM of transformers. Its parameters are shared with the result; projections that
+            share an input have theirs moved into one storage, of which they become views. Nothing else about the
+            model changes.
         page_size: tokens of a page of the KV pool.
-        fuse: whether to fuse projections.
-        dump_dir: folder for the graph before and after each pass; None = environment variable SPARSESPEC_DUMP.
 
     Raises:
         UnsupportedModelError: a subclass of it names what is not supported; the model is as it was.
@@ -110,10 +94,10 @@ def compile_model(
     check_versions()
     check_model(model)
     with torch.inference_mode(False):  # parameters made in inference mode could never be changed again
-        return _compile(model, page_size, fuse, Dumper(dump_dir))
+        return _compile(model, page_size, Dumper())
 
 
-def _compile(model: PreTrainedModel, page_size: int, fuse: bool, dumper: Dumper) -> CompiledModel:
+def _compile(model: PreTrainedModel, page_size: int, dumper: Dumper) -> CompiledModel:
     report = CompileReport(
         model=type(model).__name__, versions=f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
@@ -121,10 +105,9 @@ def _compile(model: PreTrainedModel, page_size: int, fuse: bool, dumper: Dumper)
     captured = capture(model)
     context = _context(model, captured, page_size, report)
     report.passes.append(PassRecord("capture", time.perf_counter() - started, len(captured.sites)))
-    kinds = PASSES if fuse else tuple(kind for kind in PASSES if kind is not FuseProjections)
     try:
-        graph_module = _run_passes(context, captured.graph_module, kinds, dumper)
-        regions = _split(len(kinds), graph_module, report, dumper)
+        graph_module = _run_passes(context, captured.graph_module, dumper)
+        regions = _split(len(PASSES), graph_module, report, dumper)
     except BaseException:
         give_back_storage(context.moved)
         raise
@@ -137,10 +120,8 @@ def _context(model: PreTrainedModel, captured: Captured, page_size: int, report:
     return PassContext(model, layout, report)
 
 
-def _run_passes(
-    context: PassContext, graph_module: GraphModule, kinds: tuple[type[GraphPass], ...], dumper: Dumper
-) -> GraphModule:
-    for number, kind in enumerate(kinds):
+def _run_passes(context: PassContext, graph_module: GraphModule, dumper: Dumper) -> GraphModule:
+    for number, kind in enumerate(PASSES):
         _run_pass(number, kind(context), graph_module, dumper)
     return GraphModule(graph_module, graph_module.graph)  # holds only the parameters that the graph reads
 

@@ -37,7 +37,7 @@ class AttentionRecord:
     Attributes:
         layer: its heads, dimensions, scale, window and soft-capping.
         module: path of the calling module in the model.
-        outcome: "rewritten", or why the node was left as it was.
+        outcome: "rewritten", once the pass that does so was there.
     """
 
     layer: AttentionLayer

@@ -80,7 +80,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 def _has_token_embedding(model: PreTrainedModel) -> bool:
     try:
         return isinstance(model.get_input_embeddings(), nn.Embedding)
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' way to say that it finds none
         return False
 
 

@@ -74,7 +74,7 @@ def split(graph_module: GraphModule) -> SplitGraph:
     """Cuts a rewritten graph, which stays as it is, behind each attention node."""
     graph = graph_module.graph
     outside, pieces = _cut(graph)
-    whole = _why_whole(graph, pieces)
+    whole = _why_whole(pieces)
     if whole is not None:
         pieces = [[node for piece in pieces for node in piece]]
     wanted = set(graph.output_node().all_input_nodes).union(*map(inputs_of, pieces))
@@ -112,7 +112,7 @@ def _is_state_view(node: Node, outside: list[Node]) -> bool:
     return source.target in STATE_INPUTS or (source in outside and source.op == "call_function")
 
 
-def _why_whole(graph: Graph, pieces: list[list[Node]]) -> str | None:
+def _why_whole(pieces: list[list[Node]]) -> str | None:
     """The first write in place that more than one region could see: then all must be one region."""
     piece_of = {node: number for number, piece in enumerate(pieces) for node in piece}
     family: dict[Node, set[Node]] = {}

@@ -44,10 +44,11 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
         config: settings; None = `SpecConfig()`.
 
     Returns:
-        An object with `generate`, `generate_batch`, `stream`, `capture`, `stats` and `report`.
+        What generates: see `OptimizedModel`.
 
     Raises:
         UnsupportedModelError: the model cannot be rewritten with the same text; the text says why and what to do.
+        CeilingsError, CostModelError: `draft_tokens` is "auto", and the device or the model's cost is not known.
         ConfigError: `config` is not a `SpecConfig`.
 
     Example:
@@ -79,7 +80,7 @@ class OptimizedModel:
 
     @property
     def stats(self) -> Stats:
-        """What speculation achieved in the latest `generate`."""
+        """What speculation achieved in the latest generation, the one under way included."""
         return self._engine.stats
 
     def generate(
@@ -114,9 +115,10 @@ class OptimizedModel:
             SamplingError: unknown, unsupported or impossible arguments.
             ContextLengthError: prompt and new tokens exceed the model's positions.
             PoolTooSmallError: a request does not fit the KV pool.
+            EngineBusyError: a stream of this model is open.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
-        self._compiled.require_shared_parameters()
+        self._compiled.parameters.require()
         reader = self._reader()
         batch, width = shape_of(input_ids)
         generation = resolve_generation(
@@ -185,9 +187,17 @@ class OptimizedModel:
         Args:
             max_length: tokens of the longest text that will be added, its prompt included; None = as long as the
                 longest of `prompts`. The others as in `generate_batch`.
+
+        Raises:
+            ConfigError: `max_length` is below 1.
+            As `generate_batch`.
         """
-        self._compiled.require_shared_parameters()
-        stream = TokenStream(self._engine, self._reader(tokenizer), max_length, progress=progress)
+        self._compiled.parameters.require()
+        reader = self._reader(tokenizer)
+        if max_length is not None:
+            _require_counts(max_length=max_length)
+            reader.check_length(max_length)
+        stream = TokenStream(self._engine, reader, max_length, progress=progress)
         stream.add(prompts, sampling)
         return stream
 
@@ -208,16 +218,14 @@ class OptimizedModel:
             MemoryPlanError, PoolTooSmallError: the sizes do not fit the device.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
         """
-        self._compiled.require_shared_parameters()
-        for name, value in (("max_requests", max_requests), ("max_length", max_length)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        self._compiled.parameters.require()
+        _require_counts(max_requests=max_requests, max_length=max_length)
         self._reader().check_length(max_length)
         return self._engine.capture(max_requests, max_length)
 
     @property
     def memory_plan(self) -> MemoryPlan | None:
-        """What the latest state on the device takes; None before the first text. Print it with rich."""
+        """What the latest state on the device takes; None before the first one. Print it with rich."""
         return self._engine.memory_plan
 
     def _reader(self, tokenizer: Decoder | None = None) -> RequestReader:
@@ -232,7 +240,18 @@ class OptimizedModel:
     def explain(
         self, lengths: int | Sequence[int], batch: int, device: torch.device | str | Ceilings | None = None
     ) -> Explanation:
-        """Print and return what a mean iteration costs, see `explain.explain`; None = the model's device."""
+        """Print and return what a mean iteration costs.
+
+        Args:
+            lengths: cached length of the requests, or a sample of their lengths, of which the mean counts.
+            batch: requests decoded together.
+            device: a CUDA device, the name of a known one ("H200"), or its `Ceilings`; None = the model's device.
+
+        Raises:
+            CostModelError: the model's cost is not known, as for mixtures of experts.
+            CeilingsError: the device is unknown.
+            AdviceError: impossible lengths or batch.
+        """
         cost = graph_cost(self._compiled.graph_module)
         explanation = explain(cost, self.config, lengths, batch, device or self._engine.target.device)
         rich.print(explanation)
@@ -263,6 +282,12 @@ def _completions(stream: TokenStream) -> Iterator[Completion]:
         for piece in stream:
             if piece.completion is not None:
                 yield piece.completion
+
+
+def _require_counts(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def _require_complete(requests: list[Request]) -> None:

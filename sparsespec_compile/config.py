@@ -1,11 +1,12 @@
 """Settings of `optimize`."""
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.errors import ConfigError
+from sparsespec_compile.settings import Settings
 
 Drafter = Literal["pillar", "window", "full"]
 Backend = Literal["auto", "eager", "inductor"]
@@ -13,14 +14,14 @@ Schedule = Literal["balanced", "random", "in_phase"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecConfig:
+class SpecConfig(Settings, error=ConfigError):
     """How a model is compiled and how its requests are drafted. Frozen; every field is checked when it is built.
 
     Args:
-        draft_tokens: drafts per cycle (k in the paper). One verification follows every k drafts. 0 is plain decoding
-            through the same graph. "auto" chooses k from 0 to `max_draft_tokens` while requests run, from what an
-            iteration is predicted and measured to take and from how many drafts are accepted.
-        max_draft_tokens: the longest cycle of "auto".
+        draft_tokens: drafts per cycle (k in the paper), 0 to 64. One verification follows every k drafts. 0 is plain
+            decoding through the same graph. "auto" chooses k from 0 to `max_draft_tokens` while requests run, from
+            what an iteration is predicted and measured to take and from how many drafts are accepted.
+        max_draft_tokens: drafts of the longest cycle of "auto", 1 to 64.
         budget_ratio: share of the cached positions a draft reads, in (0, 1] (the paper uses 0.05).
         min_budget: positions that a draft reads at least, per KV head: `max(min_budget, ceil(budget_ratio * length))`.
         drafter: what a draft reads besides the tokens since the last verification. "pillar": the positions with the
@@ -31,15 +32,15 @@ class SpecConfig:
         page_size: tokens in a page of the KV pool.
         pool_tokens: tokens the KV pool holds. None: as many as the requests of a call need together, within the
             device's free memory; requests beyond it wait their turn.
-        max_requests: requests decoded together. Further ones wait.
         host_pool_tokens: tokens of KV that host memory takes when the pool is full: whole requests move there and come
             back, nothing is recomputed. Taken as needed, pinned. 0: no request starts before the pool can hold its
             longest text. None: half of the free host memory on CUDA, 0 on CPU.
+        max_requests: requests decoded together. Further ones wait.
+        prefill_chunk: prompt tokens processed in one iteration, all requests together.
         schedule: in which iterations requests verify. "balanced": so that every iteration reads about as many bytes
             (paper, unified batch scheduling). "in_phase": all in the same one; "random": any. For comparison.
         overlap: whether an iteration is enqueued before the results of the one before are read (paper, delayed
             verification). False is for comparison.
-        prefill_chunk: prompt tokens processed in one iteration, all requests together.
         cuda_graphs: whether iterations on CUDA are captured once and replayed.
         backend: "inductor" compiles the graph with TorchInductor, "eager" runs it node by node, "auto" is "inductor"
             on CUDA and "eager" on CPU.
@@ -65,14 +66,6 @@ class SpecConfig:
     cuda_graphs: bool = True
     backend: Backend = "auto"
     ceilings: Ceilings | None = None
-
-    def __new__(cls, *args: Any, **settings: Any) -> "SpecConfig":
-        allowed = [field.name for field in fields(cls)]
-        unknown = [name for name in settings if name not in allowed]
-        if args or unknown:
-            got = f"positional values {args}" if args else f"unknown setting(s) {', '.join(unknown)}"
-            raise ConfigError(f"SpecConfig got {got}. Allowed, by name: {', '.join(allowed)}.")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.draft_tokens != "auto":

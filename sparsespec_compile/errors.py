@@ -19,7 +19,7 @@ from sparsespec_compile.passes.errors import (
 
 
 class ConfigError(SparseSpecError, ValueError):
-    """A `SpecConfig` setting is unknown or has a value that is not allowed."""
+    """A setting is unknown or has a value that is not allowed, or work does not fit a captured step."""
 
 
 class CeilingsError(SparseSpecError, ValueError):
@@ -39,7 +39,7 @@ class SamplingError(SparseSpecError, ValueError):
 
 
 class PoolTooSmallError(SparseSpecError, ValueError):
-    """A request needs more KV pages than the pool has."""
+    """Memory for the keys and values of a request, or for the state of requests, cannot be had."""
 
 
 class MemoryPlanError(PoolTooSmallError):
@@ -55,7 +55,7 @@ class CopyError(SparseSpecError, TypeError):
 
 
 class EngineBusyError(SparseSpecError, RuntimeError):
-    """A generation was started while an earlier one of the same object is unfinished."""
+    """A generation was started while another one of the same model is unfinished, or added to after its end."""
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from rich.table import Table
 from sparsespec_compile.ceilings import Ceilings, ceilings_of
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost_terms import IterationCost
-from sparsespec_compile.prediction import Prediction, cycle, predict_mean
+from sparsespec_compile.prediction import Prediction, cycle, drafted_positions, predict_mean
 from sparsespec_compile.workload import Workload, workload
 
 WIDTH = 140
@@ -101,7 +101,7 @@ def explain(
         AdviceError: impossible lengths or batch.
     """
     load, ceilings = workload(lengths, batch), ceilings_of(device)
-    budget = load.length if config.drafter == "full" else config.budget(round(load.length))
+    budget = drafted_positions(config, load.length)
     prediction, plain = (
         predict_mean(cost, cycle(load.batch, k, load.length, budget), ceilings) for k in (config.most_draft_tokens, 0)
     )

@@ -78,7 +78,7 @@ class Generation:
         max_new_tokens: new tokens of each request at most.
         params: one for each request.
         stop_tokens: ids that end a text; may be empty.
-        pad_token: fills the output behind a text; None when no text can end early and no padding is needed.
+        pad_token: fills the output behind a text: the padding token, or else a stop token; None when there is neither.
         prompt_padding: what stands for padding in prompts without a mask: the padding token, unless it also ends texts.
     """
 

@@ -101,12 +101,17 @@ def cycle(batch: int, draft_tokens: int, length: float, budget: float) -> list[t
     return [(share, _iteration(batch, verifying, draft_tokens, length, budget)) for share, verifying in kinds if share]
 
 
+def drafted_positions(config: SpecConfig, length: float) -> float:
+    """Of `length` cached positions, those that a draft is meant to read: its budget, or everything."""
+    return length if config.drafter == "full" else config.budget(round(length))
+
+
 def iteration_time(cost: IterationCost, config: SpecConfig, ceilings: Ceilings) -> IterationTime:
     """Predicted seconds of a mean iteration, by drafts of a cycle, mean cached length and requests."""
 
     def seconds(drafts: int, length: float, requests: int) -> float:
-        budget = length if config.drafter == "full" else config.budget(round(length))
-        return predict_mean(cost, cycle(requests, drafts, length, budget), ceilings).seconds
+        mix = cycle(requests, drafts, length, drafted_positions(config, length))
+        return predict_mean(cost, mix, ceilings).seconds
 
     return seconds
 

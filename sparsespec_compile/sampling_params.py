@@ -1,17 +1,18 @@
 """How a request of a batch is continued, and what comes back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from sparsespec_compile.errors import SamplingError
 from sparsespec_compile.runtime.request import FinishReason, RequestStats
 from sparsespec_compile.runtime.sampling import DrawParams
+from sparsespec_compile.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Settings, error=SamplingError):
     """How one prompt is continued. Frozen; every field is checked when it is built.
 
     Args:
@@ -25,7 +26,7 @@ class SamplingParams:
         stop_token_ids: the text ends with the first of these. None: the model's own end-of-sequence tokens.
         stop_strings: the text ends with the token that completes one of these; needs a tokenizer.
         logprobs: whether the natural log-probability of each token, under the model itself, is wanted.
-        n: texts for this prompt, the n-th with a seed of its own.
+        n: texts for this prompt, each with a seed of its own that is derived from `seed`.
 
     Raises:
         SamplingError: for an unknown name or a value that is not allowed; the text gives both.
@@ -41,14 +42,6 @@ class SamplingParams:
     stop_strings: Sequence[str] = ()
     logprobs: bool = False
     n: int = 1
-
-    def __new__(cls, *args: Any, **settings: Any) -> "SamplingParams":
-        allowed = [field.name for field in fields(cls)]
-        unknown = [name for name in settings if name not in allowed]
-        if args or unknown:
-            got = f"positional values {args}" if args else f"unknown setting(s) {', '.join(unknown)}"
-            raise SamplingError(f"SamplingParams got {got}. Allowed, by name: {', '.join(allowed)}.")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "n"):

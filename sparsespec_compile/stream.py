@@ -100,11 +100,9 @@ class TokenStream:
         unfinished = [request for request, (number, _) in self._names.items() if number == index]
         completions = []
         for request in unfinished:
-            if self._session is None:
-                request.finish_reason = FinishReason.CANCELLED
-            else:
+            if self._session is not None:  # before the first piece there is nobody to tell
                 self._session.cancel(request)
-            completions.append(self._complete(request))
+            completions.append(self._complete(request, request.finish_reason or FinishReason.CANCELLED))
         return completions
 
     def _run(self) -> Generator[Tokens, None, None]:
@@ -132,11 +130,11 @@ class TokenStream:
 
     def _piece(self, request: Request, tokens: list[int]) -> Tokens:
         index, sample = self._names[request]
-        return Tokens(index, sample, tokens, self._complete(request) if request.finished else None)
+        reason = request.finish_reason
+        return Tokens(index, sample, tokens, None if reason is None else self._complete(request, reason))
 
-    def _complete(self, request: Request) -> Completion:
+    def _complete(self, request: Request, reason: FinishReason) -> Completion:
         index, sample = self._names.pop(request)
-        reason = request.finish_reason or FinishReason.CANCELLED
         return Completion(index, sample, request.output, reason, request.output_logprobs, request.stats)
 
     def _bar(self) -> "tqdm[None]":

@@ -14,7 +14,6 @@ from sparsespec_compile.passes.cost import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.prediction import iteration_time
 from sparsespec_compile.runtime.build import Target
-from sparsespec_compile.runtime.draft_length import no_prediction
 from sparsespec_compile.runtime.step import as_it_is
 
 
@@ -23,7 +22,7 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
 
     Raises:
         UnsupportedModelError: the model, or the device it is on, is not supported.
-        CeilingsError: `draft_tokens` is "auto" and nothing is known about the device.
+        CeilingsError, CostModelError: `draft_tokens` is "auto", and the device or the model's cost is not known.
     """
     device = model.device
     if device.type not in ("cpu", "cuda"):
@@ -32,14 +31,14 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
     ceilings = ceilings_of(device if config.ceilings is None else config.ceilings) if auto else None
     compiled = compile_model(model, page_size=config.page_size)
     inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
-    cost = None if ceilings is None else graph_cost(compiled.graph_module)
+    predicted = None if ceilings is None else iteration_time(graph_cost(compiled.graph_module), config, ceilings)
     return compiled, Target(
         forward=_compile_regions(compiled) if inductor else compiled.graph_module,
         layout=compiled.layout,
         dtype=model.dtype,
         device=device,
         compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
-        iteration_time=no_prediction if ceilings is None or cost is None else iteration_time(cost, config, ceilings),
+        iteration_time=predicted,
         weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
     )
 

@@ -336,6 +336,14 @@ def test_settings_that_are_wrong(settings, text):
         ss.SamplingParams(**settings)
 
 
+def test_a_stream_for_texts_of_an_impossible_length(fast):
+    for length in (0, True, 2.5):
+        with pytest.raises(ConfigError, match="max_length must be an integer of at least 1"):
+            fast.stream([], max_length=length)
+    with pytest.raises(ContextLengthError, match="the model has 1024"):
+        fast.stream([], max_length=1025)
+
+
 def test_a_captured_step_that_is_wrong(fast):
     for sizes in ((0, 10), (2, 0), (True, 10), (2, 1.5)):
         with pytest.raises(ConfigError, match="must be an integer of at least 1"):

@@ -259,7 +259,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="got dict"):
             ss.optimize(model, {"draft_tokens": 4})
 
-    def test_model_on_no_device(self, model):
+    def test_model_on_no_device(self):
         with pytest.raises(UnsupportedModelError, match="meta"):
             ss.optimize(tiny("llama").to("meta"))
 

@@ -95,8 +95,8 @@ class _Decoder:
         return attention.o_proj(out.reshape(rows, 1, -1))
 
 
-def _captured(step: Callable[[], None], decoder: _Decoder) -> Callable[[], None]:
-    """The step as a CUDA graph on the decoder's present tensors; the decoder is left one step further."""
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph on its decoder's present tensors; the decoder is left one step further."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -134,7 +134,7 @@ def sample(
         decoder.keep((~decoder.finished).nonzero()[:, 0], position + STRETCH)
         step = decoder.step
         if model.device.type == "cuda":
-            step, position = _captured(step, decoder), position + 1
+            step, position = _captured(step), position + 1
         while position < end and not (position % _LOOK_EVERY == 0 and bool(decoder.finished.all())):
             step()
             position += 1

@@ -68,7 +68,7 @@ class _Search:
             moves, untried = untried[:MOVES_PLANNED], untried[MOVES_PLANNED:]
             self.tokens += [root, "|", *map(str, self.puzzle.numbers)]
             if self._try_moves(root, moves):
-                self._write_answer(root)
+                self._write_answer()
                 return
             self.tokens.append("\n")
 
@@ -139,7 +139,7 @@ class _Search:
             separator = ","
         return False
 
-    def _write_answer(self, root: str) -> None:
+    def _write_answer(self) -> None:
         self.tokens += ["\n", "answer"]
         for index, step in enumerate(self.steps):
             self.tokens += [",", *step] if index else step

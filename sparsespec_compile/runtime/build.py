@@ -8,15 +8,15 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.capture import StepRunner
-from sparsespec_compile.runtime.draft_length import IterationTime, no_prediction
+from sparsespec_compile.runtime.draft_length import IterationTime
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.state import Capacity, State, request_pages, state_bytes
+from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
 from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
 
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
-_POOL, _WORKSPACE, _GRAPHS = "KV pool", "activations of a step", "CUDA graphs"
+_WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Target:
         dtype: of keys and values.
         device: where it runs.
         compiler: applied to the functions around the graph; such as `torch.compile`.
-        iteration_time: what "auto" chooses the number of drafts by.
+        iteration_time: what "auto" chooses the number of drafts by; None = the number is fixed.
         weight_bytes: what the model's parameters take on the device, for the memory plan.
     """
 
@@ -38,7 +38,7 @@ class Target:
     dtype: torch.dtype
     device: torch.device
     compiler: Compiler = as_it_is
-    iteration_time: IterationTime = no_prediction
+    iteration_time: IterationTime | None = None
     weight_bytes: int = 0
 
 
@@ -72,7 +72,7 @@ def build_runner(
         # What graphs keep for their activations stays theirs while the next one is warmed up outside of it.
         workspace = _workspace_bytes(step) * (2 if capture else 1)
         plan = _plan_memory(target, config, capacity, workspace)
-        state.give_pool(plan.parts[_POOL] // (target.layout.elements_per_page * target.dtype.itemsize))
+        state.give_pool(plan.parts[POOL] // page_bytes(target.layout, target.dtype))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -102,13 +102,13 @@ def _plan_memory(target: Target, config: SpecConfig, capacity: Capacity, workspa
     if target.device.type != "cuda":
         return MemoryPlan(parts, None)
     torch.cuda.empty_cache()
-    taken = sum(size for name, size in parts.items() if name != _POOL)
+    taken = sum(parts.values()) - parts[POOL]
     available = torch.cuda.mem_get_info(target.device)[0] + taken
     parts |= {_WORKSPACE: workspace, _GRAPHS: int(available * _GRAPH_SHARE)}
     if config.pool_tokens is None:
-        page_bytes = target.layout.elements_per_page * target.dtype.itemsize
-        rest = max(0, available - sum(size for name, size in parts.items() if name != _POOL))
-        parts[_POOL] = min(parts[_POOL], rest // page_bytes * page_bytes)
+        page = page_bytes(target.layout, target.dtype)
+        rest = max(0, available - sum(parts.values()) + parts[POOL])
+        parts[POOL] = min(parts[POOL], rest // page * page)
     plan = MemoryPlan(parts, available)
     plan.require()
     return plan

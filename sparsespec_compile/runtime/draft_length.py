@@ -11,12 +11,6 @@ from dataclasses import dataclass
 IterationTime = Callable[[int, float, int], float]
 """(drafts of a cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
 
-
-def no_prediction(drafts: int, length: float, requests: int) -> float:
-    """The `IterationTime` of an engine whose number of drafts is fixed: it is never asked."""
-    raise NotImplementedError("the number of drafts is fixed, so no iteration time was given")
-
-
 _FIRST_GUESS = 0.95
 """Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
 

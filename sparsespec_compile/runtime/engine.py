@@ -94,9 +94,8 @@ class Engine:
         runner, tier = self._prepared(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
-        chooser = None
-        if self.config.draft_tokens == "auto":
-            chooser = DraftLength(self.config.max_draft_tokens, self.target.iteration_time)
+        predicted = self.target.iteration_time
+        chooser = None if predicted is None else DraftLength(self.config.most_draft_tokens, predicted)
         scheduler = self._scheduler(runner, tier)
         session = Session(scheduler, runner, recorder, chooser, overlap=self.config.overlap)
         self._active = session

@@ -146,7 +146,7 @@ class HostTier:
             pages = min(self._block_pages, self.capacity - self._free.pages)
             try:
                 self._blocks.append(self._allocate(pages))
-            except (RuntimeError, MemoryError):
+            except (RuntimeError, MemoryError):  # CUDA's error for memory that cannot be pinned is the former
                 self.capacity = self._free.pages  # the system gives no more: live with what there is
                 break
             self._free.grow(pages)

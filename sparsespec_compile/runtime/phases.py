@@ -34,13 +34,13 @@ class Phases:
         for request in requests:
             request.phase = None
         for request in sorted(requests, key=lambda request: -request.reach):
-            request.phase = self.choose(request, requests, now=0)
+            request.phase = self.choose(requests, now=0)
 
-    def choose(self, request: Request, others: Sequence[Request], now: int) -> int:
-        """A phase for a request that starts after iteration `now`."""
+    def choose(self, requests: Sequence[Request], now: int) -> int:
+        """A phase for a request that starts after iteration `now`, by those that `requests` have."""
         if self.schedule == "in_phase":
             return 0
-        loads, counts = self._loads(others)
+        loads, counts = self._loads(requests)
         open_phases = [phase for phase in range(self.count) if counts[phase] < self.most] or list(range(self.count))
         if self.schedule == "random":
             return self._random.choice(open_phases)
@@ -60,7 +60,7 @@ class Phases:
         if counts[light] >= self.most:
             return
         gap = loads[heavy] - loads[light]
-        movable = [r for r in requests if r.phase == heavy and r.reach < gap]
+        movable = [request for request in requests if request.phase == heavy]
         if not movable:
             return
         best = min(movable, key=lambda request: abs(gap - 2 * request.reach))

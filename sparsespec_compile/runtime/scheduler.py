@@ -151,7 +151,7 @@ class Scheduler:
             if not last:
                 yield request, Work(request.slot, Mode.PREFILL, rows=rows, offset=first, tokens=tokens)
                 continue
-            request.phase = self.phases.choose(request, self.running, self._phase_now())
+            request.phase = self.phases.choose(self.running, self._phase_now())
             scored = self._take_scores(min(self.draft_tokens + 1, rows)) if self.draft_tokens else 0
             request.fresh = scored > 0
             yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sparsespec_compile.passes.layout import KVLayout
 
+POOL = "KV pool"
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -85,11 +87,16 @@ def request_pages(layout: KVLayout, capacity: Capacity) -> int:
     return -(-capacity.tokens // layout.page_size)
 
 
+def page_bytes(layout: KVLayout, dtype: torch.dtype) -> int:
+    """Bytes of a page of the pool."""
+    return layout.elements_per_page * dtype.itemsize
+
+
 def state_bytes(layout: KVLayout, capacity: Capacity, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of a state's large tensors, by what they are for."""
+    """Bytes of a state's large tensors, by what they are for; those of the pool by `POOL`."""
     heads = layout.total_kv_heads
     return {
-        "KV pool": capacity.pages * layout.elements_per_page * dtype.itemsize,
+        POOL: capacity.pages * page_bytes(layout, dtype),
         "attention scores": 4 * capacity.score_slots * heads * capacity.tokens,
         "pillar index": 4 * capacity.slots * heads * capacity.pillars,
         "tokens and page table": 8 * (capacity.slots + 1) * capacity.tokens

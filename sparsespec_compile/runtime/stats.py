@@ -20,7 +20,7 @@ def _latest() -> deque[int]:
 
 @dataclass
 class Stats:
-    """Counts of one call of `generate`.
+    """Counts of one generation: a call of `generate`, or a stream from beginning to end.
 
     Attributes:
         draft_tokens: drafts of a full cycle, k.
@@ -47,7 +47,7 @@ class Stats:
     iterations: int = 0
     target_passes: int = 0
     cycles: int = 0
-    accepted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(init=False)
     kv_read: int = 0
     kv_read_plain: int = 0
     pages_offloaded: int = 0

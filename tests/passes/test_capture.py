@@ -125,7 +125,7 @@ def test_chunked_attention_is_refused_by_name(monkeypatch):
         capture(tiny("llama"))
 
 
-def test_a_window_in_the_cache_alone_is_refused(monkeypatch):
+def test_a_window_in_the_cache_alone_is_refused():
     """The masks show everything, transformers' cache would keep a window: with it the text is another."""
     model = tiny("llama")
     model.config.sliding_window = 9

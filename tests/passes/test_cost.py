@@ -7,8 +7,10 @@ import torch
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config_cost import FAMILIES, config_cost
 from sparsespec_compile.errors import CostModelError
+from sparsespec_compile.passes import pipeline
 from sparsespec_compile.passes.cost import graph_cost
 from sparsespec_compile.passes.cost_terms import SYMBOLS, Iteration
+from sparsespec_compile.passes.fuse_projections import FuseProjections
 from sparsespec_compile.passes.pipeline import compile_model
 
 from .families import tiny
@@ -74,9 +76,10 @@ def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
         assert (term.kind, term.launches) == (other.kind, other.launches)
 
 
-def test_projections_that_are_not_fused_are_launched_singly(cost_of):
+def test_projections_that_are_not_fused_are_launched_singly(cost_of, monkeypatch):
     fused = cost_of("llama").term("projections")
-    single = graph_cost(compile_model(tiny("llama"), page_size=16, fuse=False).graph_module).term("projections")
+    monkeypatch.setattr(pipeline, "PASSES", tuple(kind for kind in pipeline.PASSES if kind is not FuseProjections))
+    single = graph_cost(compile_model(tiny("llama"), page_size=16).graph_module).term("projections")
     assert (fused.launches, single.launches) == (4 * LAYERS, 7 * LAYERS)
     assert equal(fused.bytes, single.bytes)
 

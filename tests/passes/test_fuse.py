@@ -79,7 +79,7 @@ def test_changes_in_place_reach_the_graph(path):
     assert torch.allclose(compiled_logits(compiled), expected, atol=1e-4)
     model.load_state_dict(tiny("llama", seed=3).state_dict())
     assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
-    assert compiled.parameters_are_shared()
+    assert compiled.parameters.moved() is None
 
 
 def test_an_optimizer_step_reaches_the_graph():
@@ -132,17 +132,8 @@ def test_compiling_twice_shares_the_same_storage():
     second = compile_model(model, page_size=16)
     assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
     assert linears(second) == linears(first)
-    assert first.parameters_are_shared()
+    assert first.parameters.moved() is None
     assert torch.equal(compiled_logits(first), compiled_logits(second))
-
-
-def test_without_fusing_storage_stays():
-    model = tiny("llama")
-    addresses = [parameter.data_ptr() for parameter in model.parameters()]
-    compiled = compile_model(model, page_size=16, fuse=False)
-    assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
-    assert linears(compiled) == 7 * len(compiled.layout.layers) + 1
-    assert torch.allclose(compiled_logits(compiled), logits(model, SEQUENCE), atol=1e-4)
 
 
 def tie(model):
@@ -221,12 +212,12 @@ def test_a_lone_bias_keeps_its_projection_apart():
 def test_moved_parameters_are_noticed(move):
     model = tiny("llama")
     compiled = compile_model(model, page_size=16)
-    compiled.require_shared_parameters()
-    assert compiled.parameters_are_shared()
+    compiled.parameters.require()
+    assert compiled.parameters.moved() is None
     move(model)
-    assert not compiled.parameters_are_shared()
+    assert compiled.parameters.moved() is not None
     with pytest.raises(StaleParametersError, match=r"weight was moved, replaced.*optimize\(model\)"):
-        compiled.require_shared_parameters()
+        compiled.parameters.require()
 
 
 def _replace_embeddings(model):
@@ -251,4 +242,4 @@ def test_changes_of_the_modules_are_noticed(change):
     compiled = compile_model(model, page_size=16)
     change(model)
     with pytest.raises(StaleParametersError, match="optimize"):
-        compiled.require_shared_parameters()
+        compiled.parameters.require()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
 from transformers.models.llama import modeling_llama
 
 from sparsespec_compile.passes.base import PassContext
@@ -9,7 +11,7 @@ from sparsespec_compile.passes.capture import capture
 from sparsespec_compile.passes.errors import RowMixingError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.passes.locality import ProveRowLocality
-from sparsespec_compile.passes.lockstep import row_wise
+from sparsespec_compile.passes.lockstep import Lockstep, Runs, row_wise
 from sparsespec_compile.passes.normalise import Normalise
 from sparsespec_compile.passes.report import CompileReport
 
@@ -104,7 +106,7 @@ def test_mixing_of_every_kind_is_found_where_it_happens(monkeypatch, change, ope
 
 
 @pytest.mark.parametrize("source", ["q", "k", "v"])
-def test_mixing_is_found_on_every_way_into_a_site(monkeypatch, source):
+def test_mixing_is_found_on_every_way_into_a_site(source):
     model = tiny("llama")
     projection = getattr(model.model.layers[1].self_attn, f"{source}_proj")
     projection.register_forward_hook(lambda module, inputs, output: token_shift(output))
@@ -138,3 +140,20 @@ def test_the_stand_in_for_attention_shows_all_of_q_k_and_v(changed):
     tensors[changed][0, 1, 3, 4] += 1
     differs = (row_wise(*tensors) != expected).any(-1)[0]
     assert differs.any(1).tolist() == [False, False, False, True, False]
+
+
+def test_rounding_does_not_add_up_over_blocks():
+    """Ten blocks, each of which moves the common row by half of what is tolerated."""
+    rows = 13
+
+    def block(value):
+        return value * torch.linspace(1, 1 + 5e-6, rows)[:, None]
+
+    graph = Graph()
+    node = graph.placeholder("hidden")
+    for _ in range(10):
+        node = graph.call_function(block, (node,))
+    graph.output(node)
+    first, second = torch.randn(2, 1, rows, 8)
+    second[0, -1] = first[0, 0]
+    Lockstep(GraphModule(nn.Module(), graph), Runs(rows, 0, rows - 1, ((first,), (second,)))).run()

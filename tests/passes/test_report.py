@@ -48,14 +48,10 @@ def test_without_dumps_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("way", ["environment", "argument"])
-def test_dumps_show_the_graph_before_and_after_each_pass(tmp_path, monkeypatch, way):
+def test_dumps_show_the_graph_before_and_after_each_pass(tmp_path, monkeypatch):
     folder = tmp_path / "graphs"
-    if way == "environment":
-        monkeypatch.setenv("SPARSESPEC_DUMP", str(folder))
-        compile_model(tiny("llama"), page_size=16)
-    else:
-        compile_model(tiny("llama"), page_size=16, dump_dir=folder)
+    monkeypatch.setenv("SPARSESPEC_DUMP", str(folder))
+    compile_model(tiny("llama"), page_size=16)
     files = sorted(file.name for file in folder.iterdir())
     assert files == [
         f"{number:02d}_{name.replace(' ', '_')}_{moment}.py"

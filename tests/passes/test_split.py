@@ -13,6 +13,7 @@ from sparsespec_compile.kernels import ops
 from sparsespec_compile.passes import compile_regions as under_test
 from sparsespec_compile.passes.errors import UncompiledStepWarning
 from sparsespec_compile.passes.pipeline import compile_model
+from sparsespec_compile.passes.regions import extract
 from sparsespec_compile.passes.split import split
 
 from .families import tiny, tokens
@@ -203,7 +204,7 @@ def test_a_step_that_the_compiled_code_does_not_hold_for_runs_uncompiled():
         assert all(broken in str(warning.message) for warning in caught)
 
 
-def test_a_changed_fake_implementation_is_another_cache_entry(bench, monkeypatch, tmp_path):
+def test_a_changed_fake_implementation_is_another_cache_entry(monkeypatch, tmp_path):
     tags = []
 
     def record(region, inputs):
@@ -219,3 +220,24 @@ def test_a_changed_fake_implementation_is_another_cache_entry(bench, monkeypatch
     under_test.inductor(None, [])
     assert tags[0] == tags[1] != tags[2]
     assert torch.compiler.config.cache_key_tag == ""
+
+
+def test_regions_are_unlike_where_a_compilation_may_rely_on_the_difference():
+    graph = Graph()
+    source = graph.placeholder("source")
+    result = graph.call_function(aten.relu.default, (source,))
+    result.meta["val"] = torch.empty(4, 6)
+
+    def signature(value):
+        source.meta["val"] = value
+        return extract([result], [result]).signature
+
+    values = (
+        torch.zeros(4, 6),
+        torch.zeros(4, 6).double(),
+        torch.zeros(4, 7),
+        torch.zeros(6, 4).t(),
+        torch.zeros(5, 6)[1:],
+    )
+    assert signature(torch.zeros(4, 6)) == signature(torch.ones(4, 6))
+    assert len({signature(value) for value in values}) == len(values)

@@ -6,8 +6,12 @@ from torch.fx import GraphModule
 
 from sparsespec_compile.kernels.ops import attention_site, dual_mode_attention
 from sparsespec_compile.passes import pipeline
-from sparsespec_compile.passes.base import GraphPass, find_calls
+from sparsespec_compile.passes.base import GraphPass, PassContext, find_calls
+from sparsespec_compile.passes.capture import capture
 from sparsespec_compile.passes.errors import GraphInvariantError
+from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.passes.normalise import Normalise
+from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.passes.verify import VERIFY_VARIABLE, verify, verify_shapes
 
 from .families import tiny
@@ -115,6 +119,46 @@ def test_a_broken_graph_is_refused(bench, change):
         verify(graph_module, layout)
 
 
+def sites(graph_module):
+    return find_calls(graph_module.graph, attention_site)
+
+
+def drop_a_site(graph_module):
+    node = sites(graph_module)[1]
+    node.replace_all_uses_with(node.args[0])
+    graph_module.graph.erase_node(node)
+
+
+def change_a_sites_scale(graph_module):
+    node = sites(graph_module)[0]
+    node.args = (*node.args[:3], 1.0, *node.args[4:])
+
+
+def rewrite_a_single_site(graph_module):
+    sites(graph_module)[0].target = dual_mode_attention
+
+
+EARLY_BREAKS = {
+    drop_a_site: "1 attention nodes, the layout 2",
+    change_a_sites_scale: r"has \(scale, window, softcap, layer\)",
+    rewrite_a_single_site: "must not be in a graph before the attention rewrite",
+    swap_inputs: "inputs are",
+}
+
+
+@pytest.mark.parametrize("change", EARLY_BREAKS, ids=lambda change: change.__name__)
+def test_a_broken_graph_is_refused_before_the_rewrite(change):
+    model = tiny("gemma2")
+    captured = capture(model)
+    layout = KVLayout(tuple(site.layer for site in captured.sites), page_size=16)
+    graph_module = captured.graph_module
+    Normalise(PassContext(model, layout, CompileReport("gemma2", "")))(graph_module)
+    verify(graph_module, layout)
+    change(graph_module)
+    with pytest.raises(GraphInvariantError, match=EARLY_BREAKS[change]):
+        verify(graph_module, layout)
+
+
 def wrong_dtype(graph_module):
     node = find_calls(graph_module.graph, aten.linear.default)[0]
     node.meta["val"] = node.meta["val"].double()
@@ -125,7 +169,12 @@ def wrong_size(graph_module):
     node.meta["val"] = node.meta["val"][..., :1]
 
 
-@pytest.mark.parametrize("change", [wrong_dtype, wrong_size])
+def wrong_rank(graph_module):
+    node = find_calls(graph_module.graph, aten.linear.default)[0]
+    node.meta["val"] = node.meta["val"][..., 0]
+
+
+@pytest.mark.parametrize("change", [wrong_dtype, wrong_size, wrong_rank])
 def test_a_wrong_record_of_a_shape_is_refused(bench, change):
     graph_module, _ = copy_of(bench)
     change(graph_module)

@@ -92,11 +92,14 @@ class Changing:
 
     def __init__(self, most):
         self.order = [a for first in range(most + 1) for second in range(most + 1) for a in (first, second)]
+        self.told = set()
 
     def verified(self, drafts, accepted):
+        self.told.add("drafts")
         assert 0 <= accepted <= drafts
 
     def took(self, seconds, lengths):
+        self.told.add("times")
         assert seconds > 0
 
     def choose(self, lengths):
@@ -106,13 +109,15 @@ class Changing:
 
 @pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
 def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
-    toy = Toy()
+    toy, chooser = Toy(), Changing(4)
     monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Changing(most))
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: chooser)
     requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
     engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter=drafter, min_budget=4, max_requests=5)
+    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
     assert run(engine, requests) == [toy.decode(request) for request in requests]
     assert set(engine.stats.draft_tokens_by_iteration) == set(range(5))
+    assert chooser.told == {"drafts", "times"}
     assert engine.stats.cycles > 0
 
 
@@ -132,7 +137,7 @@ def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):
             self.asked = getattr(self, "asked", 0) + 1
             return 0 if self.asked < 3 else 3
 
-    engine.target = dataclasses.replace(engine.target, forward=spy)
+    engine.target = dataclasses.replace(engine.target, forward=spy, iteration_time=seconds)
     monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Late(most))
     requests = requests_of((30, 12), 80)
     assert run(engine, requests) == [toy.decode(request) for request in requests]

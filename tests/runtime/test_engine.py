@@ -1,5 +1,7 @@
 """The loop is lossless: whatever is drafted, the text is the one that decoding token by token gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_sampled_text_does_not_depend_on_company(toy):
     assert together == alone
 
 
-def test_sliding_windows(toy):
+def test_sliding_windows():
     windowed = Toy(windows=(6, 0, 17))
     requests = requests_of(LENGTHS, 50)
     texts = run(windowed.engine(draft_tokens=4, min_budget=8, page_size=8), requests)
@@ -117,7 +119,7 @@ def test_requests_of_one_prompt_length_verify_in_different_iterations(toy):
         verifying.append(int((inputs[6] == 2).sum()))
         return make_step(*inputs)
 
-    engine.target = type(engine.target)(spy, engine.target.layout, engine.target.dtype, engine.target.device)
+    engine.target = replace(engine.target, forward=spy)
     run(engine, requests_of([5] * 8, 60))
     steady = verifying[8:40]
     assert set(steady) == {2}  # 8 requests over 4 phases
@@ -145,7 +147,7 @@ def test_share_of_kv_bytes_is_what_the_op_is_asked_to_read(toy):
         read.append(int(((sparse + dense) * (rows > 0)).sum()))
         return forward(*inputs)
 
-    engine.target = type(engine.target)(spy, engine.target.layout, engine.target.dtype, engine.target.device)
+    engine.target = replace(engine.target, forward=spy)
     requests = requests_of((7, 30), 33)
     run(engine, requests)
     elements = sum(layer.elements_per_token() for layer in engine.target.layout.layers)
@@ -183,7 +185,7 @@ def test_an_exception_in_the_model_leaves_the_engine_usable(toy):
             raise KeyboardInterrupt
         return forward(*inputs)
 
-    engine.target = type(engine.target)(failing, engine.target.layout, engine.target.dtype, engine.target.device)
+    engine.target = replace(engine.target, forward=failing)
     with pytest.raises(KeyboardInterrupt):
         run(engine, requests_of(LENGTHS, 50))
     requests = requests_of(LENGTHS, 20)

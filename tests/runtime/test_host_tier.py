@@ -122,7 +122,9 @@ def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch):
 
     monkeypatch.setattr(HostTier, "_allocate", refuse)
     requests = requests_of(LENGTHS, 60)
-    run(small(toy), requests)
+    engine = small(toy)
+    run(engine, requests)
+    assert engine._tier.capacity == 0, "nobody is admitted for memory that is not there"
     expected = [toy.decode(request) for request in requests_of(LENGTHS, 60)]
     given_up = [request for request in requests if request.finish_reason is FinishReason.MEMORY]
     assert len(given_up) < len(requests) - 2
@@ -133,7 +135,7 @@ def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch):
             assert request.output == text
 
 
-def test_a_host_tier_that_is_too_small_admits_fewer(toy, moves):
+def test_a_host_tier_that_is_too_small_admits_fewer(toy):
     requests = requests_of(LENGTHS, 60)
     texts = run(small(toy, host_pool_tokens=64), requests)
     assert texts == [toy.decode(request) for request in requests_of(LENGTHS, 60)]

@@ -19,19 +19,19 @@ def resident(length, phase=None):
 def test_a_new_request_joins_the_phase_that_reads_least():
     phases = Phases(2, "balanced", most=8)
     others = [resident(100, 0), resident(10, 1), resident(10, 1), resident(40, 2)]
-    assert phases.choose(resident(5), others, now=0) == 1
+    assert phases.choose(others, now=0) == 1
 
 
 def test_among_equals_the_longest_first_cycle_is_chosen():
     phases = Phases(3, "balanced", most=8)
-    assert phases.choose(resident(5), [], now=2) == 2  # verifies again only after a whole round
-    assert phases.choose(resident(5), [resident(5, 2)], now=2) == 1
+    assert phases.choose([], now=2) == 2  # verifies again only after a whole round
+    assert phases.choose([resident(5, 2)], now=2) == 1
 
 
 def test_a_full_phase_is_left_alone():
     phases = Phases(1, "balanced", most=2)
     others = [resident(1, 0), resident(1, 0), resident(1000, 1)]
-    assert phases.choose(resident(5), others, now=0) == 1
+    assert phases.choose(others, now=0) == 1
 
 
 def test_a_request_moves_when_others_have_left():
@@ -48,12 +48,26 @@ def test_nothing_moves_for_a_small_gain():
     assert [request.phase for request in balanced] == [0, 0, 1]
 
 
+def test_nothing_moves_into_a_full_phase():
+    phases = Phases(1, "balanced", most=2)
+    uneven = [resident(100, 0), resident(100, 0), resident(1, 1), resident(1, 1)]
+    phases.rebalance(uneven)
+    assert [request.phase for request in uneven] == [0, 0, 1, 1]
+
+
+def test_a_new_number_of_drafts_spreads_the_longest_requests_first():
+    requests = [resident(length, 0) for length in (10, 20, 30, 60)]
+    Phases(3, "balanced", most=8).spread(1, requests)
+    loads = [sum(r.reach for r in requests if r.phase == phase) for phase in range(2)]
+    assert loads == [60, 60]
+
+
 def test_schedules_for_comparison():
-    assert Phases(8, "in_phase", most=8).choose(resident(5), [], now=3) == 0
-    drawn = {Phases(8, "random", most=64).choose(resident(5), [], now=3) for _ in range(3)}
+    assert Phases(8, "in_phase", most=8).choose([], now=3) == 0
+    drawn = {Phases(8, "random", most=64).choose([], now=3) for _ in range(3)}
     assert len(drawn) == 1  # the same requests get the same phases every time
     phases = Phases(8, "random", most=64)
-    assert len({phases.choose(resident(5), [], now=3) for _ in range(60)}) == 9
+    assert len({phases.choose([], now=3) for _ in range(60)}) == 9
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,150 @@
+"""What each request does in an iteration, asked of the scheduler alone: nothing runs, nothing is accepted."""
+
+import torch
+
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.phases import Phases
+from sparsespec_compile.runtime.pool import PageAllocator
+from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.residency import Residency
+from sparsespec_compile.runtime.scheduler import Limits, Scheduler
+
+DRAFTS, SCORED = 3, 2
+
+
+def scheduler(prefill_chunk=64, updates=100):
+    """At most two requests are scored in an iteration; the pool has room for all, and there is no host tier."""
+    pages = PageAllocator(400)
+    residency = Residency(
+        pages, HostTier(torch.zeros(400, 1), 0), page_size=1, updates=updates, cycle_tokens=DRAFTS + 1
+    )
+    limits = Limits(slots=8, draft_tokens=DRAFTS, prefill_chunk=prefill_chunk, scored=SCORED)
+    return Scheduler(limits, residency, Phases(DRAFTS, "balanced", SCORED))
+
+
+def admitted(made, *lengths):
+    made.waiting.extend(Request([1] * length, 40) for length in lengths)
+    return made.admit()
+
+
+def decoding(made, drafted, phase):
+    """Requests past their prompts, with so many drafts each, all due in iterations of `phase`."""
+    requests = admitted(made, *[5] * len(drafted))
+    for _ in requests:  # at least one prompt an iteration
+        made.plan()
+    for request, drafts in zip(requests, drafted, strict=True):
+        request.output, request.unread, request.drafted, request.phase = [1], 0, drafts, phase
+    return requests
+
+
+def due_now(made, drafted):
+    requests = decoding(made, drafted, phase=None)
+    for request in requests:
+        request.phase = made.iteration % (DRAFTS + 1)
+    return requests
+
+
+def planned(made):
+    return dict(made.plan())
+
+
+def test_no_more_are_scored_than_the_buffer_holds_and_the_others_keep_their_pillars():
+    made = scheduler()
+    requests = due_now(made, drafted=[DRAFTS] * 4)
+    work = planned(made)
+    assert [work[request].mode for request in requests] == [Mode.VERIFY] * 4
+    assert [work[request].scored for request in requests] == [DRAFTS + 1] * SCORED + [0, 0]
+    assert [item.mode for item in planned(made).values()] == [Mode.DRAFT] * 4, "old pillars serve for one cycle more"
+
+
+def test_a_short_cycle_goes_on_while_the_score_buffer_is_full():
+    made = scheduler()
+    first, second, short = due_now(made, drafted=[DRAFTS, DRAFTS, 1])
+    work = planned(made)
+    assert (work[first].mode, work[second].mode, work[short].mode) == (Mode.VERIFY, Mode.VERIFY, Mode.DRAFT)
+    made.cancel(first)
+    made.cancel(second)
+    assert planned(made)[short].mode == Mode.DRAFT
+    assert planned(made)[short].mode == Mode.VERIFY, "its drafts are complete"
+
+
+def test_prompts_that_would_be_scored_wait_while_the_score_buffer_is_full():
+    made = scheduler()
+    admitted(made, 5, 6, 7)
+    assert [(item.slot, item.scored) for item in planned(made).values()] == [(0, DRAFTS + 1), (1, DRAFTS + 1)]
+    assert [item.mode for item in planned(made).values()][-1] == Mode.PREFILL
+
+
+def test_a_chunk_is_shared_by_all_prompts():
+    made = scheduler(prefill_chunk=10)
+    requests = admitted(made, 7, 30)
+    assert [item.rows for item in planned(made).values()] == [7, 3]
+    assert [request.prefilled for request in requests] == [7, 3]
+
+
+def test_another_number_of_drafts_spreads_the_requests_over_its_phases():
+    made = scheduler()
+    requests = decoding(made, drafted=[0] * 4, phase=0)
+    made.set_draft_tokens(1)
+    assert sorted(request.phase for request in requests) == [0, 0, 1, 1]
+    made.iteration = 0
+    assert [item.mode for item in planned(made).values()].count(Mode.VERIFY) == 2
+
+
+def test_only_the_verification_of_as_many_drafts_as_a_cycle_has_is_a_whole_cycle():
+    made = scheduler()
+    short, whole = due_now(made, drafted=[1, DRAFTS])
+    work = planned(made)
+    assert (work[short].whole_cycle, work[whole].whole_cycle) == (False, True)
+
+
+def test_a_request_whose_page_table_is_not_up_to_date_sits_out():
+    """Eleven pages to enter, four entries an iteration: three iterations, and the prompt is sent in the third."""
+    made = scheduler(updates=4)
+    (request,) = admitted(made, 11)
+    sent = []
+    for _ in range(3):
+        sent.append([item.rows for item in planned(made).values()])
+        assert len(made.residency.updates) <= 4
+    assert sent == [[], [], [11]]
+    assert [update.page for update in made.residency.updates] == [8, 9, 10]
+    assert request.prefilled == 11
+
+
+def test_when_a_request_leaves_another_takes_its_phase():
+    made = scheduler()
+    requests = decoding(made, drafted=[0] * 3, phase=0)
+    requests[2].phase = 1
+    made.release(requests[2])
+    assert [request.phase for request in requests[:2]] == [1, 0]
+
+
+def test_requests_come_in_the_order_in_which_they_were_added():
+    made = scheduler()
+    requests = admitted(made, *range(1, 11))
+    assert [len(request.prompt) for request in made.running] == list(range(1, 9))
+    made.cancel(made.waiting[0])
+    assert [len(request.prompt) for request in made.waiting] == [10]
+    made.release(requests[3])
+    assert [(len(request.prompt), request.slot) for request in made.admit()] == [(10, 3)]
+
+
+def test_every_row_has_a_page():
+    """With pages of one token, the table's entries are the positions that may be written."""
+    made = scheduler()
+    (request,) = admitted(made, 5)
+    entered = 0
+    for _ in range(12):
+        verified = request.reach
+        (item,) = planned(made).values()
+        entered += len(made.residency.updates)
+        first = item.offset if item.mode == Mode.PREFILL else verified + item.offset
+        assert entered == first + item.rows
+
+
+def test_the_youngest_ends_when_nothing_else_can_move():
+    made = scheduler()
+    requests = admitted(made, 5, 6, 7)
+    assert made.give_up() is requests[2]
+    assert made.running == requests[:2]

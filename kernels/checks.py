@@ -124,6 +124,8 @@ def _check_step(step: Mapping[str, Tensor], scores: Tensor, pillar_index: Tensor
     _check_exact("page_table", step["page_table"], (requests, step["page_table"].shape[1]))
     _check_size("scores", scores, (scores.shape[0], kv_heads, scores.shape[2]))
     _check_exact("pillar_index", pillar_index, (requests, kv_heads, pillar_index.shape[2]))
+    if pillar_index.shape[2] == 0:
+        raise KernelInputError("pillar_index has room for 0 pillars; its last dimension must be 1 at least")
 
 
 def _check_rank(tensors: Mapping[str, Tensor], rank: int) -> None:

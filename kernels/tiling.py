@@ -42,7 +42,8 @@ class Tiling:
     Attributes:
         big_m: (row, query head) pairs of a tile of verifying or prefilling rows, a power of two; what fits one takes a
             tile of 16 pairs, or of a group if that is larger.
-        block_n: keys of a block, a power of two.
+        block_n: keys of a block of small tiles, a power of two; work is shared out in such blocks.
+        big_n: keys that a large tile takes at a time, a power of two up to block_n.
         num_warps: warps of a program.
         small_ahead: blocks of keys and values that are on their way at a time, for tiles of drafts and plain decoding.
         big_ahead: the same for large tiles.
@@ -53,6 +54,7 @@ class Tiling:
 
     big_m: int
     block_n: int
+    big_n: int
     num_warps: int
     small_ahead: int
     big_ahead: int
@@ -88,16 +90,18 @@ def default_tiling(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tili
     per_sm = 1 if num_warps == 8 else 2
     queries = padded(layer.key_dim) * layer.dtype.itemsize
     room = limits.shared_bytes // per_sm - 2 * _RESERVED
+    # Fewer keys at a time leave registers to the scores, and a prompt has none while it reads.
+    big_n = block_n if large_step else min(block_n, 32)
     # Products of 64 rows and more on Hopper keep one more block in shared memory while they run.
     kept = 1 if limits.capability >= 90 and big_m >= 64 and not single else 0
-    big_ahead = _clamped((room - big_m * queries) // (block_n * layer.token_bytes) - kept)
-    small_ahead = _clamped((room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes))
-    return Tiling(big_m, block_n, num_warps, small_ahead, big_ahead, per_sm)
+    big_ahead = (room - big_m * queries) // (big_n * layer.token_bytes) - kept
+    small_ahead = (room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes)
+    return Tiling(big_m, block_n, big_n, num_warps, _clamped(small_ahead, 2), _clamped(big_ahead, 4), per_sm)
 
 
-def _clamped(ahead: int) -> int:
-    """Blocks on their way: one hides nothing, more than three bring nothing."""
-    return max(2, min(3, ahead))
+def _clamped(ahead: int, most: int) -> int:
+    """Blocks on their way: one hides nothing, and each takes registers for what it has looked up."""
+    return max(2, min(most, ahead))
 
 
 def padded(size: int) -> int:

@@ -8,13 +8,12 @@ from .triton_plan import (
     emits_scores,
     locate,
     plan_requests,
-    program_at,
     reading_of,
     share_of_line,
     tiles_of,
 )
 from .triton_scores import score_separately
-from .triton_segment import attend_segment
+from .triton_segment import attend_segment, attend_segment_apart
 from .triton_tiles import DRAFT
 from .triton_write import clear_rows
 
@@ -102,6 +101,7 @@ def attention_kernel(
     SMALL_ROWS_PAD: tl.constexpr,
     BIG_ROWS_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BIG_N: tl.constexpr,
     SPLITS: tl.constexpr,
     SMALL_AHEAD: tl.constexpr,
     BIG_AHEAD: tl.constexpr,
@@ -119,10 +119,10 @@ def attention_kernel(
     step = (request_mode, row_count, cached_length, score_rows, pillar_count, recent_start)
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
-    # Pairs, rows padded, keys of a block, blocks on their way, pairs of a part, positions looked up, splits, reads k, v.
-    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, SPLITS, False)
-    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False)
-    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BLOCK_N, BIG_AHEAD, PART_M, False, 1, True)
+    # Described at attend_segment.
+    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, 1, False, BLOCK_N)
+    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False, BLOCK_N)
+    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, 1, True, BLOCK_N)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
     line, whole, separate = plan_requests(
@@ -130,7 +130,7 @@ def attention_kernel(
     )
     line_ends = tl.cumsum(line, 0)
     total = tl.sum(line, 0)
-    sharing, at, line_end = share_of_line(total, MIN_BLOCKS)
+    stretch, at, line_end = share_of_line(total, MIN_BLOCKS)
     whole_units = tl.sum(whole, 0)
     separate_units = tl.sum(separate, 0)
     # Whole units are dealt out from the last program on, to which a short line gives nothing.
@@ -141,7 +141,7 @@ def attention_kernel(
         scores_only = (at >= line_end) & (dealt < separate_units)
         if in_line:
             request, begin = locate(line_ends, at)
-            unit = (at - begin).to(tl.int32)
+            unit = at - begin
         else:
             if scores_only:
                 request, first_unit = locate(tl.cumsum(separate, 0), dealt)
@@ -176,9 +176,9 @@ def attention_kernel(
             unit_begin = at - within
             stop = tl.minimum(line_end, unit_begin + cost)
             first_block = tl.maximum(within - lead, 0)
-            end_block = tl.maximum((stop - unit_begin).to(tl.int32) - lead, 0)
-            first_program = program_at(unit_begin + lead, sharing, total)
-            last_program = program_at(unit_begin + cost - 1, sharing, total)
+            end_block = tl.maximum(stop - unit_begin - lead, 0)
+            first_program = (unit_begin + lead) // stretch
+            last_program = (unit_begin + cost - 1) // stretch
             next_at = stop
         head = unit % kv_heads
         tile = unit // kv_heads
@@ -198,6 +198,8 @@ def attention_kernel(
                 end = tl.where(beside_pool & (first >= window - 1), start, end)
             all_blocks = tl.maximum(read + end - start + BLOCK_N - 1, 0) // BLOCK_N
             end_block = all_blocks
+            # Looked up ahead of a loop that may have nothing to do.
+            end = tl.maximum(end, start + 1)
         first = tile * tile_rows
 
         wide_request, wide_head = request.to(tl.int64), head.to(tl.int64)
@@ -243,13 +245,13 @@ def attention_kernel(
             own = (own_first, own_end, beside_pool)
             score = (emits & (not again), score_base, scored)
             workspace = (parts, counters, first_program, last_program)
-            what = (packed, source, listed, measured, blocks, (first, count), own, score, workspace)
+            work = (packed, source, listed, measured, blocks, (first, count), own, score, workspace)
             if kind == DRAFT:
-                attend_segment(what, settings, LAYER, DRAFT_TILE)
+                attend_segment_apart(work, settings, LAYER, DRAFT_TILE)
             elif small:
-                finished = attend_segment(what, settings, LAYER, SMALL_TILE)
+                finished = attend_segment_apart(work, settings, LAYER, SMALL_TILE)
             else:
-                finished = attend_segment(what, settings, LAYER, BIG_TILE)
+                finished = attend_segment(work, settings, LAYER, BIG_TILE)
         again = not finished
         at = tl.where(finished, next_at, at)
     clear_rows(out, rows, kv_heads * (GROUP * VALUE_DIM), request_mode, row_start, row_count, requests, REQUESTS)

@@ -82,6 +82,7 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_ROWS_PAD": triton.next_power_of_2(small_m // layer.group),
         "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
         "BLOCK_N": tiling.block_n,
+        "BIG_N": tiling.big_n,
         # A product takes 16 keys at least.
         "SPLITS": min(tiling.num_warps, tiling.block_n // 16),
         "SMALL_AHEAD": tiling.small_ahead,
@@ -106,7 +107,7 @@ def _sizes(
         **_strides("k", k, "row", "head"),
         **_strides("v", v, "row", "head"),
         "stride_head": kv.stride(1),
-        **_units(kv),
+        **pool_units(kv),
         "stride_table": step["page_table"].stride(0),
         **_strides("score", scores, "slot", "head"),
         **_strides("pillar", pillar_index, "request", "head"),
@@ -116,11 +117,12 @@ def _sizes(
         "KEY_PAD": padded(q.shape[2]),
         "VALUE_PAD": padded(v.shape[2]),
         "PAGE_SIZE": kv.shape[2],
-        "REQUESTS": triton.next_power_of_2(max(requests, 1)),
+        # Few numbers of slots deserve a kernel of their own.
+        "REQUESTS": max(64, triton.next_power_of_2(max(requests, 1))),
     }
 
 
-def _units(kv: Tensor) -> dict[str, int]:
+def pool_units(kv: Tensor) -> dict[str, int]:
     """What pages and tokens are counted in; see ``triton_tiles.pool_pointers``."""
     unit = math.gcd(kv.stride(0), kv.stride(2))
     page_units = kv.stride(0) // unit

@@ -1,8 +1,8 @@
 """The loops over keys and values: blocks of the pool, without and with scores, and the step's own rows.
 
-Loads are written where their results are used. The compiler's software pipeline turns each into asynchronous copies
-some blocks ahead, pillars before pages before keys and values: a plain load among them would return behind them, in
-order, and hold everything up.
+Pages are looked up one block ahead and pillars two, so that keys can be fetched well before their turn. Addresses take
+as many instructions as products, and instructions are what these loops wait for: no masks on loads, see positions_of,
+and 32 bits where they do, see pool_pointers.
 
 A tile of few rows has one product on tensor cores to share out, whatever it reads, so there is nothing to share
 between warps but keys. With SPLITS each warp runs a softmax of its own over its part of every block, and they meet
@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    load_pillars,
     load_tokens,
     order_of,
+    pages_of,
     pool_pointers,
     positions_of,
     products,
@@ -25,25 +27,43 @@ from .triton_tiles import (
 
 
 @triton.jit
-def read_block(query, source, listed, block, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """Products [..., BLOCK_M, N] of a block, -inf where a row does not see a key, its values, and their order."""
-    KEY_DIM: tl.constexpr = LAYER[1]
-    VALUE_DIM: tl.constexpr = LAYER[2]
-    HAS_WINDOW: tl.constexpr = LAYER[6]
-    BLOCK_N: tl.constexpr = TILE[2]
-    LISTED: tl.constexpr = TILE[5]
-    SPLITS: tl.constexpr = TILE[6]
-    row_position, first_position, ragged_block = rows
-    window, logit_scale, cap = settings
-    position = positions_of(listed, block, BLOCK_N, SPLITS, LISTED)
+def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """Positions of a block and what to read for them: (position, reached, page), and pillars of the block behind."""
+    position = positions_of(listed, block, pillar, TILE[2], TILE[6], TILE[5])
     reached = position
-    if HAS_WINDOW:
+    if LAYER[6]:
         # A weight of 0 would still spread a NaN from before the window. Some row sees the last of the list.
-        reached = tl.where(position > first_position - window, position, listed[3] - 1)
-    keys = load_tokens(pool_pointers(source, reached, 0, LAYER[3], LAYER[5]), KEY_DIM, LAYER[3])
-    values = load_tokens(pool_pointers(source, reached, KEY_DIM, LAYER[4], LAYER[5]), VALUE_DIM, LAYER[4])
+        reached = tl.where(position > rows[1] - settings[0], position, listed[3] - 1)
+    page = pages_of(source, reached, LAYER[5])
+    if TILE[5]:
+        pillar = load_pillars(listed, block + 1, TILE[2], TILE[6])
+    return position, reached, page, pillar
+
+
+@triton.jit
+def first_look_up(source, listed, block, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """``look_up`` where nothing has been loaded ahead."""
+    pillar = 0
+    if TILE[5]:
+        pillar = load_pillars(listed, block, TILE[2], TILE[6])
+    return look_up(source, listed, block, pillar, rows, settings, LAYER, TILE)
+
+
+@triton.jit
+def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """Products [..., BLOCK_M, N] of a block, -inf where a row does not see a key, its values, and their order.
+
+    ``rows`` is (position of each pair's row, position of the tile's first, first block that some row does not see all
+    of even without a window); ``found`` see look_up.
+    """
+    HAS_WINDOW: tl.constexpr = LAYER[6]
+    row_position, ragged_block = rows[0], rows[2]
+    window, logit_scale, cap = settings
+    position, reached, page = found[0], found[1], found[2]
+    keys = load_tokens(pool_pointers(source, reached, page, 0, LAYER[3], LAYER[5]), LAYER[1], LAYER[3])
+    values = load_tokens(pool_pointers(source, reached, page, LAYER[1], LAYER[4], LAYER[5]), LAYER[2], LAYER[4])
     product = products(query, keys, logit_scale, cap, LAYER)
-    order = order_of(listed, block, BLOCK_N, SPLITS)
+    order = order_of(listed, block, TILE[2], TILE[6])
     if HAS_WINDOW or block >= ragged_block:
         seen = tl.expand_dims(order, -2)
         visible = (seen <= row_position[:, None]) & (seen < listed[3])
@@ -65,14 +85,15 @@ def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexp
 
 
 @triton.jit
-def attend_blocks(
-    query, source, listed, first, end, rows, state, settings, LAYER: tl.constexpr, TILE: tl.constexpr
-):
+def attend_blocks(query, source, listed, first, end, rows, state, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """Carry (largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
     factor = scale_of_products(settings[1], LAYER)
     largest, total, sums = state
-    for block in tl.range(first, end, num_stages=TILE[3] * (3 if TILE[5] else 2) + 1):
-        product, values, _ = read_block(query, source, listed, block, rows, settings, LAYER, TILE)
+    found = first_look_up(source, listed, first, rows, settings, LAYER, TILE)
+    for block in tl.range(first, end, num_stages=TILE[3] + 1):
+        following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
+        product, values, _ = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
+        found = following
         largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER[8])
     return largest, total, sums
 
@@ -88,8 +109,11 @@ def attend_scored(
     """
     factor = scale_of_products(settings[1], LAYER)
     scores, scored_end, measure, bound, share = looks
-    for block in tl.range(first, end, num_stages=TILE[3] * 2 + 1):
-        product, values, order = read_block(query, source, listed, block, rows, settings, LAYER, TILE)
+    found = first_look_up(source, listed, first, rows, settings, LAYER, TILE)
+    for block in tl.range(first, end, num_stages=TILE[3] + 1):
+        following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
+        product, values, order = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
+        found = following
         weight = tl.exp2(product * factor - measure[:, None])
         looked = tl.sum(tl.minimum(weight, bound[:, None]), -2) * share
         tl.store(scores + order, looked, mask=order < scored_end)

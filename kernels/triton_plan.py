@@ -84,7 +84,7 @@ def plan_requests(
     emits = emits_scores(kind, scored, tiles)
     cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, UNIT_OVERHEAD)
     whole = tiles > MAX_STREAM_TILES
-    line = tl.where(whole, 0, tiles * cost).to(tl.int64) * kv_heads
+    line = tl.where(whole, 0, tiles * cost) * kv_heads
     separate = (count > 0) & (scored > 0) & ((kind == PREFILL) | ((kind == VERIFY) & (tiles > 1)))
     return line, tl.where(whole, tiles * kv_heads, 0), tl.where(separate, kv_heads, 0)
 
@@ -98,14 +98,7 @@ def locate(ends, at):
 
 @triton.jit
 def share_of_line(total, MIN_BLOCKS: tl.constexpr):
-    """How many programs share the line, and where this program's stretch begins and ends."""
-    program = tl.program_id(0).to(tl.int64)
-    sharing = tl.minimum(tl.num_programs(0).to(tl.int64), (total + MIN_BLOCKS - 1) // MIN_BLOCKS)
-    begin = tl.minimum(program, sharing) * total // tl.maximum(sharing, 1)
-    return sharing, begin, tl.minimum(program + 1, sharing) * total // tl.maximum(sharing, 1)
-
-
-@triton.jit
-def program_at(at, sharing, total):
-    """The program whose stretch holds ``at``."""
-    return (((at + 1) * sharing - 1) // total).to(tl.int32)
+    """The length of a stretch, and where this program's begins and ends."""
+    share = tl.maximum((total + tl.num_programs(0) - 1) // tl.num_programs(0), MIN_BLOCKS)
+    begin = tl.minimum(tl.program_id(0) * share, total)
+    return share, begin, tl.minimum(begin + share, total)

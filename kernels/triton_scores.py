@@ -6,9 +6,11 @@ import triton.language as tl
 from .triton_tiles import (
     PREFILL,
     join_splits,
+    load_pillars,
     load_queries,
     load_tokens,
     order_of,
+    pages_of,
     pairs_of_tile,
     pool_pointers,
     positions_of,
@@ -25,11 +27,12 @@ def key_pointers(source, position, PAD: tl.constexpr, POOL: tl.constexpr, BESIDE
     if BESIDE_POOL:
         cached = source[7]
         # Any position of a request's reserved pages serves for those that come from k.
-        pooled = pool_pointers(source, tl.minimum(position, tl.maximum(cached - 1, 0)), 0, PAD, POOL)
+        pooled = tl.minimum(position, tl.maximum(cached - 1, 0))
+        pooled = pool_pointers(source, pooled, pages_of(source, pooled, POOL), 0, PAD, POOL)
         own = row_pointers(source[1], tl.maximum(position - cached, 0), source[5], PAD)
         pointers = tl.where(tl.expand_dims(position >= cached, -1), own, pooled)
     else:
-        pointers = pool_pointers(source, position, 0, PAD, POOL)
+        pointers = pool_pointers(source, position, pages_of(source, position, POOL), 0, PAD, POOL)
     return pointers
 
 
@@ -55,7 +58,8 @@ def log_sum_of_list(
     total = tl.zeros(STATE, tl.float32)
     entries = listed[1] + listed[3] - listed[2]
     for block in tl.range(0, (entries + BLOCK_N - 1) // BLOCK_N, num_stages=3 * TILE[3] + 1):
-        position = positions_of(listed, block, BLOCK_N, SPLITS, True)
+        pillar = load_pillars(listed, block, BLOCK_N, SPLITS)
+        position = positions_of(listed, block, pillar, BLOCK_N, SPLITS, True)
         keys = load_tokens(key_pointers(source, position, LAYER[3], LAYER[5], BESIDE_POOL), LAYER[1], LAYER[3])
         product = products(query, keys, logit_scale, cap, LAYER)
         order = tl.expand_dims(order_of(listed, block, BLOCK_N, SPLITS), -2)

@@ -29,8 +29,9 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     the request's rows to be written, and whether the tile reads them beside the pool; ``score`` (emits, scores, scored)
     with scores at the request's slot and head; ``workspace`` (parts, counters, first program, last program).
     LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
-    precision of products), TILE (pairs, rows padded, keys of a block, blocks on their way, pairs of a part, whether
-    positions are looked up, splits of a block between warps, whether rows may be read beside the pool).
+    precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
+    positions are looked up, splits of a block between warps, whether rows may be read beside the pool, keys of a block
+    as work is shared out).
     """
     packed, source, listed, measured, blocks, rows, own, score, workspace = unit
     VALUE_DIM: tl.constexpr = LAYER[2]
@@ -43,7 +44,8 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     LISTED: tl.constexpr = TILE[5]
     SPLITS: tl.constexpr = TILE[6]
     query_base, stride_q_row, stride_q_head, out_base, stride_out_row = packed
-    first_block, end_block, all_blocks = blocks
+    STEPS: tl.constexpr = TILE[8] // BLOCK_N
+    first_block, end_block, all_blocks = blocks[0] * STEPS, blocks[1] * STEPS, blocks[2] * STEPS
     first, count = rows
     emits, scores, scored = score
     parts, counters, first_program, last_program = workspace
@@ -91,7 +93,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         state = (largest, total, sums)
         state = attend_blocks(query, source, listed, first_block, end_block, seen_by, state, settings, LAYER, TILE)
         largest, total, sums = state
-    if TILE[7]:
+    if TILE[7]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
         if own[2]:
             state = (largest, total, sums)
             largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)
@@ -111,3 +113,12 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
             )
             store_rows(target, sums, total, real_pair, VALUE_DIM, VALUE_PAD)
     return in_range
+
+
+@triton.jit(noinline=True)
+def attend_segment_apart(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """``attend_segment`` as a function with registers of its own, for tiles that spill beside others.
+
+    Not for tiles whose products are asynchronous: with a call around them ptxas would wait for each.
+    """
+    return attend_segment(unit, settings, LAYER, TILE)

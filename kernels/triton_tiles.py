@@ -37,29 +37,39 @@ def load_queries(query, stride_row, stride_head, place, member, real, KEY_DIM: t
 @triton.jit
 def lanes_of(BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     """Places of keys in a block: [BLOCK_N], or, for several SPLITS, [SPLITS, BLOCK_N // SPLITS]."""
-    if SPLITS == 1:
-        lanes = tl.arange(0, BLOCK_N)
-    else:
-        lanes = tl.reshape(tl.arange(0, BLOCK_N), (SPLITS, BLOCK_N // SPLITS))
+    lanes = tl.arange(0, BLOCK_N)
+    if SPLITS > 1:
+        lanes = tl.reshape(lanes, (SPLITS, BLOCK_N // SPLITS))
     return lanes
 
 
 @triton.jit
-def positions_of(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
-    """Positions of a block of a list; past its end the last one again, so that a load always finds a token.
+def load_pillars(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """The pillars among the entries of a block of a list, some pillar in place of other entries.
 
     ``listed`` is (pillars, pillar_count, start, end): pillar_count positions at ``pillars``, then start .. end - 1.
-    Without LISTED pillar_count is 0.
     """
-    pillars, pillar_count, start, end = listed
-    entry = block * BLOCK_N + lanes_of(BLOCK_N, SPLITS)
+    entry = tl.minimum(block * BLOCK_N + lanes_of(BLOCK_N, SPLITS), tl.maximum(listed[1] - 1, 0))
+    return tl.load(listed[0] + entry.to(tl.uint32))
+
+
+@triton.jit
+def positions_of(listed, block, pillar, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
+    """Positions of a block of a list; past its end the last one again, so that a load always finds a token.
+
+    Without LISTED there are no pillars.
+    """
+    pillar_count, start, end = listed[1], listed[2], listed[3]
+    position = tl.minimum(block * BLOCK_N + lanes_of(BLOCK_N, SPLITS) + (start - pillar_count), end - 1)
     if LISTED:
-        entry = tl.minimum(entry, pillar_count + end - start - 1)
-        pillar = tl.load(pillars + tl.minimum(entry, tl.maximum(pillar_count - 1, 0)).to(tl.uint32))
-        position = tl.where(entry < pillar_count, pillar, entry + (start - pillar_count))
-    else:
-        position = tl.minimum(start + entry, end - 1)
+        position = tl.where(position < start, pillar, position)
     return position
+
+
+@triton.jit
+def pages_of(source, position, POOL: tl.constexpr):
+    """Physical pages of positions."""
+    return tl.load(source[3] + position.to(tl.uint32) // POOL[0])
 
 
 @triton.jit
@@ -69,7 +79,7 @@ def order_of(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def pool_pointers(source, position, first_dim, PAD: tl.constexpr, POOL: tl.constexpr):
+def pool_pointers(source, position, page, first_dim, PAD: tl.constexpr, POOL: tl.constexpr):
     """Addresses [..., PAD] in the pool of what tokens keep from ``first_dim`` on: their keys, then their values.
 
     ``source`` is (pool, keys, values, table, page_units, stride_key_row, stride_value_row, cached): the pool at a KV
@@ -78,10 +88,8 @@ def pool_pointers(source, position, first_dim, PAD: tl.constexpr, POOL: tl.const
     unit, and counting in units takes one multiplication of 32 bits where offsets in elements need one of 64. A loop
     spends as many instructions on addresses as on products, so this counts.
     """
-    pool, table, page_units = source[0], source[3], source[4]
-    place = position.to(tl.uint32)
-    page = tl.load(table + place // POOL[0])
-    slot = (place % POOL[0]).to(tl.int32)
+    pool, page_units = source[0], source[4]
+    slot = (position.to(tl.uint32) % POOL[0]).to(tl.int32)
     if POOL[3]:
         unit = page.to(tl.int64) * page_units + slot * POOL[2]
     else:

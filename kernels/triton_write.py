@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import IDLE, pool_pointers, row_pointers
+from .triton_tiles import IDLE, pages_of, pool_pointers, row_pointers
 
 
 @triton.jit
@@ -18,12 +18,13 @@ def write_tokens(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
     mine = (row < end)[:, None]
     row = tl.minimum(row, end - 1)
     position = source[7] + row
+    page = pages_of(source, position, POOL)
     key_mask = mine & (tl.arange(0, KEY_PAD) < KEY_DIM)[None, :]
     value_mask = mine & (tl.arange(0, VALUE_PAD) < VALUE_DIM)[None, :]
     keys = tl.load(row_pointers(source[1], row, source[5], KEY_PAD), mask=key_mask)
     values = tl.load(row_pointers(source[2], row, source[6], VALUE_PAD), mask=value_mask)
-    tl.store(pool_pointers(source, position, 0, KEY_PAD, POOL), keys, mask=key_mask)
-    tl.store(pool_pointers(source, position, KEY_DIM, VALUE_PAD, POOL), values, mask=value_mask)
+    tl.store(pool_pointers(source, position, page, 0, KEY_PAD, POOL), keys, mask=key_mask)
+    tl.store(pool_pointers(source, position, page, KEY_DIM, VALUE_PAD, POOL), values, mask=value_mask)
 
 
 @triton.jit

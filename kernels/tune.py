@@ -96,11 +96,13 @@ def layer_of(heads: Heads) -> Layer:
 def candidate_tilings(default: Tiling) -> list[Tiling]:
     """The default first, then tiles around it: other blocks, depths, warps, programs and costs of a unit."""
     found = [default]
-    grid = itertools.product((32, 64, 128), (4, 8), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3))
-    for block_n, num_warps, per_sm, small_ahead, big_ahead in grid:
-        tiles = {"block_n": block_n, "num_warps": num_warps, "programs_per_sm": per_sm}
-        found.append(replace(default, **tiles, small_ahead=small_ahead, big_ahead=big_ahead))
-    found += [replace(default, unit_overhead=overhead) for overhead in (0, 1, 4)]
+    for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
+        found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
+    found += [replace(default, small_ahead=ahead) for ahead in (1, 2, 3)]
+    for block_n, per_sm in itertools.product((32, 64, 128), (1, 2, 3)):
+        found.append(replace(default, block_n=block_n, big_n=min(default.big_n, block_n), programs_per_sm=per_sm))
+    found.append(replace(default, num_warps=12 - default.num_warps))
+    found += [replace(default, unit_overhead=overhead) for overhead in (1, 4, 6)]
     found += [replace(default, min_blocks=blocks) for blocks in (2, 8)]
     return list(dict.fromkeys(found))
 

@@ -27,6 +27,7 @@ SHIPPED = Path(__file__).with_name("tuned.json")
 _RANGES = {
     "big_m": (16, 256),
     "block_n": (16, 256),
+    "big_n": (16, 256),
     "num_warps": (1, 16),
     "small_ahead": (1, 16),
     "big_ahead": (1, 16),
@@ -34,7 +35,7 @@ _RANGES = {
     "unit_overhead": (0, 1024),
     "min_blocks": (1, 1 << 20),
 }
-_POWERS_OF_TWO = ("big_m", "block_n", "num_warps")
+_POWERS_OF_TWO = ("big_m", "block_n", "big_n", "num_warps")
 
 
 def tiling_for(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tiling:
@@ -106,4 +107,6 @@ def _checked(entry: dict[str, Any]) -> Tiling:
         power = name not in _POWERS_OF_TWO or (isinstance(value, int) and value & (value - 1) == 0)
         if type(value) is not int or not low <= value <= high or not power:
             raise ValueError(f"{name} is {value!r}; allowed are {low} to {high}, {_POWERS_OF_TWO} powers of two")
+    if entry["block_n"] % entry["big_n"]:
+        raise ValueError(f"big_n is {entry['big_n']} and block_n {entry['block_n']}; big_n may be as large at most")
     return Tiling(**entry)

@@ -23,12 +23,11 @@ denominator is at least 1), and o is rounded to that dtype:
     |error| <= (2 t + u) m + u |o| + n tiny max|v|.
 
 Scores: s_j = min(1, exp2(x_j - n)), where n, at most L + log(keys), is the log-sum-exp of some of the logits: its sum
-errs by t, its rounding by (L + 24) e. In one pass it is exp2(x_j - m) exp2(m - n) with a running maximum m: the first
-factor errs by d + 2 L e + 2 e, the argument of the second, at most 2 L + 24, is rounded. In a pass of its own the
-argument x_j - n is rounded. min lets errors through unenlarged. Averaged over the r rows and heads, with room:
-    |error| <= (3 t + (4 L + 64 + r) e) s.
-The first factor vanishes below 2**-126: if all that the drafts of a row could see weighs less than 2**-100 of what it
-looks at, scores below that are lost. No case here comes near that.
+errs by t, its rounding by (L + 24) e, and the argument x_j - n, at most 2 L + 24, is rounded. min lets errors through
+unenlarged. Averaged over the r rows and heads, with room:
+    |error| <= (3 t + (4 L + 64 + r) e) s + 2**-126, the smallest normal number, below which exp2 is not exact.
+Where scores are given out weights are measured from n, too: nothing is rescaled, and the denominator, which counts what
+n counts, is at least 1 less t.
 
 A tenth is added for products of errors, which is plenty while t is below 0.03.
 """
@@ -74,7 +73,7 @@ def expect(case: Case, dtype: torch.dtype, device: str = "cpu") -> Expected:
     error = (2 * relative + u) * magnitude + u * output.abs() + longest * tiny * largest_value
     score_relative = 3 * relative + (4 * logit_bound + 64 + averaged) * EPSILON
     scores = exact.tensors["scores"]
-    return Expected(output, 1.1 * error, scores, 1.1 * score_relative * scores.abs(), exact.pool)
+    return Expected(output, 1.1 * error, scores, 1.1 * score_relative * scores.abs() + 2.0**-126, exact.pool)
 
 
 def assert_within(actual: Tensor, expected: Tensor, error: Tensor) -> None:

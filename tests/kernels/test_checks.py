@@ -38,6 +38,7 @@ WRONG_ATTENTION: list[tuple[str, Change, str]] = [
     ("page_table", lambda table: table[0], "page_table has shape .*; its number of dimensions must be 2"),
     ("page_table", lambda table: table[1:], "page_table has shape .*; the other arguments call for"),
     ("pillar_index", lambda index: index[1:], "pillar_index has shape .*; the other arguments call for"),
+    ("pillar_index", lambda index: index[..., :0], "pillar_index has room for 0 pillars; its last dimension must be 1"),
     ("pillar_index", lambda index: index[..., ::2], "pillar_index has last stride 2; it must be 1"),
     ("scale", lambda _: float("nan"), "scale is nan; it must be finite"),
     ("window", lambda _: -1, "window is -1; give the number of positions a row sees, or 0 for all"),

@@ -10,7 +10,7 @@ import pytest
 
 from .compile_for_target import TARGETS
 
-STACK_BYTES = 1536
+STACK_BYTES = 2048
 """A program parks what it knows of its unit of work outside registers while it attends, a few loads for each block of
 keys; a tile that does not fit takes thousands of bytes."""
 

@@ -7,29 +7,36 @@ triton = pytest.importorskip("triton", reason="Triton is published for Linux onl
 
 import triton.language as tl  # noqa: E402
 
+from sparsespec_compile.kernels.triton_attention import pool_units  # noqa: E402
 from sparsespec_compile.kernels.triton_tiles import pages_of, pool_pointers  # noqa: E402
 
 PAGE_SIZE, STRIDE_PAGE, STRIDE_HEAD, STRIDE_SLOT = 4, 1 << 26, 1 << 24, 1 << 20
 
 
 @triton.jit
-def _offset_kernel(kv, table, offsets, stride_page, stride_head, stride_slot, PAGE_SIZE: tl.constexpr):
+def _offset_kernel(kv, table, offsets, stride_head, page_units, POOL: tl.constexpr):
     position = tl.arange(0, 16)
     head = tl.program_id(0)
-    source = (kv + head.to(tl.int64) * stride_head, kv, kv, table, stride_page, stride_slot, 0, 0, 16)
-    page = pages_of(source, position, PAGE_SIZE)
-    token = pool_pointers(source, position, page, PAGE_SIZE)
+    source = (kv + head.to(tl.int64) * stride_head, kv, kv, table, page_units, 0, 0, 16)
+    token = tl.reshape(pool_pointers(source, position, pages_of(source, position, POOL), 3, 1, POOL), (16,))
     tl.store(offsets + head * 16 + position, token.to(tl.int64) - kv.to(tl.int64))
 
 
-def test_offsets_beyond_32_bits(device: str) -> None:
+@pytest.mark.parametrize("stride_slot", [STRIDE_SLOT, STRIDE_SLOT + 2])
+def test_offsets_beyond_32_bits(stride_slot: int, device: str) -> None:
+    """In elements; in units, which fit 32 bits or, where token and page have little in common, do not."""
+    shape, strides = (100_001, 2, PAGE_SIZE, 8), (STRIDE_PAGE, STRIDE_HEAD, stride_slot, 1)
+    pool = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
+    units = pool_units(pool)
+    constants = (PAGE_SIZE, units["UNIT"], units["TOKEN_UNITS"], units["WIDE_UNITS"])
+    assert units["WIDE_UNITS"] == (stride_slot != STRIDE_SLOT)
     kv = torch.zeros(1, dtype=torch.bfloat16, device=device)
     table = torch.tensor([[0, 0, 0, 0], [3, 77, 2000, 100_000]], dtype=torch.int32, device=device)
     offsets = torch.zeros(2, 16, dtype=torch.int64, device=device)
-    _offset_kernel[(2,)](kv, table[1], offsets, STRIDE_PAGE, STRIDE_HEAD, STRIDE_SLOT, PAGE_SIZE)
+    _offset_kernel[(2,)](kv, table[1], offsets, STRIDE_HEAD, units["page_units"], constants)
     page = table[1].long().repeat_interleave(PAGE_SIZE)
     slot = torch.arange(16, device=device) % PAGE_SIZE
     head = torch.arange(2, device=device)[:, None]
-    elements = page * STRIDE_PAGE + head * STRIDE_HEAD + slot * STRIDE_SLOT
+    elements = page * STRIDE_PAGE + head * STRIDE_HEAD + slot * stride_slot + 3
     assert elements.max() > 2**32
     assert torch.equal(offsets, elements * kv.itemsize)

@@ -64,6 +64,13 @@ def test_several_blocks_and_tiles(window: int, device: str) -> None:
     check(build(Shape(window=window), LONG, torch.float32), torch.float32, device)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 40.0), (torch.bfloat16, 40.0), (torch.float16, 8.0)])
+def test_drafts_that_missed_what_rows_look_at_most(dtype: torch.dtype, scale: float, device: str) -> None:
+    """Weights measured from what a draft could see leave the range of numbers; tiles of both kinds attend again."""
+    requests = [Request(Mode.VERIFY, cached=70, rows=r, score_rows=r, pillars=1, recent=69) for r in (2, 9)]
+    check(build(Shape(scale=scale), requests, dtype), dtype, device)
+
+
 def test_more_query_heads_than_a_tile_has_rows(device: str) -> None:
     check(build(Shape(q_heads=17, kv_heads=1), MIXED[:4], torch.float32), torch.float32, device)
 

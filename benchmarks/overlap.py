@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from environment import environment
-from gpu_idle import Span, busy_spans, idle_share
+from gpu_idle import Span, advance, busy_spans, idle_share
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -37,13 +37,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--png", type=Path, help="where to draw the busy times")
     return parser.parse_args()
-
-
-def advance(pieces: ss.TokenStream, fast: ss.OptimizedModel, iterations: int) -> None:
-    """Go on until this many more iterations have ended."""
-    end = fast.stats.iterations + iterations
-    while fast.stats.iterations < end:
-        next(pieces)
 
 
 def trace(model: PreTrainedModel, prompts: list[list[int]], *, overlap: bool) -> tuple[dict, list[Span]]:

@@ -15,6 +15,36 @@ from drafters import markdown  # noqa: E402
 README = (ROOT / "README.md").read_text()
 
 
+KERNEL_ROWS = {
+    "plain decoding": "decode 64 x 8192",
+    "verifying 9 rows each": "verify 64 x 8192",
+    "57 of them drafting, 410 pillars a head": "draft 57 x 410 of 8192",
+    "57 drafting, 7 verifying, one launch": "mixed 57 drafts + 7 verify",
+}
+
+
+@pytest.mark.parametrize("row", KERNEL_ROWS)
+def test_kernel_table_is_the_committed_result(row: str) -> None:
+    cases = json.loads((ROOT / "benchmarks/results/h200-kernels.json").read_text())["cases"]
+    case = next(case for case in cases if case["name"] == KERNEL_ROWS[row])
+    _, ms, share, *peers = next(line for line in README.splitlines() if line.startswith(f"| {row} |")).split("|")[1:-1]
+    assert_rounded(ms, case["ms"])
+    assert share.strip() == f"{case['share_of_read_ceiling']:.0%}"
+    shown = [peer for peer in peers if peer.strip() != "-"]
+    for peer, measured in zip(shown, case["peers"].values() if shown else (), strict=True):
+        assert_rounded(peer.split(",")[0], measured)
+
+
+def assert_rounded(text: str, measured: float) -> None:
+    assert text.strip() == f"{measured:.{len(text.strip().split('.')[1])}f}"
+
+
+def test_share_of_equal_tokens_is_the_committed_result() -> None:
+    share = re.search(r"\[([\d.]+%)\]\(benchmarks/results/h200-throughput.txt\)", README)
+    assert share is not None
+    assert share[1] in (ROOT / "benchmarks/results/h200-throughput.txt").read_text()
+
+
 def test_drafter_table_is_the_committed_result():
     rows = json.loads((ROOT / "benchmarks/results/h200-drafters.json").read_text())["rows"]
     assert markdown(rows) in README

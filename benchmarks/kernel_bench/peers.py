@@ -9,6 +9,7 @@ torch's argmax, which is what greedy ones take, and eager sampling by sorting, w
 import importlib
 import importlib.util
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def flashinfer(step: Step) -> Call:
     last = torch.full((requests,), length - (pages - 1) * page_size, dtype=torch.int32, device="cuda")
     q = torch.randn(requests * work.rows, heads.q_heads, heads.key_dim, device="cuda", dtype=heads.dtype)
     shape = (heads.q_heads, heads.kv_heads, heads.key_dim, page_size)
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")  # zero at its first use, or undefined
     dtypes = {"q_data_type": heads.dtype, "kv_data_type": heads.dtype}
     if work.rows == 1:
         wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
@@ -112,7 +113,8 @@ def flashinfer(step: Step) -> Call:
         wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
         rows = torch.arange(requests + 1, dtype=torch.int32, device="cuda") * work.rows
         wrapper.plan(rows, start, table, last, *shape, causal=True, **dtypes)
-    return lambda: wrapper.run(q, cache)
+    out = torch.empty_like(q)  # without one, prefill fills its own with zeros first
+    return lambda: wrapper.run(q, cache, out=out)
 
 
 def flashinfer_mixed(step: Step) -> Call:
@@ -150,6 +152,14 @@ PEERS: dict[str, Callable[[Step], Call]] = {
     "flashinfer": flashinfer,
     "flashinfer mixed": flashinfer_mixed,
 }
+
+
+def versions() -> dict[str, str]:
+    """Of FlashInfer where it is installed; the other peers come with torch."""
+    try:
+        return {"flashinfer": version("flashinfer-python")}
+    except PackageNotFoundError:
+        return {}
 
 
 def argmax(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

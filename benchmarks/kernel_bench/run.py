@@ -18,7 +18,7 @@ from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attentio
 from sparsespec_compile.kernels.workload import Step, make_step
 
 from .cases import CASES, Case, Draw, Selection, shrunk
-from .peers import DRAW_PEERS, PEERS, PeerUnavailableError
+from .peers import DRAW_PEERS, PEERS, PeerUnavailableError, versions
 from .report import Result, as_table, judge
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -45,7 +45,7 @@ def main() -> None:
         console.print("A part of the cases or small ones: nothing written.")
         return
     path = RESULTS / f"{torch.cuda.get_device_name().split()[-1].lower()}-kernels.json"
-    content = {"environment": environment("cuda"), "cases": [result.as_json() for result in results]}
+    content = {"environment": environment("cuda") | versions(), "cases": [result.as_json() for result in results]}
     path.write_text(json.dumps(content, indent=2) + "\n")
     console.print(f"wrote {path}")
 
@@ -141,7 +141,8 @@ def _add_peer(
     except PeerUnavailableError as error:
         result.notes += f"{name}: {error}. "
     except Exception as error:  # another library's failure must not cost our results; it is reported
-        result.notes += f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}. "
+        text = str(error).partition("\n")[0][:120]
+        result.notes += f"{name}: {type(error).__name__}: {text}. "
     torch.cuda.empty_cache()
 
 

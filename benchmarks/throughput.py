@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", default=["64x8192"], help="requests x cached tokens")
     parser.add_argument("--engine", nargs="+", default=["sparsespec", "plain"], choices=list(ENGINES))
     parser.add_argument("--drafter", nargs="+", default=["pillar"], choices=["pillar", "window", "full"])
-    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[8])
+    parser.add_argument("--draft-tokens", type=draft_tokens, nargs="+", default=[8], help="numbers, or auto")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=1)
@@ -54,6 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write, or add, the rows")
     return parser.parse_args()
+
+
+def draft_tokens(text: str) -> int | str:
+    """A value of `SpecConfig.draft_tokens`."""
+    return text if text == "auto" else int(text)
 
 
 def workload_size(name: str) -> tuple[int, int]:

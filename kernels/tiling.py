@@ -47,6 +47,7 @@ class Tiling:
         num_warps: warps of a program.
         small_ahead: blocks of keys and values that are on their way at a time, for tiles of drafts and plain decoding.
         big_ahead: the same for large tiles.
+        scored_ahead: the same for large tiles that give out scores, which take block_n keys at a time.
         programs_per_sm: programs that share a multiprocessor.
         unit_overhead: what starting a tile with a KV head costs, in blocks of keys.
         min_blocks: fewest blocks of keys for which one more program is worth it.
@@ -58,8 +59,9 @@ class Tiling:
     num_warps: int
     small_ahead: int
     big_ahead: int
+    scored_ahead: int
     programs_per_sm: int
-    unit_overhead: int = 2
+    unit_overhead: int = 4
     min_blocks: int = 4
 
     @property
@@ -90,13 +92,18 @@ def default_tiling(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tili
     per_sm = 1 if num_warps == 8 else 2
     queries = padded(layer.key_dim) * layer.dtype.itemsize
     room = limits.shared_bytes // per_sm - 2 * _RESERVED
-    # Fewer keys at a time leave registers to the scores, and a prompt has none while it reads.
+    # Fewer keys at a time, and more of them on their way, suit what waits for memory.
     big_n = block_n if large_step else min(block_n, 32)
     # Products of 64 rows and more on Hopper keep one more block in shared memory while they run.
     kept = 1 if limits.capability >= 90 and big_m >= 64 and not single else 0
     big_ahead = (room - big_m * queries) // (big_n * layer.token_bytes) - kept
     small_ahead = (room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes)
-    return Tiling(big_m, block_n, big_n, num_warps, _clamped(small_ahead, 2), _clamped(big_ahead, 4), per_sm)
+    # With scores only values are kept there, and weights are handed over through shared memory.
+    kept_values = kept * block_n * padded(layer.value_dim) * layer.dtype.itemsize
+    weights = big_m * block_n * layer.dtype.itemsize
+    scored_ahead = (room - big_m * queries - weights - kept_values) // (block_n * layer.token_bytes)
+    ahead = (_clamped(small_ahead, 2), _clamped(big_ahead, 4), _clamped(scored_ahead, 4))
+    return Tiling(big_m, block_n, big_n, num_warps, *ahead, per_sm)
 
 
 def _clamped(ahead: int, most: int) -> int:

@@ -105,6 +105,7 @@ def attention_kernel(
     SPLITS: tl.constexpr,
     SMALL_AHEAD: tl.constexpr,
     BIG_AHEAD: tl.constexpr,
+    SCORED_AHEAD: tl.constexpr,
     UNIT_OVERHEAD: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -120,9 +121,9 @@ def attention_kernel(
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
     # Described at attend_segment.
-    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, 1, False, BLOCK_N)
-    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False, BLOCK_N)
-    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, 1, True, BLOCK_N)
+    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, 1, False, BLOCK_N, 0)
+    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False, BLOCK_N, 0)
+    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, 1, True, BLOCK_N, SCORED_AHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
     line, whole, separate = plan_requests(
@@ -159,7 +160,7 @@ def attention_kernel(
         scored = tl.load(score_rows + request)
         pillars = tl.load(pillar_count + request)
         recent = tl.load(recent_start + request)
-        small, tile_rows, tiles = tiles_of(kind, count, GROUP, SMALL_M, BIG_M)
+        small, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
         emits = emits_scores(kind, scored, tiles)
         end = cached + count
         # In the line, every tile of a request reads the same blocks.
@@ -249,7 +250,7 @@ def attention_kernel(
             if kind == DRAFT:
                 attend_segment_apart(work, settings, LAYER, DRAFT_TILE)
             elif small:
-                finished = attend_segment_apart(work, settings, LAYER, SMALL_TILE)
+                attend_segment_apart(work, settings, LAYER, SMALL_TILE)
             else:
                 finished = attend_segment(work, settings, LAYER, BIG_TILE)
         again = not finished

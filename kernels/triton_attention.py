@@ -58,6 +58,9 @@ def dual_mode_attention(
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     if q.shape[0] == 0:
         return out
+    if pillar_index.shape[2] == 0:
+        # The kernel may look a first one up before it knows that there is none.
+        pillar_index = step["pillar_count"][:, None, None].expand(-1, k.shape[1], -1)
     arguments = {
         **{"q": q, "k": k, "v": v, "kv": kv, "scores": scores, "pillar_index": pillar_index, "out": out, **step},
         **_sizes(q, k, v, kv, scores, step, pillar_index),
@@ -82,11 +85,12 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_ROWS_PAD": triton.next_power_of_2(small_m // layer.group),
         "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
         "BLOCK_N": tiling.block_n,
-        "BIG_N": tiling.big_n,
         # A product takes 16 keys at least.
+        "BIG_N": tiling.big_n,
         "SPLITS": min(tiling.num_warps, tiling.block_n // 16),
         "SMALL_AHEAD": tiling.small_ahead,
         "BIG_AHEAD": tiling.big_ahead,
+        "SCORED_AHEAD": tiling.scored_ahead,
         "UNIT_OVERHEAD": tiling.unit_overhead,
         "MIN_BLOCKS": tiling.min_blocks,
     }

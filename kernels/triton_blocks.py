@@ -1,4 +1,4 @@
-"""The loops over keys and values: blocks of the pool, without and with scores, and the step's own rows.
+"""The loops over keys and values with a running maximum: blocks of the pool, and the step's own rows.
 
 Pages are looked up one block ahead and pillars two, so that keys can be fetched well before their turn. Addresses take
 as many instructions as products, and instructions are what these loops wait for: no masks on loads, see positions_of,
@@ -50,27 +50,33 @@ def first_look_up(source, listed, block, rows, settings, LAYER: tl.constexpr, TI
 
 
 @triton.jit
+def where_seen(product, position, order, row_position, end, window, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Products, -inf where a row does not see a key; KEYS is the axis that the keys' positions lack, -2 or -1."""
+    seen = tl.expand_dims(order, KEYS)
+    row = tl.expand_dims(row_position, -3 - KEYS)
+    visible = (seen <= row) & (seen < end)
+    if HAS_WINDOW:
+        visible = visible & (tl.expand_dims(position, KEYS) > row - window)
+    return tl.where(visible, product, float("-inf"))
+
+
+@triton.jit
 def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """Products [..., BLOCK_M, N] of a block, -inf where a row does not see a key, its values, and their order.
+    """Products [..., BLOCK_M, N] of a block, -inf where a row does not see a key, and its values.
 
     ``rows`` is (position of each pair's row, position of the tile's first, first block that some row does not see all
     of even without a window); ``found`` see look_up.
     """
     HAS_WINDOW: tl.constexpr = LAYER[6]
-    row_position, ragged_block = rows[0], rows[2]
     window, logit_scale, cap = settings
     position, reached, page = found[0], found[1], found[2]
     keys = load_tokens(pool_pointers(source, reached, page, 0, LAYER[3], LAYER[5]), LAYER[1], LAYER[3])
     values = load_tokens(pool_pointers(source, reached, page, LAYER[1], LAYER[4], LAYER[5]), LAYER[2], LAYER[4])
     product = products(query, keys, logit_scale, cap, LAYER)
-    order = order_of(listed, block, TILE[2], TILE[6])
-    if HAS_WINDOW or block >= ragged_block:
-        seen = tl.expand_dims(order, -2)
-        visible = (seen <= row_position[:, None]) & (seen < listed[3])
-        if HAS_WINDOW:
-            visible = visible & (tl.expand_dims(position, -2) > row_position[:, None] - window)
-        product = tl.where(visible, product, float("-inf"))
-    return product, values, order
+    if HAS_WINDOW or block >= rows[2]:
+        order = order_of(listed, block, TILE[2], TILE[6])
+        product = where_seen(product, position, order, rows[0], listed[3], window, -2, HAS_WINDOW)
+    return product, values
 
 
 @triton.jit
@@ -85,41 +91,32 @@ def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexp
 
 
 @triton.jit
-def attend_blocks(query, source, listed, first, end, rows, state, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """Carry (largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
+def attend_blocks(query, source, listed, first, end, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """(Largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
+    BLOCK_M: tl.constexpr = TILE[0]
+    VALUE_PAD: tl.constexpr = LAYER[4]
+    SPLITS: tl.constexpr = TILE[6]
+    STATE: tl.constexpr = (BLOCK_M,) if SPLITS == 1 else (SPLITS, BLOCK_M)
+    SUMS: tl.constexpr = (BLOCK_M, VALUE_PAD) if SPLITS == 1 else (SPLITS, BLOCK_M, VALUE_PAD)
     factor = scale_of_products(settings[1], LAYER)
-    largest, total, sums = state
+    if SPLITS > 1:
+        query = tl.broadcast_to(query[None, :, :], (SPLITS, BLOCK_M, LAYER[3]))
+    largest = tl.full(STATE, float("-inf"), tl.float32)
+    total = tl.zeros(STATE, tl.float32)
+    sums = tl.zeros(SUMS, tl.float32)
     found = first_look_up(source, listed, first, rows, settings, LAYER, TILE)
     for block in tl.range(first, end, num_stages=TILE[3] + 1):
         following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
-        product, values, _ = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
+        product, values = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
         found = following
         largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER[8])
+    if SPLITS > 1:
+        top = tl.max(largest, 0)
+        fade = tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top))
+        largest = top
+        total = tl.sum(total * fade, 0)
+        sums = tl.sum(sums * fade[:, :, None], 0)
     return largest, total, sums
-
-
-@triton.jit
-def attend_scored(
-    query, source, listed, first, end, rows, looks, total, sums, settings, LAYER: tl.constexpr, TILE: tl.constexpr
-):
-    """Sums of weights and weighted sums of values over blocks of the pool, giving out the scores of their positions.
-
-    ``looks`` is (scores, end of scored positions, measure, bound, share). Weights are measured from ``measure``, the
-    log-sum-exp of what the drafts could see, and never rescaled. Whoever calls finds out whether that was in range.
-    """
-    factor = scale_of_products(settings[1], LAYER)
-    scores, scored_end, measure, bound, share = looks
-    found = first_look_up(source, listed, first, rows, settings, LAYER, TILE)
-    for block in tl.range(first, end, num_stages=TILE[3] + 1):
-        following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
-        product, values, order = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
-        found = following
-        weight = tl.exp2(product * factor - measure[:, None])
-        looked = tl.sum(tl.minimum(weight, bound[:, None]), -2) * share
-        tl.store(scores + order, looked, mask=order < scored_end)
-        total += tl.sum(weight, -1)
-        sums = tl.dot(weight.to(values.dtype), values, sums, input_precision=LAYER[8])
-    return total, sums
 
 
 @triton.jit

@@ -16,9 +16,12 @@ MAX_STREAM_TILES = tl.constexpr(4)
 
 
 @triton.jit
-def tiles_of(kind, count, GROUP: tl.constexpr, SMALL_M: tl.constexpr, BIG_M: tl.constexpr):
-    """Whether requests take small tiles (drafts, and whatever fits one), rows of a tile, number of tiles."""
-    small = (kind == DRAFT) | (count * GROUP <= SMALL_M)
+def tiles_of(kind, count, scored, GROUP: tl.constexpr, SMALL_M: tl.constexpr, BIG_M: tl.constexpr):
+    """Whether requests take small tiles (drafts, and what fits one and has no scores), rows of a tile, number of tiles.
+
+    Only large tiles give out scores.
+    """
+    small = (kind == DRAFT) | ((count * GROUP <= SMALL_M) & ((scored == 0) | (kind != VERIFY)))
     rows = tl.where(small, SMALL_M // GROUP, BIG_M // GROUP)
     return small, rows, (count + rows - 1) // rows
 
@@ -78,7 +81,7 @@ def plan_requests(
     pillars = tl.load(pillar_count + slot, mask=inside, other=0)
     recent = tl.load(recent_start + slot, mask=inside, other=0)
     count = tl.where(kind == IDLE, 0, count)
-    tiles = tiles_of(kind, count, GROUP, SMALL_M, BIG_M)[2]
+    tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)[2]
     read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
     blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
     emits = emits_scores(kind, scored, tiles)

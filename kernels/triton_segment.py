@@ -8,10 +8,11 @@ write everything, read the step's tokens where they are, after the pool.
 import triton
 import triton.language as tl
 
-from .triton_blocks import attend_blocks, attend_own, attend_scored
+from .triton_blocks import attend_blocks, attend_own
 from .triton_merge import arrive_last, join_parts, store_part, store_rows
-from .triton_scores import clear_scores, log_sum_of_list
-from .triton_tiles import join_splits, load_queries, pairs_of_tile
+from .triton_scored import attend_scored, log_sum_of_list
+from .triton_scores import clear_scores
+from .triton_tiles import load_queries, pairs_of_tile
 from .triton_write import write_tokens
 
 
@@ -31,7 +32,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
     precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
     positions are looked up, splits of a block between warps, whether rows may be read beside the pool, keys of a block
-    as work is shared out).
+    as work is shared out and with scores, how often ahead with scores: 0 if the tile never has any).
     """
     packed, source, listed, measured, blocks, rows, own, score, workspace = unit
     VALUE_DIM: tl.constexpr = LAYER[2]
@@ -41,11 +42,8 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[2]
     PART_M: tl.constexpr = TILE[4]
-    LISTED: tl.constexpr = TILE[5]
-    SPLITS: tl.constexpr = TILE[6]
     query_base, stride_q_row, stride_q_head, out_base, stride_out_row = packed
-    STEPS: tl.constexpr = TILE[8] // BLOCK_N
-    first_block, end_block, all_blocks = blocks[0] * STEPS, blocks[1] * STEPS, blocks[2] * STEPS
+    first_block, end_block, all_blocks = blocks
     first, count = rows
     emits, scores, scored = score
     parts, counters, first_program, last_program = workspace
@@ -58,48 +56,34 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     # Other threads read what one has written.
     tl.debug_barrier()
 
-    STATE: tl.constexpr = (BLOCK_M,) if SPLITS == 1 else (SPLITS, BLOCK_M)
-    SUMS: tl.constexpr = (BLOCK_M, VALUE_PAD) if SPLITS == 1 else (SPLITS, BLOCK_M, VALUE_PAD)
-    if SPLITS > 1:
-        query = tl.broadcast_to(query[None, :, :], (SPLITS, BLOCK_M, KEY_PAD))
-    largest = tl.full(STATE, float("-inf"), tl.float32)
-    total = tl.zeros(STATE, tl.float32)
-    sums = tl.zeros(SUMS, tl.float32)
-    # Earlier blocks hold nothing that a row must not see, unless there is a window.
-    ragged_block = (listed[1] + tl.minimum(cached, listed[3]) - listed[2]) // BLOCK_N
-    seen_by = (cached + place, cached + first, ragged_block)
+    # Earlier keys hold nothing that a row must not see, unless there is a window.
+    ragged_key = listed[1] + tl.minimum(cached, listed[3]) - listed[2]
     in_range = True
-    scores_here = emits
-    if LISTED:
-        scores_here = False
     # One or the other: in turn, ptxas would serialise all products of the kernel on tensor cores (its note C7515).
-    if scores_here:
-        measure = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, TILE, False)
+    if TILE[9] > 0 and emits:
+        SCORED_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[8], TILE[9], PART_M, False, 1)
+        LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[8], TILE[9], PART_M, True, 1)
         scored_end = cached + count - scored
         if HAS_WINDOW:
-            clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed[2], scored_end), 0), BLOCK_N)
+            clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed[2], scored_end), 0), TILE[8])
+        seen_by = (cached + place, cached + first, ragged_key // TILE[8])
+        largest = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, LIST_TILE, False)
         bound = tl.where(real_pair & (place >= count - scored), 1.0, 0.0)
-        looks = (scores, scored_end, measure, bound, 1.0 / (scored * LAYER[0]))
+        looks = (scores, scored_end, largest, bound, 1.0 / (scored * LAYER[0]))
         total, sums = attend_scored(
-            query, source, listed, first_block, end_block, seen_by, looks, total, sums, settings, LAYER, TILE
+            query, source, listed, first_block, end_block, seen_by, looks, settings, LAYER, SCORED_TILE
         )
-        largest = tl.zeros(STATE, tl.float32) + measure
-        highest = tl.max(tl.where(real_pair, total, 0.0), -1)
-        if SPLITS > 1:
-            highest = tl.max(highest, 0)
         LIMIT: tl.constexpr = 2.0**15 if query.dtype == tl.float16 else 2.0**100
-        in_range = highest <= LIMIT
+        in_range = tl.max(tl.where(real_pair, total, 0.0)) <= LIMIT
     else:
-        state = (largest, total, sums)
-        state = attend_blocks(query, source, listed, first_block, end_block, seen_by, state, settings, LAYER, TILE)
-        largest, total, sums = state
-    if TILE[7]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
-        if own[2]:
-            state = (largest, total, sums)
-            largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)
-    if SPLITS > 1:
-        largest, fade, total = join_splits(largest, total, 0)
-        sums = tl.sum(sums * fade[:, :, None], 0)
+        STEPS: tl.constexpr = TILE[8] // BLOCK_N
+        seen_by = (cached + place, cached + first, ragged_key // BLOCK_N)
+        begin, stop = first_block * STEPS, end_block * STEPS
+        largest, total, sums = attend_blocks(query, source, listed, begin, stop, seen_by, settings, LAYER, TILE)
+        if TILE[7]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
+            if own[2]:
+                state = (largest, total, sums)
+                largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)
 
     target = out_base + (place.to(tl.int64) * stride_out_row) + member * VALUE_DIM
     if in_range & (end_block - first_block == all_blocks):

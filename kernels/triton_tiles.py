@@ -45,7 +45,7 @@ def lanes_of(BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def load_pillars(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
-    """The pillars among the entries of a block of a list, some pillar in place of other entries.
+    """The pillars among the entries of a block of a list, anything in place of other entries. Reads one even of none.
 
     ``listed`` is (pillars, pillar_count, start, end): pillar_count positions at ``pillars``, then start .. end - 1.
     """
@@ -147,12 +147,3 @@ def raise_largest(product, largest, factor):
     """
     raised = tl.maximum(largest, tl.max(product, -1) * factor)
     return raised, tl.where(raised == float("-inf"), 0.0, raised)
-
-
-@triton.jit
-def join_splits(largest, total, axis: tl.constexpr):
-    """The largest logits over an axis, what fades each to them, and the sums of weights."""
-    top = tl.max(largest, axis)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    fade = tl.exp2(largest - tl.expand_dims(shift, axis))
-    return top, fade, tl.sum(total * fade, axis)

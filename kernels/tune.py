@@ -99,10 +99,11 @@ def candidate_tilings(default: Tiling) -> list[Tiling]:
     for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
         found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
     found += [replace(default, small_ahead=ahead) for ahead in (1, 2, 3)]
+    found += [replace(default, scored_ahead=ahead) for ahead in (1, 2, 3)]
     for block_n, per_sm in itertools.product((32, 64, 128), (1, 2, 3)):
         found.append(replace(default, block_n=block_n, big_n=min(default.big_n, block_n), programs_per_sm=per_sm))
     found.append(replace(default, num_warps=12 - default.num_warps))
-    found += [replace(default, unit_overhead=overhead) for overhead in (1, 4, 6)]
+    found += [replace(default, unit_overhead=overhead) for overhead in (2, 3, 6)]
     found += [replace(default, min_blocks=blocks) for blocks in (2, 8)]
     return list(dict.fromkeys(found))
 

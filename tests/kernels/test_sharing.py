@@ -33,7 +33,7 @@ REQUESTS = [
 
 Sharing = tuple[int, Tiling]
 
-TILING = Tiling(16, 16, 16, 4, 2, 2, 1, unit_overhead=0, min_blocks=1)
+TILING = Tiling(16, 16, 16, 4, 2, 2, 2, 1, unit_overhead=0, min_blocks=1)
 
 SHARINGS: dict[str, Sharing] = {
     "one program": (1, TILING),

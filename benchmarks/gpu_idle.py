@@ -13,8 +13,10 @@ import sparsespec_compile as ss
 Span = tuple[float, float]
 """Start and end, microseconds."""
 
+Event = tuple[float, float, bool]
+"""Start and end of a kernel or a copy, microseconds, and whether it is a copy."""
 
-_GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+_KERNELS, _COPIES = ("kernel", "gpu_memset"), ("gpu_memcpy",)
 """Categories of a trace's events that keep a GPU busy."""
 
 
@@ -30,11 +32,11 @@ def advance(pieces: ss.TokenStream, fast: ss.OptimizedModel, iterations: int) ->
         next(pieces)
 
 
-def busy_spans(run: Callable[[], object]) -> list[Span]:
-    """Spans of `run` in which kernels or copies ran, in order, without overlaps.
+def gpu_events(run: Callable[[], object]) -> list[Event]:
+    """What ran on the GPU during `run`, in order of its start.
 
     Raises:
-        NoTraceError: there are none.
+        NoTraceError: nothing did.
     """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -44,16 +46,16 @@ def busy_spans(run: Callable[[], object]) -> list[Span]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    spans = sorted((one["ts"], one["ts"] + one["dur"]) for one in events if one.get("cat") in _GPU_WORK)
-    if not spans:
+    ran = [one for one in events if one.get("cat") in _KERNELS + _COPIES]
+    if not ran:
         raise NoTraceError("The profiler saw nothing run on the GPU; it needs access to the driver's tracing (CUPTI).")
-    return merge(spans)
+    return sorted((one["ts"], one["ts"] + one["dur"], one["cat"] in _COPIES) for one in ran)
 
 
-def merge(events: list[Span]) -> list[Span]:
-    """Spans in order of their start, joined where they overlap or touch."""
+def busy_spans(events: list[Event]) -> list[Span]:
+    """Events in order of their start, joined where they overlap or touch."""
     merged: list[Span] = []
-    for start, end in events:
+    for start, end, _ in events:
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
@@ -61,7 +63,23 @@ def merge(events: list[Span]) -> list[Span]:
     return merged
 
 
-def idle_share(spans: list[Span]) -> float:
-    """Share of the time between the first start and the last end that no span covers."""
+def idle_share(events: list[Event]) -> float:
+    """Share of the time between the first start and the last end in which nothing ran."""
+    spans = busy_spans(events)
     busy = sum(end - start for start, end in spans)
     return 1.0 - busy / (spans[-1][1] - spans[0][0])
+
+
+def idle_between_steps(events: list[Event]) -> float:
+    """The part of `idle_share` before and after copies.
+
+    A step is one graph between the copy of its inputs and that of its results. What is idle beside copies waits for the
+    host, or for the start of a graph; the rest is the GPU's own passing from kernel to kernel, some 0.5 us each.
+    """
+    idle, last_end, last_copied = 0.0, events[0][1], events[0][2]
+    for start, end, copied in events[1:]:
+        if start > last_end and (copied or last_copied):
+            idle += start - last_end
+        if end > last_end:
+            last_end, last_copied = end, copied
+    return idle / (last_end - events[0][0])

@@ -3,7 +3,7 @@
     python benchmarks/overlap.py --json benchmarks/results/h200-overlap.json --png benchmarks/results/h200-overlap.png
 
 Requests of an inflated Countdown model (`inflate.py`) decode at the given length; 40 iterations are traced under each
-kind of host. Beside the idle share: the host's own time for a step, and how long it waited for the GPU.
+kind of host. Beside the idle share, and that between steps alone: the host's own time for a step, and how long it waited for the GPU.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from environment import environment
-from gpu_idle import Span, advance, busy_spans, idle_share
+from gpu_idle import Event, advance, busy_spans, gpu_events, idle_between_steps, idle_share
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trace(model: PreTrainedModel, prompts: list[list[int]], *, overlap: bool) -> tuple[dict, list[Span]]:
-    """The row of a host, and when the GPU was busy."""
+def trace(model: PreTrainedModel, prompts: list[list[int]], *, overlap: bool) -> tuple[dict, list[Event]]:
+    """The row of a host, and what ran on the GPU."""
     config = ss.SpecConfig(overlap=overlap, max_requests=len(prompts), prefill_chunk=16_384)
     fast = ss.optimize(model, config)
     sampling = ss.SamplingParams(max_new_tokens=6 * ITERATIONS, temperature=0.6, seed=1, stop_token_ids=())
@@ -48,29 +48,33 @@ def trace(model: PreTrainedModel, prompts: list[list[int]], *, overlap: bool) ->
         advance(pieces, fast, 3 * ITERATIONS)  # prompts, captures, and the first decoding
         stats = fast.stats
         before = (stats.iterations, stats.host_seconds, stats.waited_seconds)
-        spans = busy_spans(lambda: advance(pieces, fast, ITERATIONS))
+        events = gpu_events(lambda: advance(pieces, fast, ITERATIONS))
         done, host, waited = (
             now - then
             for now, then in zip((stats.iterations, stats.host_seconds, stats.waited_seconds), before, strict=True)
         )
     row = {
         "host": "ahead" if overlap else "waits for results",
-        "gpu_idle_share": round(idle_share(spans), 5),
-        "ms_per_iteration": round((spans[-1][1] - spans[0][0]) / 1e3 / done, 4),
+        "gpu_idle_share": round(idle_share(events), 5),
+        "idle_between_steps": round(idle_between_steps(events), 5),
+        "ms_per_iteration": round((max(end for _, end, _ in events) - events[0][0]) / 1e3 / done, 4),
         "host_ms_per_iteration": round(1e3 * host / done, 4),
         "waited_ms_per_iteration": round(1e3 * waited / done, 4),
     }
-    return row, spans
+    return row, events
 
 
-def draw(rows: list[dict], spans: list[list[Span]], path: Path) -> None:
+def draw(rows: list[dict], traces: list[list[Event]], path: Path) -> None:
     """The first tenth of each trace: busy in colour, idle in white."""
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(12, 1.4 * len(rows)), layout="constrained")
-    for axis, row, busy in zip(axes, rows, spans, strict=True):
+    for axis, row, events in zip(axes, rows, traces, strict=True):
+        busy = busy_spans(events)
         first, last = busy[0][0], busy[0][0] + (busy[-1][1] - busy[0][0]) / 10
         shown = [(start, end) for start, end in busy if start < last]
         axis.broken_barh([((start - first) / 1e3, (end - start) / 1e3) for start, end in shown], (0, 1))
-        axis.set_title(f"host {row['host']}: GPU idle {row['gpu_idle_share']:.2%} of the time")
+        axis.set_title(
+            f"host {row['host']}: GPU idle {row['gpu_idle_share']:.2%}, between steps {row['idle_between_steps']:.2%}"
+        )
         axis.set_yticks([])
         axis.set_xlabel("ms")
     figure.savefig(path, dpi=110)
@@ -87,7 +91,7 @@ def main() -> None:
         table.add_row(*map(str, row.values()))
     Console().print(table)
     if arguments.png:
-        draw(rows, [spans for _, spans in traced], arguments.png)
+        draw(rows, [events for _, events in traced], arguments.png)
     if arguments.json:
         settings = {"shape": arguments.shape, "requests": arguments.requests, "length": arguments.length}
         result = {"environment": environment("cuda"), "settings": settings, "rows": rows}

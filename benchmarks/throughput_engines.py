@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_idle import NoTraceError, advance, busy_spans, idle_share
+from gpu_idle import NoTraceError, advance, gpu_events, idle_share
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile as ss
@@ -124,7 +124,7 @@ def _idle_while_decoding(fast: ss.OptimizedModel, load: Load, sampling: list[ss.
     with fast.stream([prompt[:512] for prompt in load.prompts], sampling) as pieces:
         advance(pieces, fast, 30)
         try:
-            return idle_share(busy_spans(lambda: advance(pieces, fast, 30)))
+            return idle_share(gpu_events(lambda: advance(pieces, fast, 30)))
         except NoTraceError as error:
             print(f"gpu_idle_share is left open: {error}")
             return None

@@ -6,22 +6,24 @@ What a request does is data, so a graph serves every mix of drafts, verification
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.runtime.inputs import MIN_ROWS
 from sparsespec_compile.runtime.step import Step, Variant
 
-_WARM_UP_RUNS = 2
-"""Before a capture: the first compiles and lets libraries allocate, the second shows that nothing is left to do."""
+_FIRST_RUNS, _LATER_RUNS = 2, 1
+"""Runs before the first capture and before others: one compiles and lets libraries load what they need for a size, the
+very first one also allocates."""
 
 
 def row_counts(most: int) -> list[int]:
-    """Padded numbers of rows, ascending up to `most`: in steps of 16, from 256 on by a quarter.
+    """Padded numbers of rows, ascending up to `most`: in steps of 32, from 256 on by a quarter.
 
-    Up to about 190 rows a GEMM costs what reading its weights costs, so finer steps would gain nothing; above, steps
-    hold prompts, of which there are few.
+    Up to about 190 rows a GEMM costs what reading its weights costs, so finer steps would gain little and take time to
+    capture; above, steps hold prompts, of which there are few.
     """
-    sizes = [MIN_ROWS, 4, 8, *range(16, 257, 16)]
+    sizes = [MIN_ROWS, 4, 8, 16, *range(32, 257, 32)]
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 5 // 4 // 16 * 16)
     return [*(size for size in sizes if size < most), max(most, MIN_ROWS)]
@@ -43,18 +45,29 @@ class StepRunner:
         self._stream = torch.cuda.Stream(step.state.device) if capture else None
         self._memory: Any = None  # what `CUDAGraph.pool` gives: torch has no public name for its type
 
+    def prepare(self, rows: int) -> None:
+        """Capture every step of up to so many rows, so that no iteration has to wait for it."""
+        sizes = [self._sizes[-1], *(size for size in self._sizes if size <= self._padded(rows))] if self._sizes else []
+        missing = [size for size in dict.fromkeys(sizes) if (size, Variant()) not in self._graphs]
+        with torch.cuda.device_of(self.step.inputs.flat):
+            for size in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
+                self._capture(size, Variant())
+
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""
         if not self._sizes:
             self.step(max(rows, MIN_ROWS), max(logits, MIN_ROWS), variant)
             return
-        padded = next(size for size in self._sizes if size >= rows)
+        padded = self._padded(rows)
         with torch.cuda.device_of(self.step.inputs.flat):
             if not self._graphs:
                 self._capture(self._sizes[-1], variant)  # the largest first: the others fit into its memory
             if (padded, variant) not in self._graphs:
                 self._capture(padded, variant)
             self._graphs[padded, variant].replay()
+
+    def _padded(self, rows: int) -> int:
+        return next(size for size in self._sizes if size >= rows)
 
     def _capture(self, rows: int, variant: Variant) -> None:
         """Capture with inputs that hold no work, so that the runs before it change nothing; then put them back."""
@@ -67,7 +80,7 @@ class StepRunner:
             if stream is not None:
                 stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP_RUNS):
+                for _ in range(_LATER_RUNS if self._graphs else _FIRST_RUNS):
                     self.step(rows, logits, variant)
             if stream is not None:
                 current.wait_stream(stream)

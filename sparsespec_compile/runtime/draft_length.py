@@ -23,8 +23,11 @@ _OUTLIER = 3.0
 """Weight of an iteration's time in its correction; times beyond so many times the expected one are left out: they hold
 a compilation, a capture or a pause of the caller's."""
 
-_GAIN_TO_CHANGE = 1.01
-"""A change costs each request a short cycle, so it must promise this much."""
+_GAIN_TO_CHANGE = 1.015
+"""A change costs some requests a short cycle, so it must promise this much."""
+
+_SETTLING_CYCLES = 2
+"""After a change, so many cycles' times are left out: phases and cycles under way still are of the former number."""
 
 _WORTH_A_TRY = 1.5
 """A neighbour of the present choice that was never in use is tried once unless it looks slower by this factor: one
@@ -54,6 +57,7 @@ class DraftLength:
         self._predicted = iteration_time
         self._right = [_FIRST_GUESS] * most
         self._correction: dict[int, tuple[float, int]] = {}
+        self._unsettled = 0
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Take note of a verification: of `drafts` drafts the first `accepted` were right."""
@@ -68,6 +72,9 @@ class DraftLength:
         """Take note of the time of an iteration in which requests of these cached lengths decoded."""
         if not lengths:
             return
+        if self._unsettled:
+            self._unsettled -= 1
+            return
         load = _load(lengths)
         ratio = seconds / self._predicted(self.current, load.length, load.requests)
         mean, count = self._correction.get(self.current, (ratio, 0))
@@ -79,21 +86,25 @@ class DraftLength:
 
     def choose(self, lengths: list[int]) -> int:
         """The number of drafts for requests of these cached lengths; keeps the present one unless another is better."""
-        if not lengths:
+        if not lengths or self._unsettled:
             return self.current
         self._right = [right + _FORGETTING * (_FIRST_GUESS - right) for right in self._right]
         load = _load(lengths)
         speeds = [self._speed(drafts, load) for drafts in range(self._most + 1)]
         best = max(range(self._most + 1), key=speeds.__getitem__)
         if speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
-            self.current = best
+            self._change(best)
             return self.current
         for neighbour in (self.current - 1, self.current + 1):
             untried = 0 <= neighbour <= self._most and neighbour not in self._correction
             if untried and self._correction and speeds[neighbour] * _WORTH_A_TRY > speeds[self.current]:
-                self.current = neighbour
+                self._change(neighbour)
                 break
         return self.current
+
+    def _change(self, drafts: int) -> None:
+        self.current = drafts
+        self._unsettled = _SETTLING_CYCLES * (drafts + 1)
 
     def _speed(self, drafts: int, load: _Load) -> float:
         """Predicted tokens a second."""

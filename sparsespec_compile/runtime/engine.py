@@ -59,6 +59,7 @@ class Engine:
         self._tier: HostTier | None = None
         self._asked: Capacity | None = None
         self._active: Session | None = None
+        self._chooser: DraftLength | None = None  # what it learns of device and texts is kept from call to call
 
     def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
         """Yield (request, tokens) whenever tokens of a request become final; at the end every request is finished.
@@ -95,9 +96,10 @@ class Engine:
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
         predicted = self.target.iteration_time
-        chooser = None if predicted is None else DraftLength(self.config.most_draft_tokens, predicted)
+        if predicted is not None and self._chooser is None:
+            self._chooser = DraftLength(self.config.most_draft_tokens, predicted)
         scheduler = self._scheduler(runner, tier)
-        session = Session(scheduler, runner, recorder, chooser, overlap=self.config.overlap)
+        session = Session(scheduler, runner, recorder, self._chooser, overlap=self.config.overlap)
         self._active = session
         try:
             yield session
@@ -143,6 +145,7 @@ class Engine:
                 larger = capacity if present is None else capacity.union(present)
                 self._runner, self.memory_plan = build_runner(self.target, self.config, self._policy, larger)
                 self._asked = larger
+                self._runner.prepare(_decoding_rows(larger.slots, self.config.most_draft_tokens))
                 self._tier = HostTier(self._runner.step.state.pool, self._host_pages(self._runner.step.state))
         self._check_pool(needs.longest, self._runner.step.state)
         return self._runner, self._tier
@@ -188,3 +191,8 @@ class Engine:
         if not state.pool.is_cuda:
             return 0
         return int(available_host_bytes() * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
+
+
+def _decoding_rows(slots: int, most_draft_tokens: int) -> int:
+    """Rows of an iteration in which every slot decodes, for the number of drafts that takes most, phases being even."""
+    return max(slots + k * -(-slots // (k + 1)) for k in range(most_draft_tokens + 1))

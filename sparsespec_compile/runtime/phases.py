@@ -28,13 +28,25 @@ class Phases:
         self.most = most
         self._random = Random(0)
 
-    def spread(self, draft_tokens: int, requests: Sequence[Request]) -> None:
-        """Cycles have `draft_tokens` drafts from now on: give every request a phase among the new ones."""
+    def spread(self, draft_tokens: int, requests: Sequence[Request], now: int) -> None:
+        """Cycles have `draft_tokens` drafts from iteration `now` on: give every request a phase among the new ones.
+
+        A request keeps the cycle it is in, up to the new number of drafts, as long as that phase gets no more than
+        its share: verified early, every request at once would read its whole cache for few tokens.
+        """
         self.count = draft_tokens + 1
         for request in requests:
             request.phase = None
-        for request in sorted(requests, key=lambda request: -request.reach):
-            request.phase = self.choose(requests, now=0)
+        share = sum(request.reach for request in requests) / self.count
+        longest_first = sorted(requests, key=lambda request: -request.reach)
+        for request in longest_first if self.schedule == "balanced" else ():
+            due = (now + max(draft_tokens - request.drafted, 0)) % self.count
+            loads, counts = self._loads(requests)
+            if loads[due] + request.reach / 2 <= share and counts[due] < self.most:
+                request.phase = due
+        for request in longest_first:
+            if request.phase is None:
+                request.phase = self.choose(requests, now)
 
     def choose(self, requests: Sequence[Request], now: int) -> int:
         """A phase for a request that starts after iteration `now`, by those that `requests` have."""

@@ -82,7 +82,8 @@ class Scheduler:
         """Give cycles another number of drafts; those under way end sooner or later than they would have."""
         if draft_tokens != self.draft_tokens:
             self.draft_tokens = draft_tokens
-            self.phases.spread(draft_tokens, [request for request in self.running if request.phase is not None])
+            decoding = [request for request in self.running if request.phase is not None]
+            self.phases.spread(draft_tokens, decoding, self.iteration)
 
     def release(self, request: Request) -> None:
         """Take back the slot and the pages of a request that ended."""

@@ -59,6 +59,8 @@ class Session:
         self._packer = InputPacker(self._inputs.sizes)
         self.closed = False
         self._added: dict[Request, float] = {}
+        if chooser is not None:
+            scheduler.set_draft_tokens(chooser.current)
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
     @property

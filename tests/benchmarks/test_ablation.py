@@ -1,4 +1,4 @@
-"""The ablation in small, and what the profiler's spans are made of."""
+"""The ablation in small."""
 
 import json
 import subprocess
@@ -10,7 +10,6 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from gpu_idle import idle_share, merge  # noqa: E402
 from texts import common_share  # noqa: E402
 
 
@@ -27,12 +26,6 @@ def test_every_stage_writes_the_same_texts(tmp_path):
     assert [row["tokens"] for row in rows] == [rows[0]["tokens"]] * 5
     assert rows[-1]["pages_offloaded"] > 0
     assert not any(row["pages_offloaded"] for row in rows[:-1])
-
-
-def test_idle_is_what_no_span_covers():
-    spans = merge([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (7.0, 8.0), (8.0, 10.0)])
-    assert spans == [(0.0, 5.0), (7.0, 10.0)]
-    assert idle_share(spans) == pytest.approx(0.2)
 
 
 def test_texts_agree_up_to_the_first_difference():

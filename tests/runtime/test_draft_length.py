@@ -8,6 +8,7 @@ import pytest
 import sparsespec_compile as ss
 from sparsespec_compile.errors import CeilingsError, ConfigError
 from sparsespec_compile.runtime.draft_length import DraftLength
+from sparsespec_compile.runtime.session import _CHOICE_EVERY
 
 from ..support.models import left_padded, tiny
 from ..support.toy import Toy, requests_of, run
@@ -38,7 +39,8 @@ def settle(chooser, lengths, right, row=ROW, choices=400, seed=0):
                 accepted += 1
             chooser.verified(drafts, accepted)
         mean = sum(lengths) / len(lengths)
-        chooser.took(seconds(drafts, mean, len(lengths), row) * rng.uniform(0.97, 1.03), lengths)
+        for _ in range(_CHOICE_EVERY):
+            chooser.took(seconds(drafts, mean, len(lengths), row) * rng.uniform(0.97, 1.03), lengths)
         chooser.choose(lengths)
     return chooser.current
 
@@ -83,6 +85,7 @@ def test_what_was_given_up_is_tried_again():
     chooser = DraftLength(4, seconds)
     assert settle(chooser, [20000] * 16, 0.0) == 0
     for _ in range(60_000):
+        chooser.took(seconds(chooser.current, 20000, 16), [20000] * 16)
         chooser.choose([20000] * 16)
     assert chooser.current > 0
 
@@ -93,6 +96,7 @@ class Changing:
     def __init__(self, most):
         self.order = [a for first in range(most + 1) for second in range(most + 1) for a in (first, second)]
         self.told = set()
+        self.current = most
 
     def verified(self, drafts, accepted):
         self.told.add("drafts")

@@ -57,9 +57,22 @@ def test_nothing_moves_into_a_full_phase():
 
 def test_a_new_number_of_drafts_spreads_the_longest_requests_first():
     requests = [resident(length, 0) for length in (10, 20, 30, 60)]
-    Phases(3, "balanced", most=8).spread(1, requests)
+    Phases(3, "balanced", most=8).spread(1, requests, now=0)
     loads = [sum(r.reach for r in requests if r.phase == phase) for phase in range(2)]
     assert loads == [60, 60]
+
+
+def test_a_new_number_of_drafts_leaves_most_cycles_whole():
+    """27 requests in the middle of cycles of 8 drafts: those that drafted less than the new number go on to it."""
+    requests = [resident(100, 0) for _ in range(27)]
+    for place, request in enumerate(requests):
+        request.drafted = place % 9
+    for drafts, whole in ((7, 24), (5, 17), (8, 27)):
+        phases = Phases(8, "balanced", most=8)
+        phases.spread(drafts, requests, now=40)
+        kept = [r for r in requests if (r.phase - 40) % (drafts + 1) == drafts - min(r.drafted, drafts)]
+        counts = [sum(r.phase == phase for r in requests) for phase in range(drafts + 1)]
+        assert len(kept) >= whole and max(counts) - min(counts) <= 2
 
 
 def test_schedules_for_comparison():

@@ -81,8 +81,8 @@ def test_padded_row_counts():
         sizes = row_counts(most)
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == max(most, 2)
-        assert all(size < 32 or above - size <= max(16, size / 4) for size, above in pairwise(sizes))
-    assert len(row_counts(2624)) < 35
+        assert all(size < 32 or above - size <= max(32, size / 4) for size, above in pairwise(sizes))
+    assert len(row_counts(2624)) < 25
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):

@@ -1,0 +1,85 @@
+"""Seconds from `optimize` to the first token, with empty caches of compiled code and with those of the run before.
+
+    python benchmarks/startup.py --shape Qwen3-8B --json benchmarks/results/h200-startup.json
+
+Each start is a process of its own. Loading the model, which any engine has to, is outside the clock.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from environment import environment
+from inflated_shape import PRESETS
+from rich.console import Console
+from rich.table import Table
+from throughput import load_model
+from traces import recorded_traces
+
+import sparsespec_compile as ss
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--once", action="store_true", help="start here, and print the seconds as JSON")
+    return parser.parse_args()
+
+
+def start(arguments: argparse.Namespace) -> dict[str, float]:
+    """Optimize and generate in this process."""
+    model, tokenizer = load_model(arguments.shape, arguments.device)
+    prompts = recorded_traces(tokenizer, arguments.requests, 256)
+    began = time.perf_counter()
+    fast = ss.optimize(model)
+    optimized = time.perf_counter()
+    with fast.stream(prompts, ss.SamplingParams(max_new_tokens=64, stop_token_ids=())) as pieces:
+        next(pieces)
+        first = time.perf_counter()
+        for _ in pieces:
+            pass
+    return {
+        "optimize_seconds": round(optimized - began, 2),
+        "to_first_token_seconds": round(first - began, 2),
+        "to_last_token_seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def start_apart(caches: Path) -> dict[str, float]:
+    """The same in a process of its own, with compiled code kept in `caches`."""
+    places = {name: str(caches / name.lower()) for name in CACHES}
+    command = [sys.executable, *sys.argv, "--once"]
+    done = subprocess.run(command, env=os.environ | places, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.once:
+        print(json.dumps(start(arguments)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [{"caches": caches, **start_apart(Path(folder))} for caches in ("empty", "filled")]
+    table = Table(*rows[0], title=f"{arguments.shape}, {arguments.requests} requests")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    if arguments.json:
+        settings = {"shape": arguments.shape, "requests": arguments.requests}
+        result = {"environment": environment(arguments.device), "settings": settings, "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

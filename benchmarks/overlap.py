@@ -3,7 +3,8 @@
     python benchmarks/overlap.py --json benchmarks/results/h200-overlap.json --png benchmarks/results/h200-overlap.png
 
 Requests of an inflated Countdown model (`inflate.py`) decode at the given length; 40 iterations are traced under each
-kind of host. Beside the idle share, and that between steps alone: the host's own time for a step, and how long it waited for the GPU.
+kind of host. Beside the idle share, and that between steps alone: the host's own time for a step, and how long it
+waited for the GPU.
 """
 
 import argparse

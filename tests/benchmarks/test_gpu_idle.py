@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from gpu_idle import busy_spans, idle_between_steps, idle_share  # noqa: E402
+from gpu_idle import busy_spans, idle_between_steps, idle_share
 
 EVENTS = [
     (0.0, 1.0, True),  # inputs

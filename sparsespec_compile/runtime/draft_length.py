@@ -5,8 +5,12 @@ anyway. Both change as a batch grows, drains and lengthens. So the number of dra
 an iteration, corrected by how long iterations have taken, and from how many drafts have been accepted.
 """
 
+import statistics
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 IterationTime = Callable[[int, float, int], float]
 """(drafts of a cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
@@ -18,21 +22,31 @@ _ACCEPTANCE_RATE = 0.005
 _FORGETTING = 1e-4
 """Weight of a verified draft, and of the first guess in each choice: what was not tried for long is tried again."""
 
-_TIME_RATE = 0.1
-_OUTLIER = 3.0
-"""Weight of an iteration's time in its correction; times beyond so many times the expected one are left out: they hold
-a compilation, a capture or a pause of the caller's."""
+_KEPT = 0.995
+"""What each iteration leaves of the weight of earlier ones in the correction: some 200 iterations count."""
 
-_GAIN_TO_CHANGE = 1.015
+_PRIOR_ITERATIONS = 1.0
+"""Weight of the prediction as it is, in iterations."""
+
+_OUTLIER = 3.0
+_RECENT = 127
+"""Times beyond so many times the median of the recent ones, relative to what was predicted, are left out: they hold a
+compilation, a capture or a pause of the caller's."""
+
+_PARTS = 4
+"""Of an iteration's time that are corrected, see `_parts`."""
+
+_MOST_CORRECTED = 5.0
+"""An iteration is never taken to be faster than predicted by more than this."""
+
+_FEWEST = 4
+"""Iterations without which nothing is corrected, for the same reason."""
+
+_GAIN_TO_CHANGE = 1.005
 """A change costs some requests a short cycle, so it must promise this much."""
 
 _SETTLING_CYCLES = 2
 """After a change, so many cycles' times are left out: phases and cycles under way still are of the former number."""
-
-_WORTH_A_TRY = 1.5
-"""A neighbour of the present choice that was never in use is tried once unless it looks slower by this factor: one
-correction for all would miss that rows or reads alone cost more than predicted."""
-
 
 @dataclass(frozen=True)
 class _Load:
@@ -56,7 +70,9 @@ class DraftLength:
         self._most = most
         self._predicted = iteration_time
         self._right = [_FIRST_GUESS] * most
-        self._correction: dict[int, tuple[float, int]] = {}
+        self._products = np.zeros((_PARTS, _PARTS))
+        self._errors = np.zeros(_PARTS)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._unsettled = 0
 
     def verified(self, drafts: int, accepted: int) -> None:
@@ -76,13 +92,14 @@ class DraftLength:
             self._unsettled -= 1
             return
         load = _load(lengths)
-        ratio = seconds / self._predicted(self.current, load.length, load.requests)
-        mean, count = self._correction.get(self.current, (ratio, 0))
-        if ratio * _OUTLIER < mean:  # the first one was the outlier
-            self._correction[self.current] = (ratio, 1)
-        elif ratio < _OUTLIER * mean:
-            rate = max(_TIME_RATE, 1 / (count + 1))
-            self._correction[self.current] = (mean + rate * (ratio - mean), count + 1)
+        predicted = self._predicted(self.current, load.length, load.requests)
+        ratio = seconds / predicted
+        self._recent.append(ratio)
+        if len(self._recent) < _FEWEST or ratio > _OUTLIER * statistics.median(self._recent):
+            return
+        parts = self._parts(self.current, load) / predicted
+        self._products = _KEPT * self._products + np.outer(parts, parts)
+        self._errors = _KEPT * self._errors + parts * (ratio - 1.0)
 
     def choose(self, lengths: list[int]) -> int:
         """The number of drafts for requests of these cached lengths; keeps the present one unless another is better."""
@@ -90,36 +107,39 @@ class DraftLength:
             return self.current
         self._right = [right + _FORGETTING * (_FIRST_GUESS - right) for right in self._right]
         load = _load(lengths)
-        speeds = [self._speed(drafts, load) for drafts in range(self._most + 1)]
+        correction = np.linalg.solve(self._products + _PRIOR_ITERATIONS * np.eye(_PARTS), self._errors)
+        speeds = [self._speed(drafts, load, correction) for drafts in range(self._most + 1)]
         best = max(range(self._most + 1), key=speeds.__getitem__)
         if speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
             self._change(best)
             return self.current
-        for neighbour in (self.current - 1, self.current + 1):
-            untried = 0 <= neighbour <= self._most and neighbour not in self._correction
-            if untried and self._correction and speeds[neighbour] * _WORTH_A_TRY > speeds[self.current]:
-                self._change(neighbour)
-                break
         return self.current
 
     def _change(self, drafts: int) -> None:
         self.current = drafts
         self._unsettled = _SETTLING_CYCLES * (drafts + 1)
 
-    def _speed(self, drafts: int, load: _Load) -> float:
+    def _speed(self, drafts: int, load: _Load, correction: np.ndarray) -> float:
         """Predicted tokens a second."""
         accepted, chain = 0.0, 1.0
         for right in self._right[:drafts]:
             chain *= right
             accepted += chain
-        seconds = self._predicted(drafts, load.length, load.requests) * self._correct(drafts)
+        predicted = self._predicted(drafts, load.length, load.requests)
+        corrected = predicted + float(self._parts(drafts, load) @ correction)
+        seconds = max(corrected, predicted / _MOST_CORRECTED)
         return load.requests * (accepted + 1) / (drafts + 1) / seconds
 
-    def _correct(self, drafts: int) -> float:
-        """Measured over predicted, of the nearest number of drafts that was in use; 1 before any was."""
-        if not self._correction:
-            return 1.0
-        return self._correction[min(self._correction, key=lambda known: abs(known - drafts))][0]
+    def _parts(self, drafts: int, load: _Load) -> np.ndarray:
+        """What may take more or less than predicted [4], in seconds, so that an error seen with one number of drafts
+        and at one length tells about others: an iteration that reads no cache, the rows that drafts add to it in
+        verifications, and reading the cache, in plain decoding or not, which other tiles of a kernel do.
+        """
+        plain = self._predicted(0, 0.0, load.requests)
+        without_cache = self._predicted(drafts, 0.0, load.requests)
+        reading = self._predicted(drafts, load.length, load.requests) - without_cache
+        speculates = float(drafts > 0)
+        return np.array([plain, plain * drafts / (drafts + 1), reading * (1 - speculates), reading * speculates])
 
 
 def _load(lengths: list[int]) -> _Load:

@@ -36,6 +36,8 @@ _SLOT_FIELDS = (
 )
 _WORK_FIELDS = 8  # the first ones are anew in every iteration, the others stay while a request keeps its slot
 _ROW_FIELDS = ("row_slot", "row_place", "row_token")
+_ALIGNED = 4
+"""Fields begin at multiples of so many values, 16 bytes: Inductor's code copies inputs that do not, in every region."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ class InputSizes:
         lengths = dict.fromkeys(_SLOT_FIELDS, self.slots)
         lengths |= dict.fromkeys(_ROW_FIELDS, self.rows)
         lengths |= {"logit_rows": self.logits, "update_at": self.updates, "update_page": self.updates}
-        ends = np.cumsum(list(lengths.values())).tolist()
-        return {name: slice(end - size, end) for (name, size), end in zip(lengths.items(), ends, strict=True)}
+        begins = np.cumsum([0, *(_aligned(length) for length in lengths.values())]).tolist()
+        return {name: slice(at, at + size) for (name, size), at in zip(lengths.items(), begins, strict=False)}
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNED) * _ALIGNED
 
 
 class StepInputs:
@@ -130,7 +136,8 @@ class InputPacker:
         spans = sizes.spans()
         self.flat = np.zeros(max(span.stop for span in spans.values()), dtype=np.int32)
         self._views = {name: self.flat[span] for name, span in spans.items()}
-        self._work = self.flat[: _WORK_FIELDS * sizes.slots].reshape(_WORK_FIELDS, sizes.slots)
+        width = _aligned(sizes.slots)
+        self._work = self.flat[: _WORK_FIELDS * width].reshape(_WORK_FIELDS, width)
 
     def admit(self, slot: int, max_length: int, params: DrawParams) -> None:
         """Set what stays while a request keeps `slot`."""

@@ -1,0 +1,39 @@
+"""How the inputs of a step lie in memory."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.inputs import InputPacker, InputSizes, StepInputs
+from sparsespec_compile.runtime.work import PageUpdate, Work
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 64])
+def test_fields_begin_where_compiled_code_takes_them_as_they_are(slots):
+    """Inductor's code copies an input that does not begin at 16 bytes: once for each layer."""
+    inputs = StepInputs(InputSizes(slots, rows=7, logits=5, request_pages=3, updates=9), torch.device("cpu"))
+    views = {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    assert len(views) == 22
+    assert [name for name, view in views.items() if view.storage_offset() % 4] == []
+
+
+def test_what_is_packed_is_what_the_step_reads():
+    sizes = InputSizes(slots=3, rows=7, logits=5, request_pages=3, updates=2)
+    packer, inputs = InputPacker(sizes), StepInputs(sizes, torch.device("cpu"))
+    work = [
+        Work(2, Mode.VERIFY, rows=3, logits=3, scored=3),
+        Work(0, Mode.PREFILL, rows=2, offset=4, tokens=[8, 9], logits=1),
+    ]
+    assert packer.pack(work, [PageUpdate(2, 1, 17)]) == (5, 4)
+    inputs.flat.copy_(torch.from_numpy(packer.flat))
+    assert inputs.mode.tolist() == [Mode.PREFILL, Mode.IDLE, Mode.VERIFY]
+    assert inputs.row_start.tolist() == [3, 0, 0]
+    assert inputs.rows.tolist() == [2, 0, 3]
+    assert inputs.row_slot.tolist() == [2, 2, 2, 0, 0, -1, -1]
+    assert inputs.row_place.tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert inputs.row_token.tolist() == [-1, -1, -1, 8, 9, -1, -1]
+    assert inputs.logit_rows.tolist() == [0, 1, 2, 4, -1]
+    assert inputs.logit_start.tolist() == [3, 0, 0]
+    assert inputs.update_at.tolist() == [2 * 3 + 1, 3 * 3]
+    assert inputs.update_page[0] == 17

@@ -20,6 +20,7 @@ from countdown_model import load as load_countdown
 from environment import environment
 from inflate import inflated_model
 from inflated_shape import PRESETS, preset
+from report import label
 from rich.console import Console
 from rich.table import Table
 from texts import common_share
@@ -97,14 +98,14 @@ def row_of(workload: str, engine: str, settings: dict[str, Any], measured: Measu
     return {"workload": workload, "engine": engine, "settings": shown, **rounded, "versions": where}
 
 
-def equal_to_plain(results: list[tuple[str, Measured]]) -> dict[str, float]:
-    """Share of our texts' tokens up to which they equal plain decoding's: 1.0 in float32."""
+def equal_to_plain(results: list[tuple[str, Measured]]) -> list[tuple[str, float]]:
+    """Share of our texts' tokens up to which they equal plain decoding's, by engine and settings: 1.0 in float32."""
     plain = next((measured.texts for name, measured in results if name == "plain"), None)
-    return {
-        name: common_share(measured.texts, plain)
+    return [
+        (name, common_share(measured.texts, plain))
         for name, measured in results
         if plain is not None and measured.texts is not None and name != "plain"
-    }
+    ]
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
@@ -143,12 +144,13 @@ def main() -> None:
             except EngineMissingError as missing:
                 console.print(f"[yellow]{engine} skipped: {missing}")
                 continue
-            results.append((engine, measured))
-            rows.append(row_of(f"{arguments.shape} {workload}", engine, settings, measured, arguments.device))
+            row = row_of(f"{arguments.shape} {workload}", engine, settings, measured, arguments.device)
+            results.append((label(row), measured))
+            rows.append(row)
             release_memory()
             _write(arguments.json, rows)
-        for engine, share in equal_to_plain(results).items():
-            console.print(f"{workload}: {engine}'s texts equal plain decoding's for {share:.1%} of their tokens")
+        for name, share in equal_to_plain(results):
+            console.print(f"{workload}: {share:.1%} of the tokens of {name} equal plain decoding's", soft_wrap=True)
     console.print(show(rows))
 
 

@@ -1,7 +1,9 @@
 """Predicted times: against what was measured on an H200, against the formulas by hand, and in their order."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,27 @@ def test_the_speed_of_light_of_a_cycle():
 def test_plain_steps_of_another_engine_are_predicted(batch, length, milliseconds):
     """vLLM 0.22.1, Qwen3-8B in bf16 on one H200: none of these was used to fit the constants."""
     assert time(batch, length).seconds * 1e3 == pytest.approx(milliseconds, rel=0.1)
+
+
+def measured() -> list[tuple[int, int, int, float]]:
+    """(requests, cached tokens, drafts, milliseconds) of this engine on an H200."""
+    rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-throughput.json").read_text())
+    points = []
+    for row in rows:
+        shape, size = row["workload"].split()
+        drafts = row["settings"].get("draft_tokens", 0)
+        if shape == "Qwen3-8B" and drafts != "auto":
+            requests, length = map(int, size.split("x"))
+            points.append((requests, length, drafts, row["ms_per_iteration"]))
+    return points
+
+
+@pytest.mark.parametrize(("batch", "length", "k", "milliseconds"), measured())
+def test_measured_iterations_are_predicted(batch, length, k, milliseconds):
+    """Constants are fitted to none of them. While the clock ran texts were longer by half of the new tokens."""
+    now = length + 128
+    budget = max(128, math.ceil(0.05 * now))
+    assert time(batch, now, k, budget).seconds * 1e3 == pytest.approx(milliseconds, rel=0.2)
 
 
 @pytest.mark.parametrize(("rows", "milliseconds"), [(2, 4.9), (64, 5.5), (122, 5.8), (192, 6.9), (256, 8.3)])

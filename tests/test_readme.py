@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text()
 KERNEL_ROWS = {
     "plain decoding": "decode 64 x 8192",
     "verifying 9 rows each": "verify 64 x 8192",
+    "the same, giving out scores": "verify 64 x 8192, scored",
     "57 of them drafting, 410 pillars a head": "draft 57 x 410 of 8192",
     "57 drafting, 7 verifying, one launch": "mixed 57 drafts + 7 verify",
 }
@@ -31,12 +32,34 @@ def test_kernel_table_is_the_committed_result(row: str) -> None:
     assert_rounded(ms, case["ms"])
     assert share.strip() == f"{case['share_of_read_ceiling']:.0%}"
     shown = [peer for peer in peers if peer.strip() != "-"]
-    for peer, measured in zip(shown, case["peers"].values() if shown else (), strict=True):
+    others = {name: ms for name, ms in case["peers"].items() if name != "in turn"}
+    for peer, measured in zip(shown, others.values(), strict=True):
         assert_rounded(peer.split(",")[0], measured)
 
 
 def assert_rounded(text: str, measured: float) -> None:
     assert text.strip() == f"{measured:.{len(text.strip().split('.')[1])}f}"
+
+
+def test_throughput_table_is_the_committed_result() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/h200-throughput.json").read_text())
+    by_name = {(row["workload"], row["engine"], row["settings"].get("draft_tokens")): row for row in rows}
+    table = README.split("<!-- throughput -->")[1].split("<!-- /throughput -->")[0].strip().splitlines()[2:]
+    assert len(table) == 4
+    for line in table:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        plain = by_name[f"Qwen3-8B {name}".replace(" x ", "x"), "plain", None]["tokens_per_second"]
+        drafting = by_name[f"Qwen3-8B {name}".replace(" x ", "x"), "sparsespec", 8]
+        fast, accepted = drafting["tokens_per_second"], drafting["accepted_per_cycle"]
+        assert cells == [f"{plain:,.0f}", f"{fast:,.0f}", f"{fast / plain:.2f}", f"{accepted:.2f}"]
+
+
+def test_idle_and_start_up_are_the_committed_results() -> None:
+    ahead = json.loads((ROOT / "benchmarks/results/h200-overlap.json").read_text())["rows"][0]
+    starts = json.loads((ROOT / "benchmarks/results/h200-startup.json").read_text())["rows"]
+    assert f"for {ahead['idle_between_steps']:.1%} of the time" in README
+    empty, filled = (f"{row['to_first_token_seconds']:.0f}" for row in starts)
+    assert f"[{empty} seconds, {filled} with caches]" in README
 
 
 def test_share_of_equal_tokens_is_the_committed_result() -> None:

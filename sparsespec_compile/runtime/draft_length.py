@@ -18,9 +18,12 @@ IterationTime = Callable[[int, float, int], float]
 _FIRST_GUESS = 0.95
 """Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
 
-_ACCEPTANCE_RATE = 0.005
-_FORGETTING = 1e-4
-"""Weight of a verified draft, and of the first guess in each choice: what was not tried for long is tried again."""
+_GUESS_VERIFIED = 4.0
+"""Weight of a guess, in verified drafts. What is known of a draft of a cycle is the guess for the one behind it."""
+
+_KEPT_VERIFIED, _KEPT_UNUSED = 0.995, 0.9998
+"""What a verified draft, and each choice, leaves of the weight of earlier ones: 200 of them count, and what was not
+tried for long is tried again."""
 
 _KEPT = 0.995
 """What each iteration leaves of the weight of earlier ones in the correction: some 200 iterations count."""
@@ -45,8 +48,10 @@ _FEWEST = 4
 _GAIN_TO_CHANGE = 1.005
 """A change costs some requests a short cycle, so it must promise this much."""
 
-_SETTLING_CYCLES = 2
-"""After a change, so many cycles' times are left out: phases and cycles under way still are of the former number."""
+_UNDER_WAY = 2
+"""After a change, times are left out for a cycle and for the iterations that were under way: phases and cycles are
+still of the former number."""
+
 
 @dataclass(frozen=True)
 class _Load:
@@ -69,7 +74,8 @@ class DraftLength:
         self.current = most
         self._most = most
         self._predicted = iteration_time
-        self._right = [_FIRST_GUESS] * most
+        self._hits = np.zeros(most)
+        self._tries = np.zeros(most)
         self._products = np.zeros((_PARTS, _PARTS))
         self._errors = np.zeros(_PARTS)
         self._recent: deque[float] = deque(maxlen=_RECENT)
@@ -77,12 +83,11 @@ class DraftLength:
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Take note of a verification: of `drafts` drafts the first `accepted` were right."""
-        for nth in range(min(accepted + 1, drafts)):
-            hit = float(nth < accepted)
-            self._right[nth] += _ACCEPTANCE_RATE * (hit - self._right[nth])
-        for nth in range(drafts, self._most):  # later drafts were not tried: the last tried one is the best guess
-            if drafts:
-                self._right[nth] = min(self._right[nth], self._right[drafts - 1])
+        tried = min(accepted + 1, drafts)
+        self._hits[:tried] *= _KEPT_VERIFIED
+        self._tries[:tried] *= _KEPT_VERIFIED
+        self._hits[:accepted] += 1.0
+        self._tries[:tried] += 1.0
 
     def took(self, seconds: float, lengths: list[int]) -> None:
         """Take note of the time of an iteration in which requests of these cached lengths decoded."""
@@ -103,9 +108,10 @@ class DraftLength:
 
     def choose(self, lengths: list[int]) -> int:
         """The number of drafts for requests of these cached lengths; keeps the present one unless another is better."""
-        if not lengths or self._unsettled:
+        if not lengths:
             return self.current
-        self._right = [right + _FORGETTING * (_FIRST_GUESS - right) for right in self._right]
+        self._hits *= _KEPT_UNUSED
+        self._tries *= _KEPT_UNUSED
         load = _load(lengths)
         correction = np.linalg.solve(self._products + _PRIOR_ITERATIONS * np.eye(_PARTS), self._errors)
         speeds = [self._speed(drafts, load, correction) for drafts in range(self._most + 1)]
@@ -117,12 +123,13 @@ class DraftLength:
 
     def _change(self, drafts: int) -> None:
         self.current = drafts
-        self._unsettled = _SETTLING_CYCLES * (drafts + 1)
+        self._unsettled = drafts + 1 + _UNDER_WAY
 
     def _speed(self, drafts: int, load: _Load, correction: np.ndarray) -> float:
         """Predicted tokens a second."""
-        accepted, chain = 0.0, 1.0
-        for right in self._right[:drafts]:
+        accepted, chain, right = 0.0, 1.0, _FIRST_GUESS
+        for hits, tries in zip(self._hits[:drafts], self._tries[:drafts], strict=True):
+            right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
             chain *= right
             accepted += chain
         predicted = self._predicted(drafts, load.length, load.requests)

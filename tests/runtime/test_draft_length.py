@@ -73,6 +73,38 @@ def test_measured_times_correct_the_prediction():
     assert speed(settle(DraftLength(8, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
 
 
+def slower_with_drafts(drafts, length, requests):
+    """As on an H200: what the prediction misses lies in the reads and rows of speculation, and plain decoding fits."""
+    extra = seconds(drafts, length, requests) - seconds(drafts, 0, requests)
+    return seconds(drafts, length, requests) + (0.25 * extra + 0.1 * FIXED if drafts else 0.0)
+
+
+@pytest.mark.parametrize("right", [0.4, 0.7, 0.97])
+@pytest.mark.parametrize(("length", "requests"), [(1024, 64), (8192, 64), (14000, 48), (4096, 128)])
+def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, right):
+    """256 iterations at 64 tokens, then 256 at the given length: their mean speed, adapting included."""
+
+    def actual_speed(drafts):
+        accepted = sum(right**nth for nth in range(1, drafts + 1))
+        return requests * (accepted + 1) / (drafts + 1) / slower_with_drafts(drafts, length, requests)
+
+    chooser, rng, speeds = DraftLength(8, seconds), random.Random(1), []
+    for now in (64, length):
+        speeds.clear()
+        for iteration in range(256):
+            drafts = chooser.current
+            for _ in range(round(requests / (drafts + 1))):
+                accepted = 0
+                while accepted < drafts and rng.random() < right:
+                    accepted += 1
+                chooser.verified(drafts, accepted)
+            chooser.took(slower_with_drafts(drafts, now, requests) * rng.uniform(0.94, 1.06), [now] * requests)
+            if iteration % _CHOICE_EVERY == 0:
+                chooser.choose([now] * requests)
+            speeds.append(actual_speed(drafts))
+    assert sum(speeds) / len(speeds) > 0.98 * max(map(actual_speed, range(9)))
+
+
 def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():
     chooser = DraftLength(4, seconds)
     before = settle(chooser, [8000] * 64, 0.9)

@@ -85,8 +85,8 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_ROWS_PAD": triton.next_power_of_2(small_m // layer.group),
         "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
         "BLOCK_N": tiling.block_n,
-        # A product takes 16 keys at least.
         "BIG_N": tiling.big_n,
+        # A product takes 16 keys at least.
         "SPLITS": min(tiling.num_warps, tiling.block_n // 16),
         "SMALL_AHEAD": tiling.small_ahead,
         "BIG_AHEAD": tiling.big_ahead,

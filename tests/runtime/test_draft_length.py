@@ -157,6 +157,23 @@ def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     assert engine.stats.cycles > 0
 
 
+def test_what_was_learnt_is_kept_from_call_to_call(monkeypatch):
+    made = []
+
+    def make(most, time):
+        made.append(DraftLength(most, time))
+        return made[-1]
+
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", make)
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
+    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
+    run(engine, requests_of((30, 12), 40))
+    made[0].current = 1
+    run(engine, requests_of((30, 12), 12))
+    assert len(made) == 1
+    assert engine.stats.draft_tokens_by_iteration[0] == 1
+
+
 def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):
     """Pillars of long ago would leave drafts to read everything since: no draft before a verification renews them."""
     toy = Toy()

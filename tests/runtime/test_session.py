@@ -15,7 +15,7 @@ from sparsespec_compile.errors import ConfigError, MemoryPlanError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.capture import StepRunner, row_counts
-from sparsespec_compile.runtime.engine import Engine
+from sparsespec_compile.runtime.engine import Engine, _decoding_rows
 from sparsespec_compile.runtime.frames import Frame
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.work import PageUpdate, Work
@@ -83,6 +83,29 @@ def test_padded_row_counts():
         assert sizes[-1] == max(most, 2)
         assert all(size < 32 or above - size <= max(32, size / 4) for size, above in pairwise(sizes))
     assert len(row_counts(2624)) < 25
+
+
+def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
+    """The largest first, for the others fit into its memory; and none twice."""
+    runner = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
+    runner._sizes, captured = row_counts(100), []
+
+    def capture(rows, variant):
+        captured.append(rows)
+        runner._graphs[rows, variant] = None
+
+    monkeypatch.setattr(runner, "_capture", capture)
+    runner.prepare(10)
+    assert captured == [100, 2, 4, 8, 16]
+    runner.prepare(33)
+    assert captured == [100, 2, 4, 8, 16, 32, 64]
+
+
+def test_rows_of_decoding():
+    assert _decoding_rows(64, 0) == 64
+    assert _decoding_rows(64, 8) == 64 + 8 * 8
+    assert _decoding_rows(2, 8) == 2 + 8
+    assert _decoding_rows(5, 4) == 5 + 3 * 2  # two of five verify three drafts: more rows than one of them four
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):

@@ -58,9 +58,6 @@ def dual_mode_attention(
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     if q.shape[0] == 0:
         return out
-    if pillar_index.shape[2] == 0:
-        # The kernel may look a first one up before it knows that there is none.
-        pillar_index = step["pillar_count"][:, None, None].expand(-1, k.shape[1], -1)
     arguments = {
         **{"q": q, "k": k, "v": v, "kv": kv, "scores": scores, "pillar_index": pillar_index, "out": out, **step},
         **_sizes(q, k, v, kv, scores, step, pillar_index),
@@ -143,7 +140,7 @@ def _strides(prefix: str, tensor: Tensor, first: str, second: str) -> dict[str, 
 
 
 def _settings(scale: float, window: int, softcap: float, dtype: torch.dtype) -> dict[str, Any]:
-    """Scale and soft-cap as ``logits_base_2`` takes them."""
+    """Scale and soft-cap as ``triton_tiles.products`` takes them."""
     log2_e = LOG2_E.value
     return {
         "window": window,

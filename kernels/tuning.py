@@ -17,7 +17,7 @@ from .device import DeviceLimits
 from .errors import TuningCacheWarning
 from .tiling import Layer, Tiling, default_tiling
 
-VERSION = 1
+VERSION = 2
 """Of the meaning of an entry; files of another version are not read."""
 
 CACHE_VARIABLE = "SPARSESPEC_TUNING_CACHE"

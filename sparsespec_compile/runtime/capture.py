@@ -46,7 +46,7 @@ class StepRunner:
         self._memory: Any = None  # what `CUDAGraph.pool` gives: torch has no public name for its type
 
     def prepare(self, rows: int) -> None:
-        """Capture every step of up to so many rows, so that no iteration has to wait for it."""
+        """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later."""
         sizes = [self._sizes[-1], *(size for size in self._sizes if size <= self._padded(rows))] if self._sizes else []
         missing = [size for size in dict.fromkeys(sizes) if (size, Variant()) not in self._graphs]
         with torch.cuda.device_of(self.step.inputs.flat):

@@ -16,8 +16,9 @@ from sparsespec_compile.runtime.work import PageUpdate, Work
 class CapturedStep:
     """A step with its own state, which a loop of yours drives. Get it from `OptimizedModel.capture`.
 
-    An iteration is `fill` (or writing into `inputs` yourself) and `replay`; it needs no answer from the device, so any
-    number can be enqueued ahead. On a GPU a replay is a CUDA graph, on a CPU the same computation runs at once.
+    An iteration is `fill` and `replay`, or writing into `inputs` yourself and `replay(rows, logits)`. It needs no
+    answer from the device, so any number can be enqueued ahead. On a GPU a replay is a CUDA graph, on a CPU the same
+    computation runs at once.
 
     An iteration holds at most `inputs.sizes.rows` packed rows, `inputs.sizes.logits` rows with logits, and, if pillars
     are chosen by score, as many scored requests as `state.scores` has rows: with phases spread, few are needed.
@@ -75,7 +76,13 @@ class CapturedStep:
                     "capture a step for more requests."
                 )
 
-    def replay(self) -> Results:
-        """Enqueue the iteration that `inputs` holds; `results` is valid once the device has come so far."""
-        self._runner(*self._counts, Variant())
+    def replay(self, rows: int | None = None, logits: int | None = None) -> Results:
+        """Enqueue the iteration that `inputs` holds; `results` is valid once the device has come so far.
+
+        Args:
+            rows: packed rows that were written into `inputs`; those of the latest `fill` unless given.
+            logits: rows with logits; likewise.
+        """
+        filled_rows, filled_logits = self._counts
+        self._runner(filled_rows if rows is None else rows, filled_logits if logits is None else logits, Variant())
         return self.results

@@ -118,7 +118,6 @@ class DraftLength:
         best = max(range(self._most + 1), key=speeds.__getitem__)
         if speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
             self._change(best)
-            return self.current
         return self.current
 
     def _change(self, drafts: int) -> None:

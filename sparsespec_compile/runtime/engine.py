@@ -143,10 +143,10 @@ class Engine:
             self._runner = self._tier = self._asked = None  # the old ones make room before the new ones are allocated
             with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
                 larger = capacity if present is None else capacity.union(present)
-                self._runner, self.memory_plan = build_runner(self.target, self.config, self._policy, larger)
-                self._asked = larger
-                self._runner.prepare(_decoding_rows(larger.slots, self.config.most_draft_tokens))
-                self._tier = HostTier(self._runner.step.state.pool, self._host_pages(self._runner.step.state))
+                runner, self.memory_plan = build_runner(self.target, self.config, self._policy, larger)
+                runner.prepare(_decoding_rows(larger.slots, self.config))
+                tier = HostTier(runner.step.state.pool, self._host_pages(runner.step.state))
+                self._runner, self._tier, self._asked = runner, tier, larger
         self._check_pool(needs.longest, self._runner.step.state)
         return self._runner, self._tier
 
@@ -193,6 +193,11 @@ class Engine:
         return int(available_host_bytes() * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
 
 
-def _decoding_rows(slots: int, most_draft_tokens: int) -> int:
-    """Rows of an iteration in which every slot decodes, for the number of drafts that takes most, phases being even."""
-    return max(slots + k * -(-slots // (k + 1)) for k in range(most_draft_tokens + 1))
+def _decoding_rows(slots: int, config: SpecConfig) -> int:
+    """Rows of an iteration in which every slot decodes: with even phases, all in one, or while their number changes."""
+    most = config.most_draft_tokens
+    if config.schedule == "in_phase":
+        return slots * (most + 1)
+    if config.draft_tokens == "auto":
+        return slots + slots * most // 2
+    return slots + most * -(-slots // (most + 1))

@@ -59,12 +59,12 @@ class InputSizes:
     updates: int
 
     def spans(self) -> Mapping[str, slice]:
-        """Where each field lies in the flat tensor."""
+        """Where each field lies in the flat tensor; there are gaps between them."""
         lengths = dict.fromkeys(_SLOT_FIELDS, self.slots)
         lengths |= dict.fromkeys(_ROW_FIELDS, self.rows)
         lengths |= {"logit_rows": self.logits, "update_at": self.updates, "update_page": self.updates}
-        begins = np.cumsum([0, *(_aligned(length) for length in lengths.values())]).tolist()
-        return {name: slice(at, at + size) for (name, size), at in zip(lengths.items(), begins, strict=False)}
+        begins = np.cumsum([0, *(_aligned(length) for length in lengths.values())]).tolist()[:-1]
+        return {name: slice(at, at + size) for (name, size), at in zip(lengths.items(), begins, strict=True)}
 
 
 def _aligned(length: int) -> int:
@@ -72,7 +72,7 @@ def _aligned(length: int) -> int:
 
 
 class StepInputs:
-    """The inputs on the device. Every attribute is a view of `flat`; fill `flat` or the views, then run the step.
+    """The inputs on the device. Every attribute is a view of `flat`, at `sizes.spans()`; fill it, then run the step.
 
     Attributes:
         flat: int32, all of them.

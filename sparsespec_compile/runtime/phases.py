@@ -31,22 +31,27 @@ class Phases:
     def spread(self, draft_tokens: int, requests: Sequence[Request], now: int) -> None:
         """Cycles have `draft_tokens` drafts from iteration `now` on: give every request a phase among the new ones.
 
-        A request keeps the cycle it is in, up to the new number of drafts, as long as that phase gets no more than
-        its share: verified early, every request at once would read its whole cache for few tokens.
+        A request finishes the cycle it is in, as it was meant to if that is soon enough, else with the new number of
+        drafts, as long as that phase gets no more than its share. Verified early, every request at once would read its
+        whole cache for few tokens.
         """
-        self.count = draft_tokens + 1
+        former, self.count = self.count - 1, draft_tokens + 1
         for request in requests:
             request.phase = None
         share = sum(request.reach for request in requests) / self.count
+        loads, counts = [0] * self.count, [0] * self.count
         longest_first = sorted(requests, key=lambda request: -request.reach)
         for request in longest_first if self.schedule == "balanced" else ():
-            due = (now + max(draft_tokens - request.drafted, 0)) % self.count
-            loads, counts = self._loads(requests)
-            if loads[due] + request.reach / 2 <= share and counts[due] < self.most:
+            left = former - request.drafted
+            due = (now + (left if 0 <= left <= draft_tokens else max(draft_tokens - request.drafted, 0))) % self.count
+            fits = loads[due] == 0 or loads[due] + request.reach / 2 <= share
+            if fits and counts[due] < self.most:
                 request.phase = due
+                loads[due] += request.reach
+                counts[due] += 1
         for request in longest_first:
             if request.phase is None:
-                request.phase = self.choose(requests, now)
+                request.phase = self.choose(requests, now - 1)
 
     def choose(self, requests: Sequence[Request], now: int) -> int:
         """A phase for a request that starts after iteration `now`, by those that `requests` have."""

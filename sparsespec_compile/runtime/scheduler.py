@@ -119,9 +119,11 @@ class Scheduler:
         drafts, most = request.drafted, self.draft_tokens
         scores = self.limits.scored > 0 and most > 0
         stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
-        due = self._phase_now() == request.phase or drafts >= most or stale
+        # A cycle begun when there were more drafts may finish as it was meant to.
+        longest = self.limits.draft_tokens
+        due = self._phase_now() == request.phase or drafts >= longest or stale
         full = scores and self._scored == self.limits.scored
-        if due and full and drafts < most and not stale:
+        if due and full and drafts < longest and not stale:
             due = False
         if not self.residency.covers(request, min(request.max_length, request.reach + drafts + 1)):
             return None

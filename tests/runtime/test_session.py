@@ -11,13 +11,15 @@ from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, MemoryPlanError
+from sparsespec_compile.errors import ConfigError, MemoryPlanError, PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.capture import StepRunner, row_counts
 from sparsespec_compile.runtime.engine import Engine, _decoding_rows
 from sparsespec_compile.runtime.frames import Frame
+from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
+from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.work import PageUpdate, Work
 
 from ..support.toy import Toy, requests_of, run
@@ -102,10 +104,47 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
 
 
 def test_rows_of_decoding():
-    assert _decoding_rows(64, 0) == 64
-    assert _decoding_rows(64, 8) == 64 + 8 * 8
-    assert _decoding_rows(2, 8) == 2 + 8
-    assert _decoding_rows(5, 4) == 5 + 3 * 2  # two of five verify three drafts: more rows than one of them four
+    assert _decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
+    assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 8
+    assert _decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 + 8
+    assert _decoding_rows(64, SpecConfig(draft_tokens="auto")) == 64 + 64 * 4
+    assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
+
+
+def test_inputs_may_be_written_without_fill(toy):
+    """By a second packer, as a loop of one's own may have one."""
+    tokens = []
+    for own in (False, True):
+        step = toy.engine(draft_tokens=4).capture(2, 64)
+        step.begin(0, 64)
+        prompt = Work(0, Mode.PREFILL, rows=6, tokens=[5, 1, 4, 2, 3, 6], logits=1)
+        if own:
+            packer = InputPacker(step.inputs.sizes)
+            packer.admit(0, 64, DrawParams())
+            counts = packer.pack([prompt], [])
+            step.inputs.flat.copy_(torch.from_numpy(packer.flat))
+            tokens.append(step.replay(*counts).tokens[0].tolist())
+        else:
+            step.fill([prompt])
+            tokens.append(step.replay().tokens[0].tolist())
+    assert tokens[0] == tokens[1]
+    assert tokens[0][0] == 1
+
+
+def test_an_engine_captures_before_it_runs(toy, monkeypatch):
+    prepared = []
+
+    def prepare(runner, rows):
+        prepared.append(rows)
+        if len(prepared) == 1:
+            raise PoolTooSmallError("no memory")
+
+    monkeypatch.setattr(StepRunner, "prepare", prepare)
+    engine = toy.engine(draft_tokens=4, min_budget=4)
+    with pytest.raises(PoolTooSmallError, match="no memory"):
+        run(engine, requests_of((3,) * 8, 20))
+    run(engine, requests_of((3,), 20))
+    assert prepared == [8 + 4 * 2, 2 + 4]  # what failed is not asked for again
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 STARTUP = Path(__file__).parents[2] / "benchmarks" / "startup.py"
+sys.path.insert(0, str(STARTUP.parent))
+
+import startup  # noqa: E402
 
 
 def test_starts_with_empty_and_with_filled_caches(tmp_path):
@@ -17,3 +20,16 @@ def test_starts_with_empty_and_with_filled_caches(tmp_path):
     assert [row["caches"] for row in rows] == ["empty", "filled"]
     for row in rows:
         assert 0 < row["optimize_seconds"] < row["to_first_token_seconds"] < row["to_last_token_seconds"]
+
+
+def test_each_start_has_the_caches_it_is_given(monkeypatch, tmp_path):
+    given = {}
+
+    def run(command, env, **_):
+        given.update({name: env[name] for name in startup.CACHES})
+        return subprocess.CompletedProcess(command, 0, stdout='progress\n{"optimize_seconds": 1.5}\n')
+
+    monkeypatch.setattr(startup.subprocess, "run", run)
+    assert startup.start_apart(tmp_path) == {"optimize_seconds": 1.5}
+    assert len(given) == 2
+    assert all(Path(folder).parent == tmp_path for folder in given.values())

@@ -74,7 +74,7 @@ def test_measured_times_correct_the_prediction():
 
 
 def slower_with_drafts(drafts, length, requests):
-    """As on an H200: the prediction fits plain decoding, and misses a quarter of what speculation reads and a constant."""
+    """As on an H200: plain decoding is as predicted; speculation takes a quarter more to read, and a constant more."""
     extra = seconds(drafts, length, requests) - seconds(drafts, 0, requests)
     return seconds(drafts, length, requests) + (0.25 * extra + 0.1 * FIXED if drafts else 0.0)
 

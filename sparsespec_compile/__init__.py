@@ -1,5 +1,11 @@
 """Lossless sparse self-speculative decoding for HuggingFace models, as a compiler. See `optimize`."""
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").exists():
+    # Python started in the repository finds this folder before the installed package; two of its parts stand beside it.
+    __path__.append(str(Path(__file__).parents[1]))
+
 from sparsespec_compile.advice import Advice, advise
 from sparsespec_compile.api import OptimizedModel, optimize
 from sparsespec_compile.ceilings import H200, Ceilings

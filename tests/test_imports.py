@@ -117,3 +117,11 @@ def test_a_bare_import_of_a_folder_loads_nothing_of_it(folder):
     script += f"print([n for n in sys.modules if n.startswith('{folder}.')])"
     run = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_python_started_in_the_repository_finds_all_parts():
+    """There the folder of the package comes before what is installed, and kernels and passes stand beside it."""
+    code = "import sparsespec_compile.kernels.tune, sparsespec_compile.passes.pipeline as p; print(p.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "passes" / "pipeline.py"

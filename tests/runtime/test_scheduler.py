@@ -92,6 +92,16 @@ def test_another_number_of_drafts_spreads_the_requests_over_its_phases():
     assert [item.mode for item in planned(made).values()].count(Mode.VERIFY) == 2
 
 
+def test_fewer_drafts_do_not_make_every_request_verify_at_once():
+    """Two at each place of a cycle of three drafts: those with two drafts finish it, though two are a whole one now."""
+    made = scheduler()
+    requests = decoding(made, drafted=[0, 1, 2, 3] * 2, phase=None)
+    for request in requests:
+        request.phase = (made.iteration + DRAFTS - request.drafted) % (DRAFTS + 1)
+    made.set_draft_tokens(DRAFTS - 1)
+    assert [item.mode for item in planned(made).values()].count(Mode.VERIFY) <= 2
+
+
 def test_only_the_verification_of_as_many_drafts_as_a_cycle_has_is_a_whole_cycle():
     made = scheduler()
     short, whole = due_now(made, drafted=[1, DRAFTS])

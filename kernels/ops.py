@@ -33,6 +33,8 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        of j measured by what the request's own drafts could see. Wherever those saw what matters n is the full
        log-sum-exp, as it is exactly with pillar_count 0 and recent_start 0; and it is known before the pass over the
        cache, so that this one pass gives output and scores. The paper's kernel divides by the full sum instead.
+       Any number of rows may be scored, but scores of a VERIFY request cost next to nothing only while
+       score_rows[b] <= scored_rows_at_most(G): further rows take passes of their own over all keys.
     Logits, softmax and scores are computed in float32, or in float64 for float64 inputs.
     Required of the values, which are not checked since that would wait for the device: requests do not share rows;
     positions stay inside the reserved pages; score_rows <= row_count; end - score_rows <= S;
@@ -71,6 +73,7 @@ from torch import Tensor
 from .errors import KernelInputError, KernelUnavailableError, SparseSpecError
 
 __all__ = [
+    "SCORED_PAIRS",
     "STEP_TENSORS",
     "KernelInputError",
     "KernelUnavailableError",
@@ -79,6 +82,7 @@ __all__ = [
     "attention_site",
     "draw_tokens",
     "dual_mode_attention",
+    "scored_rows_at_most",
     "select_pillars",
 ]
 
@@ -116,6 +120,21 @@ reserved ones (never read). score_rows [B]: number of trailing rows whose attent
 score_slot [B]: the row of scores that is written for a request with score_rows > 0, not read otherwise.
 pillar_count [B]: valid entries of pillar_index, alike for all layers and heads. recent_start [B]: first position that
 draft rows read densely."""
+
+SCORED_PAIRS = 64
+"""(Row, query head of one KV head) pairs of a verification that the GPU kernel takes at a time, in 16-bit dtypes."""
+
+
+def scored_rows_at_most(group: int) -> int:
+    """Trailing rows of a verification whose scores come out of the pass that attends, at least 1.
+
+    More rows may be scored; a verification of more rows also reads its keys and values once for each so many.
+
+    Args:
+        group: query heads of a KV head, G >= 1; of a model whose layers differ the largest.
+    """
+    return max(1, SCORED_PAIRS // group)
+
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from .device import DeviceLimits
+from .ops import SCORED_PAIRS
 
 LARGE_STEP_PAIRS = 16384
 LARGE_STEP_ROWS = 16
@@ -85,7 +86,7 @@ def default_tiling(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tili
     """Tiles within the registers of a program and the shared memory of a multiprocessor."""
     single = layer.dtype == torch.float32
     wide = layer.token_bytes > 512
-    big_m = 16 if single else 128 if large_step and not wide else 64
+    big_m = 16 if single else 128 if large_step and not wide else SCORED_PAIRS
     big_m = max(big_m, small_tile(layer.group))
     block_n = 16 if layer.token_bytes > 1024 else 32 if wide else 64
     num_warps = 8 if big_m > 64 or wide else 4

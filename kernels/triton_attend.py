@@ -9,6 +9,7 @@ from .triton_plan import (
     locate,
     plan_requests,
     reading_of,
+    rows_of_tile,
     share_of_line,
     tiles_of,
 )
@@ -161,7 +162,7 @@ def attention_kernel(
         pillars = tl.load(pillar_count + request)
         recent = tl.load(recent_start + request)
         small, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
-        emits = emits_scores(kind, scored, tiles)
+        emits = emits_scores(kind, scored, tile_rows)
         end = cached + count
         # In the line, every tile of a request reads the same blocks.
         read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
@@ -183,16 +184,19 @@ def attention_kernel(
             next_at = stop
         head = unit % kv_heads
         tile = unit // kv_heads
-        own_first, own_end, beside_pool = 0, count, False
+        first, end_row = rows_of_tile(tile, tiles, tile_rows, count)
+        emits = emits & (end_row == count)
+        # A tile writes the step's tokens that it reads.
+        end = cached + end_row
+        own_first, beside_pool = 0, False
         if not in_line:
             # The last tiles of a prompt read most and go first.
             tile = tl.where(scores_only, 0, tiles - 1 - tile)
             first = tile * tile_rows
-            last_row = tl.minimum(count, first + tile_rows)
+            end_row = tl.minimum(count, first + tile_rows)
             beside_pool = kind != DRAFT
             own_first = tl.where(beside_pool, first, 0)
-            own_end = last_row
-            end = tl.where(beside_pool, cached, cached + last_row)
+            end = tl.where(beside_pool, cached, cached + end_row)
             read, start = reading_of(kind, cached + first, pillars, recent, window, BLOCK_N, HAS_WINDOW)
             if HAS_WINDOW:
                 # Nothing of the pool where the window begins behind it.
@@ -201,7 +205,6 @@ def attention_kernel(
             end_block = all_blocks
             # Looked up ahead of a loop that may have nothing to do.
             end = tl.maximum(end, start + 1)
-        first = tile * tile_rows
 
         wide_request, wide_head = request.to(tl.int64), head.to(tl.int64)
         q_base = q + first_row * stride_q_row + wide_head * (GROUP * stride_q_head)
@@ -241,12 +244,12 @@ def attention_kernel(
             measured_from = recent
             if HAS_WINDOW:
                 measured_from = tl.maximum(recent, cached - window + 1)
-            measured = (index_base, pillars, measured_from, cached + count)
+            measured = (index_base, pillars, measured_from, end)
             blocks = (first_block, end_block, all_blocks)
-            own = (own_first, own_end, beside_pool)
+            own = (own_first, end_row, beside_pool)
             score = (emits & (not again), score_base, scored)
             workspace = (parts, counters, first_program, last_program)
-            work = (packed, source, listed, measured, blocks, (first, count), own, score, workspace)
+            work = (packed, source, listed, measured, blocks, (first, end_row), own, score, workspace)
             if kind == DRAFT:
                 attend_segment_apart(work, settings, LAYER, DRAFT_TILE)
             elif small:

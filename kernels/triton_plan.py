@@ -3,7 +3,7 @@
 A unit of work is one tile of rows of a request with one KV head. Requests with few tiles stand in a line, each unit as
 long as the blocks of keys it reads plus what starting it costs, and each program takes one equal stretch of the line:
 bytes are shared out evenly however lengths are mixed, and a unit may be split over programs (stream-K, Osama et al.
-2023, over bytes of KV). Long prompts have tiles enough to share those out whole.
+2023, over bytes of KV). Verifications all stand there. Long prompts have tiles enough to share those out whole.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 from .triton_tiles import DRAFT, IDLE, PREFILL, VERIFY
 
 MAX_STREAM_TILES = tl.constexpr(4)
-"""Most tiles of a request in the line."""
+"""Most tiles of a request in the line; of a verification any number, for only there are scores given out."""
 
 
 @triton.jit
@@ -41,16 +41,29 @@ def reading_of(kind, position, pillars, recent, window, BLOCK_N: tl.constexpr, H
 
 @triton.jit
 def cost_of_unit(emits, pillars, recent, end, BLOCK_N: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
-    """Cost of a unit before its first block, in blocks: to start it, and to read what measures its scores."""
+    """Cost of a unit before its first block, in blocks: to start it, and to read what measures its scores.
+
+    Of several tiles only the last does that, but units of a request are alike in the line.
+    """
     measured = (pillars + end - recent + BLOCK_N - 1) // BLOCK_N
     # Keys without values.
     return UNIT_OVERHEAD + tl.where(emits, (measured + 1) // 2, 0)
 
 
 @triton.jit
-def emits_scores(kind, scored, tiles):
-    """Whether scores come out of the attention pass itself: all scored rows in one tile, their measure known before."""
-    return (kind == VERIFY) & (scored > 0) & (tiles == 1)
+def emits_scores(kind, scored, tile_rows):
+    """Whether scores come out of the attention pass itself, of a request's last tile, which must hold all scored rows.
+
+    Of a verification alone: what measures its looks is known before.
+    """
+    return (kind == VERIFY) & (scored > 0) & (scored <= tile_rows)
+
+
+@triton.jit
+def rows_of_tile(tile, tiles, tile_rows, count):
+    """First row of a tile in the line, and the row behind its last: the first tile is the one that may not be full."""
+    end = count - (tiles - 1 - tile) * tile_rows
+    return tl.maximum(end - tile_rows, 0), end
 
 
 @triton.jit
@@ -81,14 +94,14 @@ def plan_requests(
     pillars = tl.load(pillar_count + slot, mask=inside, other=0)
     recent = tl.load(recent_start + slot, mask=inside, other=0)
     count = tl.where(kind == IDLE, 0, count)
-    tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)[2]
+    _, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
     read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
     blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
-    emits = emits_scores(kind, scored, tiles)
+    emits = emits_scores(kind, scored, tile_rows)
     cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, UNIT_OVERHEAD)
-    whole = tiles > MAX_STREAM_TILES
+    whole = (tiles > MAX_STREAM_TILES) & (kind != VERIFY)
     line = tl.where(whole, 0, tiles * cost) * kv_heads
-    separate = (count > 0) & (scored > 0) & ((kind == PREFILL) | ((kind == VERIFY) & (tiles > 1)))
+    separate = (count > 0) & (scored > 0) & ((kind == PREFILL) | ((kind == VERIFY) & (scored > tile_rows)))
     return line, tl.where(whole, tiles * kv_heads, 0), tl.where(separate, kv_heads, 0)
 
 

@@ -32,7 +32,7 @@ def score_separately(
 ):
     """Scores of one request and KV head in a pass of its own: twice over the keys for each tile of scored rows.
 
-    For prompts, once each, and for verifications of more rows than a tile has.
+    For prompts, once each, and for verifications with more scored rows than a tile has.
     """
     GROUP: tl.constexpr = LAYER[0]
     KEY_DIM: tl.constexpr = LAYER[1]

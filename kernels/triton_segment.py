@@ -26,9 +26,10 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     ``unit`` is (packed, source, listed, measured, blocks, rows, own, score, workspace): ``packed`` (q, its strides of a
     row and a head, out, its stride of a row), at the request and KV head; ``source`` see pool_pointers; ``listed``
     what of the pool the tile reads (see positions_of) and ``measured`` what measures its scores; ``blocks``
-    (first, end, all) which blocks of it; ``rows`` (first, count) of the tile and the request; ``own`` (first, end) of
-    the request's rows to be written, and whether the tile reads them beside the pool; ``score`` (emits, scores, scored)
-    with scores at the request's slot and head; ``workspace`` (parts, counters, first program, last program).
+    (first, end, all) which blocks of it; ``rows`` (first, count): the tile's first row, and how many the request has up
+    to the tile's last, which are all of them where scores are given out; ``own`` (first, end) of the request's rows to
+    be written, and whether the tile reads them beside the pool; ``score`` (emits, scores, scored) with scores at the
+    request's slot and head; ``workspace`` (parts, counters, first program, last program).
     LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
     precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
     positions are looked up, splits of a block between warps, whether rows may be read beside the pool, keys of a block

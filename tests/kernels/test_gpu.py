@@ -33,6 +33,8 @@ STEP = [
     Request(Mode.PREFILL, rows=97, score_rows=9),
     Request(Mode.VERIFY, cached=1, rows=1, score_rows=1, pillars=1, recent=1),
     Request(Mode.VERIFY, cached=300, rows=40, score_rows=40, pillars=20, recent=290),
+    Request(Mode.VERIFY, cached=8192, rows=17, score_rows=16, pillars=410, recent=8192),
+    Request(Mode.VERIFY, cached=3000, rows=65, score_rows=4, pillars=150, recent=2990),
     Request(Mode.DRAFT, cached=64, pillars=64, recent=64),
     Request(Mode.VERIFY, cached=63, rows=9, score_rows=9, pillars=63, recent=63),
     Request(Mode.VERIFY, cached=4096),
@@ -98,7 +100,7 @@ def test_graph_replays_with_other_lengths() -> None:
     """A captured step and selection, replayed after modes, lengths, rows and pages changed in place: eager's bits."""
     shape = Shape(32, 8, 128, 128, page_size=16, scale=128**-0.5)
     first = build(shape, STEP, torch.bfloat16).to(torch.bfloat16, "cuda")
-    others = [STEP[b] for b in (1, 0, 3, 2, 7, 6, 5, 4, 8, 13, 12, 11, 10, 9)]
+    others = [STEP[b] for b in (1, 0, 3, 2, 7, 6, 5, 4, 8, 15, 14, 13, 12, 11, 10, 9)]
     second = build(shape, others, torch.bfloat16, seed=1).to(torch.bfloat16, "cuda")
     first, second = _alike(first, second)
     budget = torch.full((len(STEP),), 300, dtype=torch.int32, device="cuda")

@@ -28,8 +28,10 @@ REQUESTS = [
     Request(Mode.PREFILL, cached=19, rows=41, score_rows=11),
     Request(Mode.DRAFT, cached=3, rows=37),
     Request(Mode.PREFILL, rows=7, score_rows=2),
+    Request(Mode.VERIFY, cached=36, rows=33, score_rows=8, pillars=9, recent=30),
 ]
-"""In tiles of 8 or 16 rows: one tile, two (scores in a pass of their own), and more than stand in the line."""
+"""In tiles of 8 rows, drafts of 16: one tile, two with scores in a pass of their own, five with the last one giving
+them out, and more than stand in the line."""
 
 Sharing = tuple[int, Tiling]
 

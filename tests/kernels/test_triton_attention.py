@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.errors import KernelInputError
 from sparsespec_compile.kernels.ops import Mode
 
@@ -64,10 +65,43 @@ def test_several_blocks_and_tiles(window: int, device: str) -> None:
     check(build(Shape(window=window), LONG, torch.float32), torch.float32, device)
 
 
+@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize(("group", "rows"), [(4, 17), (8, 9), (5, 13), (4, 65)])
+def test_verifications_of_several_tiles_give_scores_as_they_attend(
+    group: int, rows: int, window: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scored rows fill the last tile, so no pass of their own reads all keys once more."""
+    scored = ops.scored_rows_at_most(group)
+    requests = [
+        Request(Mode.VERIFY, cached=200, rows=rows, score_rows=scored, pillars=30, recent=190),
+        Request(Mode.VERIFY, cached=70, rows=rows, score_rows=3, pillars=9, recent=64),
+        Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
+    ]
+    case = build(Shape(q_heads=2 * group, page_size=16, window=window), requests, torch.bfloat16)
+    if device == "cpu":
+        from sparsespec_compile.kernels import triton_attend
+
+        # Nothing is scored in its place.
+        monkeypatch.setattr(triton_attend, "score_separately", lambda *arguments: None)
+    check(case, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("large_step", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (192, 512)])
+def test_a_tile_holds_the_rows_that_the_engine_scores(large_step: bool, dims: tuple[int, int]) -> None:
+    from sparsespec_compile.kernels.device import INTERPRETER
+    from sparsespec_compile.kernels.tiling import Layer, default_tiling
+
+    for group in range(1, 130):
+        tiling = default_tiling(Layer(group, *dims, torch.bfloat16, 16), large_step, INTERPRETER)
+        assert 1 <= ops.scored_rows_at_most(group) <= tiling.big_m // group
+
+
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 40.0), (torch.bfloat16, 40.0), (torch.float16, 8.0)])
 def test_drafts_that_missed_what_rows_look_at_most(dtype: torch.dtype, scale: float, device: str) -> None:
     """Weights measured from what a draft could see leave the range of numbers; tiles of both kinds attend again."""
-    requests = [Request(Mode.VERIFY, cached=70, rows=r, score_rows=r, pillars=1, recent=69) for r in (2, 9)]
+    rows = ((2, 2), (9, 9), (40, 8))  # the last ones in several tiles, of which one attends again
+    requests = [Request(Mode.VERIFY, cached=70, rows=r, score_rows=s, pillars=1, recent=69) for r, s in rows]
     check(build(Shape(scale=scale), requests, dtype), dtype, device)
 
 

@@ -59,6 +59,11 @@ class KVLayout:
         """KV heads of all layers together."""
         return self.head_offset(len(self.layers))
 
+    @property
+    def largest_group(self) -> int:
+        """Query heads of a KV head, in the layer that has most."""
+        return max(layer.q_heads // layer.kv_heads for layer in self.layers)
+
     def page_elements(self, index: int) -> int:
         """Elements that layer `index` has in each page."""
         return self.page_size * self.layers[index].elements_per_token()

@@ -79,7 +79,7 @@ class StepInputs:
         mode: int32 [S], a `kernels.ops.Mode`; IDLE for a slot without work.
         row_start, rows: int32 [S], first packed row and number of rows of a slot.
         offset: int32 [S], as in `Work`.
-        scored: int32 [S], trailing rows that give out scores.
+        scored: int32 [S], trailing rows that choose the next pillars, as in `Work`.
         score_slot: int32 [S], row of the score buffer that they are written to.
         logit_start, logit_count: int32 [S], which of the rows with logits belong to a slot.
         max_length: int32 [S], prompt and new tokens together at most.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels.ops import Mode, draw_tokens
+from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import StepInputs
 from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
@@ -60,8 +60,9 @@ class Results(NamedTuple):
 class Placed(NamedTuple):
     """Rows as the graph takes them: slot, position, token int64 [T], the others int32 [S].
 
-    `score_rows` are the rows that give out scores; `scored_length` the positions before a request's scored rows, -1 for
-    requests that keep their pillars.
+    `scored_length` are the positions before the rows that a request's work calls scored, -1 for requests that keep
+    their pillars; `score_rows` those of these rows whose attention is given out: all of a prompt, of a verification the
+    last `scored_rows_at_most`.
     """
 
     slot: Tensor
@@ -98,6 +99,7 @@ class Step:
         self.state = state
         self.inputs = inputs
         self.reads_scores = policy is not None and policy.reads_scores
+        self._score_rows = scored_rows_at_most(state.layout.largest_group) if self.reads_scores else 0
         slots = state.capacity.slots
         self.results = Results(
             tokens=torch.zeros(slots, draft_tokens + 2, dtype=torch.int32, device=state.device),
@@ -111,7 +113,7 @@ class Step:
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run the first `rows` packed rows and `logits` rows with logits of the inputs; `results` holds the outcome."""
         state, inputs = self.state, self.inputs
-        placed = self._place_rows(state, inputs, rows, self.reads_scores)
+        placed = self._place_rows(state, inputs, rows, self._score_rows)
         logit_rows = inputs.logit_rows[:logits]
         out = self.forward(
             placed.token[None],
@@ -135,8 +137,11 @@ class Step:
         self._accept(state, inputs, placed, out, logit_rows, self.results, variant)
 
 
-def place_rows(state: State, inputs: StepInputs, rows: int, reads_scores: bool) -> Placed:
-    """Renew the page table, and look up where each row stands and which token it carries."""
+def place_rows(state: State, inputs: StepInputs, rows: int, most_scored: int) -> Placed:
+    """Renew the page table, and look up where each row stands and which token it carries.
+
+    `most_scored`: rows of a verification that give out scores, at most; 0 = nobody reads scores.
+    """
     state.page_table.view(-1).index_put_((inputs.update_at.long(),), inputs.update_page)
     prefill = inputs.mode == _PREFILL
     cached = torch.where(prefill, inputs.offset, state.length + inputs.offset)
@@ -154,7 +159,9 @@ def place_rows(state: State, inputs: StepInputs, rows: int, reads_scores: bool) 
     token = torch.where(given >= 0, given, state.tokens[slot, position])
     scored = torch.minimum(inputs.scored, count)
     scored_length = torch.where(scored > 0, cached + count - scored, -1)
-    score_rows = scored if reads_scores else torch.zeros_like(scored)
+    # A prompt's scores take passes of their own anyway.
+    given_out = torch.where(prefill, scored, scored.clamp(max=most_scored))
+    score_rows = given_out if most_scored else torch.zeros_like(scored)
     return Placed(slot, position, token, count, cached, score_rows, scored_length)
 
 

@@ -18,7 +18,8 @@ class Work:
             drafts so far; 0 for a verification). Prefills: position of the first row.
         tokens: prefills: the chunk's token ids, `rows` of them. Others take theirs from the device.
         logits: trailing rows whose logits are needed: all of a draft or verification, the last one of a prompt.
-        scored: trailing rows whose attention probabilities choose the next pillars; 0 = none.
+        scored: trailing rows before which the next pillars stand; 0 = they are kept. Chosen by the attention of these
+            rows, of a verification by that of the last `kernels.ops.scored_rows_at_most` if there are more.
         whole_cycle: whether it verifies as many drafts as cycles have at the time; counted, not needed by the device.
     """
 

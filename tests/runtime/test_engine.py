@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
+from sparsespec_compile.kernels.ops import Mode, scored_rows_at_most
 from sparsespec_compile.runtime.request import Request
 
 from ..support.toy import Toy, prompts, requests_of, run
@@ -108,6 +109,30 @@ def test_budgets_of_everything_accept_everything(toy):
         engine = toy.engine(draft_tokens=6, drafter=drafter, min_budget=1000)
         run(engine, requests_of((1, 30, 50), 60))
         assert engine.stats.accepted_per_cycle == 6
+
+
+def test_the_last_rows_of_long_verifications_choose_the_pillars(toy):
+    """As many as the GPU kernel scores while it attends; drafts still read everything since the verification."""
+    engine = toy.engine(draft_tokens=40, min_budget=4)
+    forward, scored, verified = engine.target.forward, [], {}
+
+    def spy(*inputs):
+        mode, _, rows, cached, _, score_rows, _, _, recent = (tensor.tolist() for tensor in inputs[6:])
+        scored.extend(zip(mode, rows, score_rows, strict=True))
+        for slot, (kind, at) in enumerate(zip(mode, cached, strict=True)):
+            if kind == Mode.DRAFT:
+                assert recent[slot] <= verified[slot]
+            elif rows[slot]:
+                verified[slot] = at + (rows[slot] - score_rows[slot] if kind == Mode.PREFILL else 0)
+        return forward(*inputs)
+
+    engine.target = replace(engine.target, forward=spy)
+    requests = requests_of((5, 60), 150)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    most = scored_rows_at_most(2)
+    assert {(rows, score_rows) for kind, rows, score_rows in scored if kind == Mode.VERIFY} >= {(41, most)}
+    assert all(score_rows == min(rows, most) for kind, rows, score_rows in scored if kind == Mode.VERIFY)
+    assert {score_rows for kind, _, score_rows in scored if kind == Mode.PREFILL} == {5, 41}
 
 
 def test_requests_of_one_prompt_length_verify_in_different_iterations(toy):

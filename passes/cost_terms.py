@@ -4,7 +4,8 @@ Plain data and formulas, no FX: `cost.py` applies them to a graph, and whoever h
 
 Counted is what has to cross the memory bus: weights once an iteration, keys and values once for each request that
 reads them, scores and logits written and read once. Activations are not: at a few hundred rows they stay in the L2
-cache. Bytes of a term over the read ceiling are then its speed of light.
+cache. Bytes of a term over the read ceiling are then its speed of light. What the kernels read once more than has to
+be is kept apart, for predictions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from functools import cached_property
 from typing import Literal
 
 import sympy
-from sympy import Expr, Integer, Min
+from sympy import Expr, Integer, Min, Rational, ceiling
+
+from sparsespec_compile.kernels.ops import scored_rows_at_most
 
 Kind = Literal["gemm", "draft", "verify", "stream"]
 
@@ -64,6 +67,8 @@ class Term:
             "verify": whole caches; "stream": anything else that is read or written in order.
         bytes, flops: in `SYMBOLS`.
         launches: kernels of their own.
+        bytes_again: bytes that a kernel reads beside `bytes` because it comes by more than once; no part of the speed
+            of light.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Term:
     bytes: Expr
     flops: Expr
     launches: int = 0
+    bytes_again: Expr = sympy.S.Zero
 
 
 @dataclass(frozen=True)
@@ -97,13 +103,14 @@ class IterationCost:
         """The term called `name`; raises KeyError when there is none."""
         return {term.name: term for term in self.terms}[name]
 
-    def evaluate(self, iteration: Iteration) -> list[tuple[float, float]]:
-        """Bytes and FLOPs of each term, in their order."""
-        return [(float(size), float(flops)) for size, flops in self._function(*iteration.values())]
+    def evaluate(self, iteration: Iteration) -> list[tuple[float, float, float]]:
+        """Bytes, FLOPs and bytes read again of each term, in their order."""
+        return [(float(size), float(flops), float(again)) for size, flops, again in self._function(*iteration.values())]
 
     @cached_property
-    def _function(self) -> Callable[..., list[tuple[float, float]]]:
-        return sympy.lambdify(SYMBOLS, [(term.bytes, term.flops) for term in self.terms], modules="math")
+    def _function(self) -> Callable[..., list[tuple[float, float, float]]]:
+        counts = [(term.bytes, term.flops, term.bytes_again) for term in self.terms]
+        return sympy.lambdify(SYMBOLS, counts, modules="math")
 
 
 def collect(terms: Iterable[Term]) -> IterationCost:
@@ -112,7 +119,12 @@ def collect(terms: Iterable[Term]) -> IterationCost:
     for term in terms:
         old = total.get(term.name, Term(term.name, term.kind, Integer(0), Integer(0)))
         total[term.name] = Term(
-            term.name, term.kind, old.bytes + term.bytes, old.flops + term.flops, old.launches + term.launches
+            term.name,
+            term.kind,
+            old.bytes + term.bytes,
+            old.flops + term.flops,
+            old.launches + term.launches,
+            old.bytes_again + term.bytes_again,
         )
     return IterationCost(tuple(total.values()))
 
@@ -139,6 +151,7 @@ def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window:
     Drafting requests read `min(L, b)` chosen positions and those since the last verification, k + 1 on average (half
     of the drafts before it accepted, half of those behind it written). Verifying ones read their whole cache, once for
     all their rows, and give out a score for each position and KV head, which the choice of the next positions reads.
+    The kernel reads the cache again for rows beyond those that it takes at a time.
 
     Args:
         q_heads, kv_heads, key_dim, value_dim, window: as in `AttentionLayer`; window 0 = none.
@@ -149,11 +162,21 @@ def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window:
     drafted = _visible(Min(L, b) + k + 1, window)
     verified = _visible(L, window)
     index = D * Min(L, b) * kv_heads * _INDEX_BYTES
+    # Half a row less, for numbers that are not exact; k is whole.
+    times = ceiling((k + Rational(1, 2)) / scored_rows_at_most(q_heads // kv_heads))
+    verify = Term(
+        "verify attention",
+        "verify",
+        V * verified * token,
+        V * (k + 1) * verified * row_flops,
+        launches=1,
+        bytes_again=(times - 1) * V * verified * token,
+    )
     scores = 2 * Min(k, 1) * V * L * kv_heads * _SCORE_BYTES  # plain decoding, k = 0, chooses nothing
     return [
         Term("KV written", "stream", T * token, Integer(0)),
         Term("draft attention", "draft", D * drafted * token + index, D * drafted * row_flops),
-        Term("verify attention", "verify", V * verified * token, V * (k + 1) * verified * row_flops, launches=1),
+        verify,
         Term("scores", "stream", scores, Integer(0)),
     ]
 

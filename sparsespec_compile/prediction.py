@@ -2,8 +2,9 @@
 
 **Speed of light**: all bytes at the read ceiling or all FLOPs at theirs, whichever takes longer.
 
-**Prediction**: term by term. Reading and computing overlap, but not fully where both matter; with x and y the time that
-each would take alone, sqrt(x^2 + y^2) follows measured steps from 2 to 256 rows. Each launch adds its overhead.
+**Prediction**: term by term, what a kernel reads again included. Reading and computing overlap, but not fully where
+both matter; with x and y the time that each would take alone, sqrt(x^2 + y^2) follows measured steps from 2 to 256
+rows. Each launch adds its overhead.
 """
 
 import math
@@ -25,7 +26,7 @@ class TermTime:
 
     Attributes:
         name: the term's, or "launches".
-        bytes, flops: of the term.
+        bytes, flops: of the term, without what is read again.
         seconds: predicted.
     """
 
@@ -63,9 +64,9 @@ class Prediction:
 def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Prediction:
     """The time of one iteration."""
     sizes = cost.evaluate(iteration)
-    times = [_term_time(term, size, flops, ceilings) for term, (size, flops) in zip(cost.terms, sizes, strict=True)]
+    times = [_term_time(term, *counts, ceilings) for term, counts in zip(cost.terms, sizes, strict=True)]
     times.append(TermTime(OVERHEAD, 0.0, 0.0, sum(_overhead(term, ceilings) for term in cost.terms)))
-    total_bytes, total_flops = (sum(column) for column in zip(*sizes, strict=True))
+    total_bytes, total_flops, _ = (sum(column) for column in zip(*sizes, strict=True))
     light = max(total_bytes / ceilings.read_bytes_per_s, total_flops / ceilings.flops_per_s)
     return Prediction(tuple(times), sum(time.seconds for time in times), light)
 
@@ -121,9 +122,9 @@ def _iteration(batch: int, verifying: int, draft_tokens: int, length: float, bud
     return Iteration(rows, rows, batch - verifying, verifying, length, draft_tokens, budget)
 
 
-def _term_time(term: Term, size: float, flops: float, ceilings: Ceilings) -> TermTime:
+def _term_time(term: Term, size: float, flops: float, again: float, ceilings: Ceilings) -> TermTime:
     gathered, attention = term.kind == "draft", term.kind in ("draft", "verify")
-    reading = size / (ceilings.gather_bytes_per_s if gathered else ceilings.read_bytes_per_s)
+    reading = (size + again) / (ceilings.gather_bytes_per_s if gathered else ceilings.read_bytes_per_s)
     computing = flops / (ceilings.attention_flops_per_s if attention else ceilings.flops_per_s)
     return TermTime(term.name, size, flops, math.hypot(reading, computing))
 

@@ -73,6 +73,13 @@ def test_better_acceptance_and_longer_contexts_pay_more():
     assert lengths_of_cycles[0] < lengths_of_cycles[-1]
 
 
+def test_drafts_beyond_what_a_tile_holds_are_weighed():
+    """8 query heads to a KV head: a verification of 9 rows reads the cache twice, so 7 drafts are where to stop."""
+    model = LlamaConfig.from_dict({**LLAMA_8B.to_dict(), "num_attention_heads": 64, "head_dim": 128})
+    assert advice(32768, acceptance=0.97).speculative.draft_tokens > 8
+    assert advice(32768, acceptance=0.97, model=model).speculative.draft_tokens == 7
+
+
 def test_break_even_is_where_it_begins_to_pay():
     length = advice().break_even_length
     assert advice(length).speculate

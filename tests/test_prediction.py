@@ -27,6 +27,8 @@ QWEN3_8B = Qwen3Config(
     dtype=torch.bfloat16,
 )
 EMBEDDING_BYTES = 151936 * 4096 * 2
+CALM = dataclasses.replace(H200, flops_per_s=1e30, attention_flops_per_s=1e30)
+"""A device that computes in no time."""
 COST = config_cost(QWEN3_8B, torch.bfloat16)
 
 
@@ -136,6 +138,20 @@ def test_light_is_that_of_flops_where_they_take_longer():
     iteration = Iteration(rows=4096, kept=4096, drafting=0, verifying=0, length=0, draft_tokens=0, budget=0)
     got = predict(COST, iteration, H200)
     assert got.light_seconds == pytest.approx(sum(term.flops for term in got.terms) / 673e12)
+
+
+@pytest.mark.parametrize(("q_heads", "most"), [(8, 63), (24, 20), (32, 15), (40, 11), (64, 7), (71 * 8, 0)])
+def test_one_draft_more_than_a_tile_holds_reads_every_cache_again(q_heads, most):
+    layer = collect(attention(q_heads=q_heads, kv_heads=8, key_dim=128, value_dim=128, window=0, itemsize=2))
+
+    def verify(k):
+        got = predict(layer, Iteration(k + 1, k + 1, 0, verifying=1, length=8192, draft_tokens=k, budget=0), CALM)
+        return next(term.seconds for term in got.terms if term.name == "verify attention"), got.light_seconds
+
+    once = verify(0)[0]
+    for k in range(65):
+        assert verify(k)[0] == pytest.approx(once * (k // (most + 1) + 1))
+        assert verify(k)[1] < 1.2 * verify(0)[1]
 
 
 def test_more_work_takes_longer():

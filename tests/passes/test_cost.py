@@ -62,7 +62,8 @@ def test_numbers_are_those_of_the_expressions(cost_of):
     iteration = Iteration(rows=20, kept=17, drafting=4, verifying=3, length=100, draft_tokens=4, budget=32)
     values = dict(zip(SYMBOLS, iteration.values(), strict=True))
     for term, numbers in zip(cost.terms, cost.evaluate(iteration), strict=True):
-        assert numbers == (float(term.bytes.subs(values)), float(term.flops.subs(values)))
+        expressions = (term.bytes, term.flops, term.bytes_again)
+        assert numbers == tuple(float(expression.subs(values)) for expression in expressions)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +74,7 @@ def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
         other = from_config.term(term.name)
         assert equal(term.bytes, other.bytes), term
         assert equal(term.flops, other.flops), term
-        assert (term.kind, term.launches) == (other.kind, other.launches)
+        assert (term.kind, term.launches, term.bytes_again) == (other.kind, other.launches, other.bytes_again)
 
 
 def test_projections_that_are_not_fused_are_launched_singly(cost_of, monkeypatch):
@@ -82,6 +83,13 @@ def test_projections_that_are_not_fused_are_launched_singly(cost_of, monkeypatch
     single = graph_cost(compile_model(tiny("llama"), page_size=16).graph_module).term("projections")
     assert (fused.launches, single.launches) == (4 * LAYERS, 7 * LAYERS)
     assert equal(fused.bytes, single.bytes)
+
+
+def test_a_verification_reads_again_for_rows_beyond_a_tile(cost_of):
+    """Groups of 3 heads: 21 rows at a time."""
+    term = cost_of("llama").term("verify attention")
+    for drafts, times in ((0, 1), (8, 1), (20, 1), (21, 2), (41, 2), (42, 3), (64, 4)):
+        assert equal(term.bytes_again.subs({k: drafts}), (times - 1) * term.bytes)
 
 
 def test_a_window_bounds_what_is_read(cost_of):

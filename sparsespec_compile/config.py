@@ -53,7 +53,7 @@ class SpecConfig(Settings, error=ConfigError):
     """
 
     draft_tokens: int | Literal["auto"] = 8
-    max_draft_tokens: int = 8
+    max_draft_tokens: int = 12
     budget_ratio: float = 0.05
     min_budget: int = 128
     drafter: Drafter = "pillar"

@@ -16,6 +16,10 @@ from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, 
 from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
 
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
+_SCORED_CYCLE = 8
+"""Drafts of a cycle of "auto" for which the score buffer is laid out, at most: in shorter ones more requests verify
+together than in the longest, and beyond the buffer's rows they would have to draft on."""
+
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
 
 
@@ -49,7 +53,9 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
     """
     scored = 2
     if policy is not None and policy.reads_scores:
-        together = slots if config.schedule == "in_phase" else 2 * -(-slots // (config.most_draft_tokens + 1))
+        most = config.most_draft_tokens
+        drafts = min(most, _SCORED_CYCLE) if config.draft_tokens == "auto" else most
+        together = slots if config.schedule == "in_phase" else 2 * -(-slots // (drafts + 1))
         scored = max(2, min(slots, max(together, 8)))
     return Capacity(max(slots, 2), max(tokens, 2), max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
 

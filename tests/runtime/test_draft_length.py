@@ -4,15 +4,22 @@ import dataclasses
 import random
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 import sparsespec_compile as ss
+from sparsespec_compile.config_cost import config_cost
 from sparsespec_compile.errors import CeilingsError, ConfigError
+from sparsespec_compile.prediction import iteration_time
+from sparsespec_compile.runtime.build import capacity_for
 from sparsespec_compile.runtime.draft_length import DraftLength
+from sparsespec_compile.runtime.drafters import choose_policy
 from sparsespec_compile.runtime.session import _CHOICE_EVERY
 
 from ..support.models import left_padded, tiny
 from ..support.toy import Toy, requests_of, run
 
+MOST = ss.SpecConfig().max_draft_tokens
 FIXED, ROW, TOKEN = 4e-3, 2e-5, 3e-8
 """A made-up device: seconds of an iteration, of each row, and of each cached token that is read."""
 
@@ -48,18 +55,18 @@ def settle(chooser, lengths, right, row=ROW, choices=400, seed=0):
 @pytest.mark.parametrize("right", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize(("length", "requests"), [(200, 256), (200, 4), (8000, 64), (30000, 16), (8000, 1)])
 def test_never_much_slower_than_the_best_fixed_number(length, requests, right):
-    chosen = settle(DraftLength(8, seconds), [length] * requests, right)
-    best = max(speed(drafts, length, requests, right) for drafts in range(9))
+    chosen = settle(DraftLength(MOST, seconds), [length] * requests, right)
+    best = max(speed(drafts, length, requests, right) for drafts in range(MOST + 1))
     assert speed(chosen, length, requests, right) > 0.97 * best
 
 
 def test_plain_for_many_short_requests_and_long_cycles_for_long_ones():
-    assert settle(DraftLength(8, seconds), [100] * 2000, 0.6) == 0
-    assert settle(DraftLength(8, seconds), [30000] * 16, 0.98) == 8
+    assert settle(DraftLength(MOST, seconds), [100] * 2000, 0.6) == 0
+    assert settle(DraftLength(MOST, seconds), [30000] * 16, 0.98) == MOST
 
 
 def test_chooses_again_as_a_batch_drains_and_fills():
-    chooser = DraftLength(8, seconds)
+    chooser = DraftLength(MOST, seconds)
     assert settle(chooser, [300] * 2000, 0.8) <= 1
     assert settle(chooser, [20000] * 12, 0.8, choices=600) >= 2
     assert settle(chooser, [300] * 2000, 0.8, choices=600) <= 1
@@ -67,10 +74,10 @@ def test_chooses_again_as_a_batch_drains_and_fills():
 
 def test_measured_times_correct_the_prediction():
     """A device on which a row costs ten times what was predicted."""
-    wrong = settle(DraftLength(8, lambda *load: seconds(*load)), [2000] * 64, 0.9, row=20 * ROW)
-    best = max(speed(drafts, 2000, 64, 0.9, 20 * ROW) for drafts in range(9))
+    wrong = settle(DraftLength(MOST, lambda *load: seconds(*load)), [2000] * 64, 0.9, row=20 * ROW)
+    best = max(speed(drafts, 2000, 64, 0.9, 20 * ROW) for drafts in range(MOST + 1))
     assert speed(wrong, 2000, 64, 0.9, 20 * ROW) > 0.95 * best
-    assert speed(settle(DraftLength(8, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
+    assert speed(settle(DraftLength(MOST, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
 
 
 def slower_with_drafts(drafts, length, requests):
@@ -88,7 +95,7 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
         accepted = sum(right**nth for nth in range(1, drafts + 1))
         return requests * (accepted + 1) / (drafts + 1) / slower_with_drafts(drafts, length, requests)
 
-    chooser, rng, speeds = DraftLength(8, seconds), random.Random(1), []
+    chooser, rng, speeds = DraftLength(MOST, seconds), random.Random(1), []
     for now in (64, length):
         speeds.clear()
         for iteration in range(256):
@@ -102,7 +109,33 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
             if iteration % _CHOICE_EVERY == 0:
                 chooser.choose([now] * requests)
             speeds.append(actual_speed(drafts))
-    assert sum(speeds) / len(speeds) > 0.98 * max(map(actual_speed, range(9)))
+    assert sum(speeds) / len(speeds) > 0.98 * max(map(actual_speed, range(MOST + 1)))
+
+
+@pytest.mark.parametrize(("q_heads", "drafts"), [(32, MOST), (64, 7)])
+def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, drafts):
+    """Nearly all drafts are right: the longest cycles pay, unless one draft more means to read every cache again."""
+    sizes = {"hidden_size": 4096, "num_attention_heads": q_heads, "num_key_value_heads": 8, "head_dim": 128}
+    model = LlamaConfig(**sizes, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    predicted = iteration_time(config_cost(model, torch.bfloat16), ss.SpecConfig(), ss.H200)
+    chooser = DraftLength(MOST, predicted)
+    for _ in range(200):
+        for _ in range(4):
+            chooser.verified(chooser.current, chooser.current)
+        chooser.took(predicted(chooser.current, 32768, 64), [32768] * 64)
+        chooser.choose([32768] * 64)
+    assert chooser.current == drafts
+
+
+def test_a_score_buffer_for_shorter_cycles_than_the_longest():
+    """Where the buffer is full, requests draft on: cycles of 8 drafts are never held up."""
+    slots = {}
+    for most in (4, 8, 12, 64):
+        config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
+        slots[most] = capacity_for(config, choose_policy(config), 64, 4096, 2048).score_slots
+    assert slots == {4: 26, 8: 16, 12: 16, 64: 16}
+    fixed = ss.SpecConfig(draft_tokens=12)
+    assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 10
 
 
 def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():

@@ -107,7 +107,7 @@ def test_rows_of_decoding():
     assert _decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
     assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 8
     assert _decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 + 8
-    assert _decoding_rows(64, SpecConfig(draft_tokens="auto")) == 64 + 64 * 4
+    assert _decoding_rows(64, SpecConfig(draft_tokens="auto", max_draft_tokens=8)) == 64 + 64 * 4
     assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
 
 

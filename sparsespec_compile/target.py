@@ -1,8 +1,10 @@
 """From a model and settings to what the engine runs."""
 
+import os
 from functools import partial
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -15,6 +17,7 @@ from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.prediction import iteration_time
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.step import as_it_is
+from sparsespec_compile.warm_up import kernels_compiled_beside
 
 
 def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel, Target]:
@@ -32,8 +35,12 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
     compiled = compile_model(model, page_size=config.page_size)
     inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
     predicted = None if ceilings is None else iteration_time(graph_cost(compiled.graph_module), config, ceilings)
+    if inductor:
+        _settle_kernel_cache(device)
+    with kernels_compiled_beside(compiled, config, device):
+        forward = _compile_regions(compiled) if inductor else compiled.graph_module
     return compiled, Target(
-        forward=_compile_regions(compiled) if inductor else compiled.graph_module,
+        forward=forward,
         layout=compiled.layout,
         dtype=model.dtype,
         device=device,
@@ -41,6 +48,15 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
         iteration_time=predicted,
         weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
     )
+
+
+def _settle_kernel_cache(device: torch.device) -> None:
+    """Point Triton at the folder that Inductor points it at once it has a kernel of its own.
+
+    Done before kernels are compiled beside it, so that they are always looked for in the same place.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
 
 
 def _compile_regions(compiled: CompiledModel) -> CompiledForward:

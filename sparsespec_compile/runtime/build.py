@@ -90,11 +90,16 @@ def build_runner(
     return StepRunner(step, capture=capture), plan
 
 
+def most_rows(config: SpecConfig, slots: int) -> int:
+    """Packed rows of the largest step: every slot verifies, beside a chunk of prompts."""
+    return max(slots * (config.most_draft_tokens + 1) + config.prefill_chunk, MIN_ROWS)
+
+
 def _inputs(target: Target, config: SpecConfig, capacity: Capacity) -> StepInputs:
     decoding = capacity.slots * (config.most_draft_tokens + 1)
     sizes = InputSizes(
         slots=capacity.slots,
-        rows=max(decoding + config.prefill_chunk, MIN_ROWS),
+        rows=most_rows(config, capacity.slots),
         logits=max(decoding, MIN_ROWS),
         request_pages=request_pages(target.layout, capacity),
         updates=4 * decoding + -(-config.prefill_chunk // config.page_size),

@@ -1,0 +1,170 @@
+"""Compiles the Triton kernels of a model's steps in threads, beside what else `optimize` does.
+
+Triton compiles a kernel in its first launch, and once more for each pattern of dtypes, strides and alignments. For the
+attention kernel that takes about ten seconds, nearly all of them outside of Python's lock. So each op is called here as
+the model's steps will call it, on tensors laid out as the graph's own and without any work to do. Nothing is assumed
+about layouts: they are read from the compiled graph.
+
+What a generation decides is not known yet: the selection of pillars depends on the longest text, and for more slots
+than 64 attention depends on their number, which is taken for the largest. A pool that holds 2**31 keys or more takes
+wider offsets, but the first step runs before there is one. What differs from this is compiled when it is met.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels import cuda
+from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, dual_mode_attention
+from sparsespec_compile.passes.base import find_calls, input_node
+from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
+from sparsespec_compile.passes.pipeline import CompiledModel
+from sparsespec_compile.runtime.build import most_rows
+
+_ALIGNMENT = 16
+"""Kernels differ by whether addresses and strides are multiples of 16."""
+
+_FEW_ROWS = 16
+"""Rows of a small step. Where a stride depends on them, it is as divisible as in most captured steps."""
+
+_PAGES = 2
+"""Pages of the pool that stands in for the real one."""
+
+
+class Layout(NamedTuple):
+    """A tensor to be made: sizes, and strides and offset in elements."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def make(self, device: torch.device) -> Tensor:
+        """The tensor, all 0."""
+        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+        return torch.zeros(last + 1, dtype=self.dtype, device=device).as_strided(self.size, self.stride, self.offset)
+
+
+class Attention(NamedTuple):
+    """A call of `dual_mode_attention` without work; the settings stand for all that take the same kernel."""
+
+    q: Layout
+    k: Layout
+    v: Layout
+    kv: Layout
+    requests: int
+    scale: float
+    window: int
+    softcap: float
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        packed = [layout.make(device) for layout in (self.q, self.k, self.v, self.kv)]
+        heads = self.k.size[1]
+        idle = torch.zeros(self.requests, dtype=torch.int32, device=device)
+        step = [idle[:, None] if name == "page_table" else idle for name in STEP_TENSORS]
+        scores = torch.zeros(1, heads, 1, device=device)
+        pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
+        dual_mode_attention(*packed, scores, *step, pillars, self.scale, self.window, self.softcap)
+
+
+class Draw(NamedTuple):
+    """A call of `draw_tokens` on greedy rows."""
+
+    logits: Layout
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        logits = self.logits.make(device)[0]
+        real = torch.zeros(logits.shape[0], device=device)
+        draw_tokens(logits, real, real.long(), real, real, real.long(), real.long())
+
+
+@contextmanager
+def kernels_compiled_beside(compiled: CompiledModel, config: SpecConfig, device: torch.device) -> Iterator[None]:
+    """Compile the kernels while the body runs, and wait for them at its end. Does nothing on a CPU.
+
+    Raises:
+        Whatever failed in a thread, once the body is through. If the body fails, nothing is waited for.
+    """
+    jobs = [] if device.type == "cpu" else [partial(_run, call, device) for call in calls_of(compiled, config)]
+    with done_beside(jobs):
+        yield
+
+
+@contextmanager
+def done_beside(jobs: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Do `jobs` in a thread each while the body runs; its end waits for them and raises the first error."""
+    if not jobs:
+        yield
+        return
+    threads = ThreadPoolExecutor(len(jobs), thread_name_prefix="sparsespec-warm-up")
+    futures = [threads.submit(job) for job in jobs]
+    try:
+        yield
+        for future in futures:
+            future.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Attention | Draw]:
+    """One call for each kernel that the model's steps need: for large and for small steps, each kind of layer once."""
+    slots, kv_layout, regions = config.max_requests, compiled.layout, compiled.split
+    # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
+    # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
+    nodes = (node for name in regions.calls for node in find_calls(regions.region(name).graph, dual_mode_attention))
+    calls: dict[Attention | Draw, None] = {}
+    for node, layer in zip(nodes, kv_layout.layers, strict=True):
+        row_counts = (most_rows(config, slots), _FEW_ROWS)
+        by_kernel = {cuda.is_large_step(rows, layer.q_heads, slots): rows for rows in row_counts}
+        for rows in by_kernel.values():
+            q, k, v = (layout_of(input_node(node, index), rows) for index in range(3))
+            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, *_alike(layer))] = None
+    (logits,) = compiled.graph_module.graph.output_node().all_input_nodes
+    calls[Draw(layout_of(logits, _FEW_ROWS))] = None
+    return list(calls)
+
+
+def _part_of_pool(kv_layout: KVLayout, layer: AttentionLayer, dtype: torch.dtype) -> Layout:
+    token = layer.key_dim + layer.value_dim
+    size = (_PAGES, layer.kv_heads, kv_layout.page_size, token)
+    stride = (kv_layout.elements_per_page, kv_layout.page_size * token, token, 1)
+    return Layout(size, stride, kv_layout.page_offset(layer.layer) % _ALIGNMENT, dtype)
+
+
+def _alike(layer: AttentionLayer) -> tuple[float, int, float]:
+    """Scale, window and soft-cap that take the same kernel as the layer's."""
+    return (1.0 if layer.scale > 0 else layer.scale), min(layer.window, 1), float(layer.softcap > 0)
+
+
+def layout_of(node: Node, size: int) -> Layout:
+    """The layout of a graph's value, every symbolic size being `size`, as near to its storage's beginning as may be."""
+    tensor = node.meta["val"]
+
+    def number(value: Any) -> int:
+        if isinstance(value, int):
+            return value
+        expression = value.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, size)))
+
+    return Layout(
+        tuple(map(number, tensor.shape)),
+        tuple(map(number, tensor.stride())),
+        number(tensor.storage_offset()) % _ALIGNMENT,
+        tensor.dtype,
+    )
+
+
+def _run(call: Attention | Draw, device: torch.device) -> None:
+    """On a stream of its own: whatever the main thread does on its stream neither waits nor is waited for."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        call.run(device)
+        torch.cuda.current_stream(device).synchronize()

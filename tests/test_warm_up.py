@@ -1,0 +1,184 @@
+"""Kernels compiled beside `optimize`: exactly those of the steps that follow, each once, and failures come out."""
+
+import os
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsespec_compile as ss
+from sparsespec_compile import target, warm_up
+from sparsespec_compile.kernels.ops import draw_tokens, dual_mode_attention
+from sparsespec_compile.warm_up import Attention, calls_of, done_beside
+
+from .passes.families import tiny
+
+triton_attention = pytest.importorskip(
+    "sparsespec_compile.kernels.triton_attention", reason="Triton is published for Linux only"
+)
+
+LARGE = ss.SpecConfig(max_requests=4, prefill_chunk=2764)
+"""Its largest step has 2800 rows, which with 6 query heads makes it one that prefills."""
+
+CPU = torch.device("cpu")
+
+
+class Variants(TorchDispatchMode):
+    """Notes what of each call of our ops decides on the kernel it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is dual_mode_attention:
+            self.seen.append(attention_variant(*args))
+        elif func is draw_tokens:
+            self.seen.append(("draw", *(pattern(tensor) for tensor in args), args[0].shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def attention_variant(q, k, v, kv, scores, mode, *rest):
+    *_, scale, window, softcap = rest
+    units = triton_attention.pool_units(kv)
+    del units["page_units"]  # any value takes the same kernel
+    return (
+        *map(pattern, (q, k, v)),
+        pattern(kv[0]),
+        tuple(tuple(tensor.shape[1:]) for tensor in (q, k, v, kv)),
+        tuple(units.items()),
+        max(64, mode.shape[0]),
+        triton_attention.is_large_step(q.shape[0], q.shape[1], mode.shape[0]),
+        (scale > 0, window > 0, softcap > 0),
+    )
+
+
+def pattern(tensor):
+    strides = tuple((stride == 1, stride % 16 == 0) for stride in tensor.stride())
+    return tensor.dtype, tensor.data_ptr() % 16 == 0, strides
+
+
+def variants_of(run):
+    with Variants() as recorder:
+        run()
+    return recorder.seen
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt2", "deepseek_v3"])
+def test_variants_are_those_of_real_steps_each_once(family):
+    fast = ss.optimize(tiny(family), LARGE)
+    step = fast.capture(max_requests=4, max_length=64)
+
+    def steps():
+        for rows in (16, 2800):
+            step.replay(rows, 16)
+
+    def warm():
+        for call in calls_of(fast._compiled, LARGE):
+            call.run(CPU)
+
+    compiled = variants_of(warm)
+    assert len(compiled) == len(set(compiled))
+    assert set(compiled) == set(variants_of(steps))
+
+
+def test_without_large_steps_there_is_one_kernel_for_each_kind_of_layer():
+    fast = ss.optimize(
+        tiny("gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
+    )
+    attention = [call for call in calls_of(fast._compiled, fast.config) if isinstance(call, Attention)]
+    assert sorted(call.window for call in attention) == [0, 1]
+
+
+def test_a_cpu_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(warm_up, "calls_of", None)
+    ss.optimize(tiny("qwen3"))
+
+
+def test_regions_are_compiled_meanwhile(monkeypatch):
+    order = []
+
+    @contextmanager
+    def beside(compiled, config, device):
+        order.append("kernels begin")
+        yield
+        order.append("kernels done")
+
+    def regions(compiled):
+        order.append("regions")
+        return compiled.graph_module
+
+    monkeypatch.setattr(target, "kernels_compiled_beside", beside)
+    monkeypatch.setattr(target, "_compile_regions", regions)
+    ss.optimize(tiny("qwen3"), ss.SpecConfig(backend="inductor"))
+    assert order == ["kernels begin", "regions", "kernels done"]
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "after"),
+    [("cuda:0", None, triton_cache_dir(0)), ("cuda:0", "/of/the/user", "/of/the/user"), ("cpu", None, None)],
+)
+def test_kernels_are_looked_for_where_inductor_will_look(device, before, after, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", before or "")
+    if before is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    target._settle_kernel_cache(torch.device(device))
+    assert os.environ.get("TRITON_CACHE_DIR") == after
+
+
+def test_jobs_run_beside_the_body_and_are_done_behind_it():
+    begun, done = threading.Event(), threading.Event()
+
+    def job():
+        begun.set()
+        assert body.wait(10)
+        done.set()
+
+    body = threading.Event()
+    with done_beside([job]):
+        assert begun.wait(10)
+        body.set()
+    assert done.is_set()
+
+
+def test_an_error_of_a_job_comes_out_behind_the_body():
+    error = RuntimeError("no kernel")
+
+    def fail():
+        raise error
+
+    with pytest.raises(RuntimeError) as caught, done_beside([lambda: None, fail]):
+        pass
+    assert caught.value is error
+
+
+def test_a_body_that_fails_waits_for_no_job():
+    released = threading.Event()
+    with pytest.raises(KeyboardInterrupt), done_beside([lambda: released.wait(60)]):
+        raise KeyboardInterrupt
+    assert not released.is_set()
+    released.set()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "backend"), [("qwen3", "inductor"), ("gemma3_text", "eager")])
+def test_a_generation_compiles_no_kernel_of_the_first_steps(family, backend, monkeypatch):
+    import triton
+
+    compiled = []
+
+    def note(*, fn, **rest):
+        compiled.append(fn.name.rpartition(".")[2])
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    model = tiny(family, num_attention_heads=8).cuda()
+    fast = ss.optimize(model, ss.SpecConfig(page_size=128, backend=backend))  # no other test has pages of that size
+    assert compiled.count("attention_kernel") == len(calls_of(fast._compiled, fast.config)) - 1
+    compiled.clear()
+    fast.generate_batch([list(range(2, 40)), list(range(2, 90))], ss.SamplingParams(max_new_tokens=30))
+    ours = {"attention_kernel", "filter_kernel", "draw_kernel", "join_kernel"}
+    assert not ours & set(compiled)

@@ -33,6 +33,10 @@ _SETTLED = 16
 """Tokens of every request before the clock starts, and of the first to end after it stops."""
 
 
+_LEAST_DIFFERENCE = 0.05
+"""By which a black box's longer run must exceed its shorter one for the difference to be more than noise."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What every engine is given.
@@ -229,7 +233,12 @@ def _difference(run: Callable[[int], None], load: Load) -> Measured:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     steps = load.new_tokens - load.short
-    taken = max(seconds[1] - seconds[0], 1e-9)
+    taken = seconds[1] - seconds[0]
+    if taken < _LEAST_DIFFERENCE * seconds[0]:
+        raise TooShortError(
+            f"{load.new_tokens} new tokens took {seconds[1]:.2f} s and {load.short} of them {seconds[0]:.2f} s: too "
+            "close to tell what a token takes. Give more new tokens."
+        )
     return Measured(
         tokens_per_second=len(load.prompts) * steps / taken,
         ms_per_iteration=1e3 * taken / steps,

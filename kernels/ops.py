@@ -29,10 +29,11 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        head h, of how much a row looks at position j (paper: PillarAttn); 0 where the window hides j. Nothing else in
        scores changes.
        For PREFILL that is the probability of j. For VERIFY it is min(1, exp(x_j - n)), with x_j the row's logit of j
-       and n the log-sum-exp of its logits over the positions that a DRAFT row in its place would read: the probability
-       of j measured by what the request's own drafts could see. Wherever those saw what matters n is the full
-       log-sum-exp, as it is exactly with pillar_count 0 and recent_start 0; and it is known before the pass over the
-       cache, so that this one pass gives output and scores. The paper's kernel divides by the full sum instead.
+       and n the log-sum-exp of its logits over recent_start[b] .. p and the first of its pillars: as many as make
+       MEASURING_POSITIONS together, MEASURING_PILLARS at least. Attention sinks and what was read last hold most of a
+       softmax's sum; where they hold all of it n is the full log-sum-exp, as it is exactly with pillar_count 0 and
+       recent_start 0. And n is known soon, before the pass over the cache, so that this one pass gives output and
+       scores. The paper's kernel divides by the full sum instead.
        Any number of rows may be scored, but scores of a VERIFY request cost next to nothing only while
        score_rows[b] <= scored_rows_at_most(G): further rows take passes of their own over all keys.
     Logits, softmax and scores are computed in float32, or in float64 for float64 inputs.
@@ -73,6 +74,8 @@ from torch import Tensor
 from .errors import KernelInputError, KernelUnavailableError, SparseSpecError
 
 __all__ = [
+    "MEASURING_PILLARS",
+    "MEASURING_POSITIONS",
     "SCORED_PAIRS",
     "STEP_TENSORS",
     "KernelInputError",
@@ -123,6 +126,12 @@ draft rows read densely."""
 
 SCORED_PAIRS = 64
 """(Row, query head of one KV head) pairs of a verification that the GPU kernel takes at a time, in 16-bit dtypes."""
+
+
+MEASURING_POSITIONS = 128
+MEASURING_PILLARS = 8
+"""What scores of a verification are measured by: everything from recent_start on and the first pillars, so many
+positions together, but so many pillars at least."""
 
 
 def scored_rows_at_most(group: int) -> int:

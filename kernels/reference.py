@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_attention, check_site
-from .ops import STEP_TENSORS, Mode
+from .ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
 
 _ROW_BLOCK = 512
 """Rows of a request computed at once: bounds the logits of a long prompt, and skips keys that none of them may see."""
@@ -67,7 +67,8 @@ def dual_mode_attention(
         else:
             out[rows], logits = _dense(q[rows], kv, page_table[b], cached, scored, scale, window, softcap)
             if scored:
-                measure = None if kind == Mode.PREFILL else draft
+                room = max(MEASURING_POSITIONS - (cached + count - recent), MEASURING_PILLARS)
+                measure = None if kind == Mode.PREFILL else (pillar_index[b, :, : min(pillars, room)], recent)
                 _write_scores(logits, measure, scores[slot], cached + count)
     return out
 
@@ -159,16 +160,16 @@ def _first_gathered(cached: int, page_size: int, window: int) -> int:
     return max(0, cached - window + 1) // page_size * page_size if window else 0
 
 
-def _write_scores(logits: Tensor, draft: tuple[Tensor, int] | None, scores: Tensor, end: int) -> None:
+def _write_scores(logits: Tensor, measure: tuple[Tensor, int] | None, scores: Tensor, end: int) -> None:
     """Mean attention of scored rows [Hkv, G, s, n], the last n positions before ``end``, into scores [Hkv, S].
 
-    ``draft`` is what a draft in their place would read, (pillars [Hkv, m], recent_start): their weight is then measured
-    by that. None measures it by everything a row sees.
+    ``measure`` is (pillars [Hkv, m], recent_start): looks are then measured by those pillars and everything from
+    recent_start on. None measures them by everything a row sees.
     """
     base = end - logits.shape[3]
     seen = logits
-    if draft is not None:
-        pillars, recent = draft
+    if measure is not None:
+        pillars, recent = measure
         read = torch.arange(base, end, device=logits.device).expand(logits.shape[0], -1) >= recent
         place = pillars.long() - base
         # What lies before the gathered positions is hidden from all rows; its mark goes to a place that is cut off.

@@ -63,7 +63,7 @@ class Tiling:
     scored_ahead: int
     programs_per_sm: int
     unit_overhead: int = 4
-    min_blocks: int = 4
+    min_blocks: int = 8
 
     @property
     def registers(self) -> int | None:

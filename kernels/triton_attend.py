@@ -7,6 +7,7 @@ from .triton_plan import (
     cost_of_unit,
     emits_scores,
     locate,
+    measuring_pillars,
     plan_requests,
     reading_of,
     rows_of_tile,
@@ -16,7 +17,7 @@ from .triton_plan import (
 from .triton_scores import score_separately
 from .triton_segment import attend_segment, attend_segment_apart
 from .triton_tiles import DRAFT
-from .triton_write import clear_rows
+from .triton_write import clear_gaps, clear_rows
 
 # A kernel is compiled anew for each pattern of divisible sizes and addresses, which takes seconds. Those of q, k, v and
 # kv decide how wide loads are; the others change with every step or layer, and nothing hangs on them.
@@ -118,7 +119,7 @@ def attention_kernel(
     ``parts`` [programs, 2, max(SMALL_M, BIG_M) * (VALUE_DIM + 2)] float32 needs no initial value, ``counters``
     [programs] int32 must be 0 and is 0 again afterwards.
     """
-    step = (request_mode, row_count, cached_length, score_rows, pillar_count, recent_start)
+    step = (request_mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start)
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
     # Described at attend_segment.
@@ -127,14 +128,14 @@ def attention_kernel(
     BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, 1, True, BLOCK_N, SCORED_AHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
-    line, whole, separate = plan_requests(
+    line, whole, separate, sums = plan_requests(
         step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, UNIT_OVERHEAD, REQUESTS
     )
+    total, longest, whole_units, separate_units, real_rows, row_end = sums
+    width = kv_heads * (GROUP * VALUE_DIM)
+    clear_rows(out, row_end, rows, width)
     line_ends = tl.cumsum(line, 0)
-    total = tl.sum(line, 0)
-    stretch, at, line_end = share_of_line(total, MIN_BLOCKS)
-    whole_units = tl.sum(whole, 0)
-    separate_units = tl.sum(separate, 0)
+    stretch, at, line_end = share_of_line(total, longest, MIN_BLOCKS)
     # Whole units are dealt out from the last program on, to which a short line gives nothing.
     dealt = tl.num_programs(0) - 1 - tl.program_id(0)
     again = False
@@ -233,7 +234,7 @@ def attention_kernel(
                 kind,
                 count,
                 scored,
-                pillars,
+                measuring_pillars(pillars, recent, cached + count),
                 recent,
                 settings,
                 LAYER,
@@ -244,7 +245,7 @@ def attention_kernel(
             measured_from = recent
             if HAS_WINDOW:
                 measured_from = tl.maximum(recent, cached - window + 1)
-            measured = (index_base, pillars, measured_from, end)
+            measured = (index_base, measuring_pillars(pillars, recent, end), measured_from, end)
             blocks = (first_block, end_block, all_blocks)
             own = (own_first, end_row, beside_pool)
             score = (emits & (not again), score_base, scored)
@@ -258,4 +259,5 @@ def attention_kernel(
                 finished = attend_segment(work, settings, LAYER, BIG_TILE)
         again = not finished
         at = tl.where(finished, next_at, at)
-    clear_rows(out, rows, kv_heads * (GROUP * VALUE_DIM), request_mode, row_start, row_count, requests, REQUESTS)
+    if row_end > real_rows:
+        clear_gaps(out, row_end, width, request_mode, row_start, row_count, requests, REQUESTS)

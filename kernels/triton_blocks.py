@@ -15,6 +15,7 @@ import triton.language as tl
 from .triton_tiles import (
     load_pillars,
     load_tokens,
+    load_two_blocks,
     order_of,
     pages_of,
     pool_pointers,
@@ -27,14 +28,27 @@ from .triton_tiles import (
 
 
 @triton.jit
-def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """Positions of a block and what to read for them: (position, reached, page), and pillars of the block behind."""
+def places_of(listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """Positions of a block, and the positions to be read in their place: (position, reached)."""
     position = positions_of(listed, block, pillar, TILE[2], TILE[6], TILE[5])
     reached = position
     if LAYER[6]:
         # A weight of 0 would still spread a NaN from before the window. Some row sees the last of the list.
         reached = tl.where(position > rows[1] - settings[0], position, listed[3] - 1)
-    page = pages_of(source, reached, LAYER[5])
+    return position, reached
+
+
+@triton.jit
+def find_block(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """``places_of`` a block and their pages: (position, reached, page)."""
+    position, reached = places_of(listed, block, pillar, rows, settings, LAYER, TILE)
+    return position, reached, pages_of(source, reached, LAYER[5])
+
+
+@triton.jit
+def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """What ``find_block`` finds, and pillars of the block behind."""
+    position, reached, page = find_block(source, listed, block, pillar, rows, settings, LAYER, TILE)
     if TILE[5]:
         pillar = load_pillars(listed, block + 1, TILE[2], TILE[6])
     return position, reached, page, pillar
@@ -42,11 +56,15 @@ def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, 
 
 @triton.jit
 def first_look_up(source, listed, block, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """``look_up`` where nothing has been loaded ahead."""
-    pillar = 0
+    """``look_up`` where nothing has been loaded ahead. Call it before anything else has to be waited for."""
+    pillar, following = 0, 0
     if TILE[5]:
-        pillar = load_pillars(listed, block, TILE[2], TILE[6])
-    return look_up(source, listed, block, pillar, rows, settings, LAYER, TILE)
+        both = load_two_blocks(listed, block, TILE[2])
+        # ptxas moves nothing over a barrier. Without one it waits for pillars first, and then loads what stands above.
+        tl.debug_barrier()
+        pillar, following = tl.split(both)
+    position, reached, page = find_block(source, listed, block, pillar, rows, settings, LAYER, TILE)
+    return position, reached, page, following
 
 
 @triton.jit
@@ -91,7 +109,7 @@ def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexp
 
 
 @triton.jit
-def attend_blocks(query, source, listed, first, end, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+def attend_blocks(query, source, listed, first, end, found, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """(Largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
     BLOCK_M: tl.constexpr = TILE[0]
     VALUE_PAD: tl.constexpr = LAYER[4]
@@ -104,7 +122,6 @@ def attend_blocks(query, source, listed, first, end, rows, settings, LAYER: tl.c
     largest = tl.full(STATE, float("-inf"), tl.float32)
     total = tl.zeros(STATE, tl.float32)
     sums = tl.zeros(SUMS, tl.float32)
-    found = first_look_up(source, listed, first, rows, settings, LAYER, TILE)
     for block in tl.range(first, end, num_stages=TILE[3] + 1):
         following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
         product, values = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)

@@ -9,7 +9,11 @@ bytes are shared out evenly however lengths are mixed, and a unit may be split o
 import triton
 import triton.language as tl
 
-from .triton_tiles import DRAFT, IDLE, PREFILL, VERIFY
+from .triton_tiles import DRAFT, IDLE, VERIFY
+
+MEASURING_POSITIONS = tl.constexpr(128)
+MEASURING_PILLARS = tl.constexpr(8)
+"""As in ``kernels.ops``; a test holds them equal."""
 
 MAX_STREAM_TILES = tl.constexpr(4)
 """Most tiles of a request in the line; of a verification any number, for only there are scores given out."""
@@ -19,10 +23,11 @@ MAX_STREAM_TILES = tl.constexpr(4)
 def tiles_of(kind, count, scored, GROUP: tl.constexpr, SMALL_M: tl.constexpr, BIG_M: tl.constexpr):
     """Whether requests take small tiles (drafts, and what fits one and has no scores), rows of a tile, number of tiles.
 
-    Only large tiles give out scores.
+    Only large tiles give out scores, and then of all their rows: a verification's are no higher than what it scores.
     """
     small = (kind == DRAFT) | ((count * GROUP <= SMALL_M) & ((scored == 0) | (kind != VERIFY)))
     rows = tl.where(small, SMALL_M // GROUP, BIG_M // GROUP)
+    rows = tl.where((kind == VERIFY) & (scored > 0), tl.minimum(rows, scored), rows)
     return small, rows, (count + rows - 1) // rows
 
 
@@ -40,12 +45,18 @@ def reading_of(kind, position, pillars, recent, window, BLOCK_N: tl.constexpr, H
 
 
 @triton.jit
+def measuring_pillars(pillars, recent, end):
+    """How many of the pillars, from the first on, measure scores beside everything from ``recent`` on."""
+    return tl.minimum(pillars, tl.maximum(MEASURING_POSITIONS - (end - recent), MEASURING_PILLARS))
+
+
+@triton.jit
 def cost_of_unit(emits, pillars, recent, end, BLOCK_N: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
     """Cost of a unit before its first block, in blocks: to start it, and to read what measures its scores.
 
     Of several tiles only the last does that, but units of a request are alike in the line.
     """
-    measured = (pillars + end - recent + BLOCK_N - 1) // BLOCK_N
+    measured = (measuring_pillars(pillars, recent, end) + end - recent + BLOCK_N - 1) // BLOCK_N
     # Keys without values.
     return UNIT_OVERHEAD + tl.where(emits, (measured + 1) // 2, 0)
 
@@ -67,6 +78,12 @@ def rows_of_tile(tile, tiles, tile_rows, count):
 
 
 @triton.jit
+def _combine(line, longest, whole, separate, count, end, line_2, longest_2, whole_2, separate_2, count_2, end_2):
+    sums = (line + line_2, whole + whole_2, separate + separate_2, count + count_2)
+    return sums[0], tl.maximum(longest, longest_2), sums[1], sums[2], sums[3], tl.maximum(end, end_2)
+
+
+@triton.jit
 def plan_requests(
     step,
     requests,
@@ -82,9 +99,10 @@ def plan_requests(
 ):
     """Of each request [REQUESTS]: its cost in the line, its units outside of it, and its heads to be scored separately.
 
-    A request is in one of the first two; the last is 0 where the attention pass gives the scores.
+    A request is in one of the first two; the last is 0 where the attention pass gives the scores. And over all requests
+    the cost, that of the longest unit, the units, the heads, the rows, and the row behind the last that has a request.
     """
-    request_mode, row_count, cached_length, score_rows, pillar_count, recent_start = step
+    request_mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start = step
     slot = tl.arange(0, REQUESTS)
     inside = slot < requests
     kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
@@ -93,16 +111,22 @@ def plan_requests(
     scored = tl.load(score_rows + slot, mask=inside, other=0)
     pillars = tl.load(pillar_count + slot, mask=inside, other=0)
     recent = tl.load(recent_start + slot, mask=inside, other=0)
+    first_row = tl.load(row_start + slot, mask=inside, other=0)
     count = tl.where(kind == IDLE, 0, count)
     _, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
     read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
     blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
     emits = emits_scores(kind, scored, tile_rows)
     cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, UNIT_OVERHEAD)
-    whole = (tiles > MAX_STREAM_TILES) & (kind != VERIFY)
-    line = tl.where(whole, 0, tiles * cost) * kv_heads
-    separate = (count > 0) & (scored > 0) & ((kind == PREFILL) | ((kind == VERIFY) & (scored > tile_rows)))
-    return line, tl.where(whole, tiles * kv_heads, 0), tl.where(separate, kv_heads, 0)
+    stands_out = (tiles > MAX_STREAM_TILES) & (kind != VERIFY)
+    line = tl.where(stands_out, 0, tiles * cost) * kv_heads
+    whole = tl.where(stands_out, tiles * kv_heads, 0)
+    separate = tl.where((count > 0) & (scored > 0) & (kind != DRAFT) & (emits == 0), kv_heads, 0)
+    row_end = tl.where(count > 0, first_row + count, 0)
+    longest = tl.where(stands_out | (count == 0), 0, cost)
+    # One exchange between warps for all of them.
+    sums = tl.reduce((line, longest, whole, separate, count, row_end), 0, _combine)
+    return line, whole, separate, sums
 
 
 @triton.jit
@@ -113,8 +137,13 @@ def locate(ends, at):
 
 
 @triton.jit
-def share_of_line(total, MIN_BLOCKS: tl.constexpr):
-    """The length of a stretch, and where this program's begins and ends."""
-    share = tl.maximum((total + tl.num_programs(0) - 1) // tl.num_programs(0), MIN_BLOCKS)
+def share_of_line(total, longest, MIN_BLOCKS: tl.constexpr):
+    """The length of a stretch, and where this program's begins and ends.
+
+    A few units are not cut into many parts, since joining those would take longer than reading. Units shorter than
+    that are not put together either.
+    """
+    share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    share = tl.maximum(share, tl.minimum(longest, MIN_BLOCKS))
     begin = tl.minimum(tl.program_id(0) * share, total)
     return share, begin, tl.minimum(begin + share, total)

@@ -13,7 +13,7 @@ calls finds out from the sums, and attends again with a running maximum.
 import triton
 import triton.language as tl
 
-from .triton_blocks import first_look_up, look_up, where_seen
+from .triton_blocks import find_block, first_look_up, look_up, places_of, where_seen
 from .triton_tiles import LOG2_E, load_tokens, order_of, pool_pointers, products, row_pointers, scale_of_products
 
 FAR_BELOW = tl.constexpr(-1e30)
@@ -89,23 +89,26 @@ def log_sum_of_list(
 
 
 @triton.jit
-def attend_scored(query, source, listed, first, end, rows, looks, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+def attend_scored(
+    query, source, listed, first, end, found, rows, looks, settings, LAYER: tl.constexpr, TILE: tl.constexpr
+):
     """Sums of weights [BLOCK_M] and weighted sums of values [BLOCK_M, VALUE_PAD] over blocks of the pool.
 
-    Gives out the scores of their positions: ``looks`` is (scores, end of scored positions, measure, bound, share), with
-    the base-2 logits [BLOCK_M] that weights are measured from, and the largest weight that counts: 1, or 0 for pairs
-    whose looks are not to be counted.
+    ``found`` are the pages of the first. Gives out the scores of their positions: ``looks`` is (scores, end of scored
+    positions, measure, share), with the base-2 logits [BLOCK_M] that weights are measured from, infinite for what is no
+    pair.
     """
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[2]
     factor = scale_of_products(settings[1], LAYER)
-    scores, scored_end, measure, bound, share = looks
+    scores, scored_end, measure, share = looks
     total = tl.zeros((BLOCK_N // 16, 8, BLOCK_M), tl.float32)
     sums = tl.zeros((LAYER[4], BLOCK_M), tl.float32)
-    found = first_look_up(source, listed, first, rows, settings, LAYER, TILE)
     for block in tl.range(first, end, num_stages=TILE[3] + 1):
-        following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
-        position, reached, page = found[0], found[1], found[2]
+        following = find_block(source, listed, block + 1, 0, rows, settings, LAYER, TILE)[2]
+        # Counted again rather than kept: a thread has no register to spare here.
+        position, reached = places_of(listed, block, 0, rows, settings, LAYER, TILE)
+        page = found
         found = following
         values = load_tokens(pool_pointers(source, reached, page, LAYER[1], LAYER[4], LAYER[5]), LAYER[2], LAYER[4])
         keys = pool_pointers(source, reached, page, 0, LAYER[3], LAYER[5])
@@ -120,7 +123,7 @@ def attend_scored(query, source, listed, first, end, rows, looks, settings, LAYE
         if LAYER[6] or block >= rows[2]:
             product = where_seen(product, position, order, rows[0], listed[3], settings[0], -1, LAYER[6])
         weight = tl.exp2(product * factor - measure)
-        looked = tl.sum(tl.minimum(weight, bound), 1) * share
+        looked = tl.sum(tl.minimum(weight, 1.0), 1) * share
         tl.store(scores + order, looked, mask=order < scored_end)
         total += tl.sum(_per_thread(weight, BLOCK_N, BLOCK_M), 1)
         sums = tl.dot(tl.trans(values), weight.to(values.dtype), sums, input_precision=LAYER[8])

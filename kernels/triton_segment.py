@@ -8,12 +8,12 @@ write everything, read the step's tokens where they are, after the pool.
 import triton
 import triton.language as tl
 
-from .triton_blocks import attend_blocks, attend_own
+from .triton_blocks import attend_blocks, attend_own, first_look_up
 from .triton_merge import arrive_last, join_parts, store_part, store_rows
 from .triton_scored import attend_scored, log_sum_of_list
 from .triton_scores import clear_scores
 from .triton_tiles import load_queries, pairs_of_tile
-from .triton_write import write_tokens
+from .triton_write import load_rows, store_tokens
 
 
 @triton.jit
@@ -51,14 +51,21 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     cached = source[7]
 
     place, member, real_pair = pairs_of_tile(first, count, LAYER[0], BLOCK_M)
+    # Earlier keys hold nothing that a row must not see, unless there is a window.
+    ragged_key = listed[1] + tl.minimum(cached, listed[3]) - listed[2]
+    STEPS: tl.constexpr = TILE[8] // BLOCK_N
+    unscored_rows = (cached + place, cached + first, ragged_key // BLOCK_N)
+    begin, stop = first_block * STEPS, end_block * STEPS
+    # Four loads wait for each other from here to the first key; everything else is asked for beside the first of them.
+    loaded = load_rows(source, own[0], own[1], TILE[1], LAYER)
     query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, LAYER[1], KEY_PAD)
-    for low in range(own[0], own[1], TILE[1]):
-        write_tokens(source, low, own[1], TILE[1], LAYER)
+    found = first_look_up(source, listed, begin, unscored_rows, settings, LAYER, TILE)
+    store_tokens(source, loaded, LAYER)
+    for low in range(own[0] + TILE[1], own[1], TILE[1]):
+        store_tokens(source, load_rows(source, low, own[1], TILE[1], LAYER), LAYER)
     # Other threads read what one has written.
     tl.debug_barrier()
 
-    # Earlier keys hold nothing that a row must not see, unless there is a window.
-    ragged_key = listed[1] + tl.minimum(cached, listed[3]) - listed[2]
     in_range = True
     # One or the other: in turn, ptxas would serialise all products of the kernel on tensor cores (its note C7515).
     if TILE[9] > 0 and emits:
@@ -68,19 +75,20 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         if HAS_WINDOW:
             clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed[2], scored_end), 0), TILE[8])
         seen_by = (cached + place, cached + first, ragged_key // TILE[8])
+        ahead = first_look_up(source, listed, first_block, seen_by, settings, LAYER, SCORED_TILE)[2]
         largest = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, LIST_TILE, False)
-        bound = tl.where(real_pair & (place >= count - scored), 1.0, 0.0)
-        looks = (scores, scored_end, largest, bound, 1.0 / (scored * LAYER[0]))
+        # What is no row looks at nothing.
+        largest = tl.where(real_pair, largest, float("inf"))
+        looks = (scores, scored_end, largest, 1.0 / (scored * LAYER[0]))
         total, sums = attend_scored(
-            query, source, listed, first_block, end_block, seen_by, looks, settings, LAYER, SCORED_TILE
+            query, source, listed, first_block, end_block, ahead, seen_by, looks, settings, LAYER, SCORED_TILE
         )
         LIMIT: tl.constexpr = 2.0**15 if query.dtype == tl.float16 else 2.0**100
         in_range = tl.max(tl.where(real_pair, total, 0.0)) <= LIMIT
     else:
-        STEPS: tl.constexpr = TILE[8] // BLOCK_N
-        seen_by = (cached + place, cached + first, ragged_key // BLOCK_N)
-        begin, stop = first_block * STEPS, end_block * STEPS
-        largest, total, sums = attend_blocks(query, source, listed, begin, stop, seen_by, settings, LAYER, TILE)
+        largest, total, sums = attend_blocks(
+            query, source, listed, begin, stop, found, unscored_rows, settings, LAYER, TILE
+        )
         if TILE[7]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
             if own[2]:
                 state = (largest, total, sums)

@@ -54,6 +54,14 @@ def load_pillars(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def load_two_blocks(listed, block, BLOCK_N: tl.constexpr):
+    """``load_pillars`` of a block and of the one behind it [BLOCK_N, 2], each entry loaded by one thread only."""
+    entry = tl.minimum(block * BLOCK_N + tl.arange(0, 2 * BLOCK_N), tl.maximum(listed[1] - 1, 0))
+    pillars = tl.load(listed[0] + entry.to(tl.uint32))
+    return tl.permute(tl.reshape(pillars, (2, BLOCK_N)), (1, 0))
+
+
+@triton.jit
 def positions_of(listed, block, pillar, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
     """Positions of a block of a list; past its end the last one again, so that a load always finds a token.
 

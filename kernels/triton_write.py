@@ -7,40 +7,53 @@ from .triton_tiles import IDLE, pages_of, pool_pointers, row_pointers
 
 
 @triton.jit
-def write_tokens(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
-    """Copy rows of k and v, at most ROWS from ``first`` on and before ``end``, to their positions in the pool."""
-    KEY_DIM: tl.constexpr = LAYER[1]
-    VALUE_DIM: tl.constexpr = LAYER[2]
-    KEY_PAD: tl.constexpr = LAYER[3]
-    VALUE_PAD: tl.constexpr = LAYER[4]
-    POOL: tl.constexpr = LAYER[5]
+def load_rows(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
+    """Rows of k and v for ``store_tokens``, at most ROWS from ``first`` on and before ``end``, and where they go."""
     row = first + tl.arange(0, ROWS)
     mine = (row < end)[:, None]
     row = tl.minimum(row, end - 1)
     position = source[7] + row
-    page = pages_of(source, position, POOL)
-    key_mask = mine & (tl.arange(0, KEY_PAD) < KEY_DIM)[None, :]
-    value_mask = mine & (tl.arange(0, VALUE_PAD) < VALUE_DIM)[None, :]
-    keys = tl.load(row_pointers(source[1], row, source[5], KEY_PAD), mask=key_mask)
-    values = tl.load(row_pointers(source[2], row, source[6], VALUE_PAD), mask=value_mask)
-    tl.store(pool_pointers(source, position, page, 0, KEY_PAD, POOL), keys, mask=key_mask)
-    tl.store(pool_pointers(source, position, page, KEY_DIM, VALUE_PAD, POOL), values, mask=value_mask)
+    page = pages_of(source, position, LAYER[5])
+    key_mask = mine & (tl.arange(0, LAYER[3]) < LAYER[1])[None, :]
+    value_mask = mine & (tl.arange(0, LAYER[4]) < LAYER[2])[None, :]
+    keys = tl.load(row_pointers(source[1], row, source[5], LAYER[3]), mask=key_mask)
+    values = tl.load(row_pointers(source[2], row, source[6], LAYER[4]), mask=value_mask)
+    return position, page, keys, values, key_mask, value_mask
 
 
 @triton.jit
-def clear_rows(out, rows, width, request_mode, row_start, row_count, requests, REQUESTS: tl.constexpr):
-    """Zero the rows of ``out`` [rows, width] that belong to no request, every program its share."""
+def store_tokens(source, loaded, LAYER: tl.constexpr):
+    """Write keys and values of tokens to their positions in the pool; ``loaded`` is what ``load_rows`` gave."""
+    position, page, keys, values, key_mask, value_mask = loaded
+    tl.store(pool_pointers(source, position, page, 0, LAYER[3], LAYER[5]), keys, mask=key_mask)
+    tl.store(pool_pointers(source, position, page, LAYER[1], LAYER[4], LAYER[5]), values, mask=value_mask)
+
+
+@triton.jit
+def clear_row(out, row, width):
+    """Zero a row of ``out`` [rows, width]."""
+    target = out + tl.cast(row, tl.int64) * width
+    for low in range(0, width, 1024):
+        element = low + tl.arange(0, 1024)
+        tl.store(target + element, tl.zeros((1024,), out.dtype.element_ty), mask=element < width)
+
+
+@triton.jit
+def clear_rows(out, first, end, width):
+    """Zero rows first .. end - 1 of ``out``, every program its share."""
+    for row in range(first + tl.program_id(0), end, tl.num_programs(0)):
+        clear_row(out, row, width)
+
+
+@triton.jit
+def clear_gaps(out, end, width, request_mode, row_start, row_count, requests, REQUESTS: tl.constexpr):
+    """Zero those of the rows before ``end`` that belong to no request, every program its share."""
     slot = tl.arange(0, REQUESTS)
     inside = slot < requests
     kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
     count = tl.load(row_count + slot, mask=inside & (kind != IDLE), other=0)
-    # Requests do not share rows.
-    if tl.sum(count, 0) < rows:
-        start = tl.load(row_start + slot, mask=inside, other=0)
-        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-            owned = tl.sum(((start <= row) & (row < start + count)).to(tl.int32), 0)
-            if owned == 0:
-                target = out + tl.cast(row, tl.int64) * width
-                for low in range(0, width, 1024):
-                    element = low + tl.arange(0, 1024)
-                    tl.store(target + element, tl.zeros((1024,), out.dtype.element_ty), mask=element < width)
+    start = tl.load(row_start + slot, mask=inside, other=0)
+    for row in range(tl.program_id(0), end, tl.num_programs(0)):
+        owned = tl.sum(((start <= row) & (row < start + count)).to(tl.int32), 0)
+        if owned == 0:
+            clear_row(out, row, width)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from report import FIELDS  # noqa: E402
+from throughput_engines import Load, TooShortError, _difference  # noqa: E402
 from traces import recorded_traces  # noqa: E402
 
 
@@ -56,6 +58,14 @@ def test_texts_too_short_to_be_timed():
     assert result.returncode != 0
     assert "give more than 20 new tokens" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_difference_of_two_runs_that_is_only_noise():
+    load = Load(prompts=[[1]], new_tokens=50, temperature=0.0, seed=1)
+    with pytest.raises(TooShortError, match=r"50 new tokens took 0\.1. s and 10 of them 0\.1. s"):
+        _difference(lambda new_tokens: time.sleep(0.1), load)
+    measured = _difference(lambda new_tokens: time.sleep(0.01 * new_tokens), load)
+    assert measured.ms_per_iteration == pytest.approx(10, rel=0.5)
 
 
 def test_recorded_traces_are_unfinished_searches_of_that_length():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode
 
-from .cases import SENTINEL, Case
+from .cases import SENTINEL, Case, Request
 
 
 def expected_output(case: Case) -> Tensor:
@@ -30,15 +30,15 @@ def expected_scores(case: Case) -> Tensor:
     for b, request in enumerate(case.requests):
         if request.mode not in (Mode.VERIFY, Mode.PREFILL) or not request.score_rows:
             continue
-        scored = request.length - request.score_rows
+        scored, verifies = request.length - request.score_rows, request.mode == Mode.VERIFY
         slot = case.tensors["score_slot"][b]
         scores[slot, :, :scored] = 0
         for row in range(request.rows - request.score_rows, request.rows):
             for head in range(case.shape.q_heads):
                 seen = _seen(case, b, head // share, row)
                 logits = _logits(case, b, head, row, seen)
-                drafted = _drafted(case, b, head // share, row) if request.mode == Mode.VERIFY else seen
-                total = _logits(case, b, head, row, drafted).logsumexp(0)
+                measure = _drafted(case, b, head // share, row, _measuring(request)) if verifies else seen
+                total = _logits(case, b, head, row, measure).logsumexp(0)
                 for position, x in zip(seen, logits.tolist(), strict=True):
                     if position < scored:
                         looked = min(1.0, math.exp(x - total))
@@ -65,11 +65,16 @@ def _seen(case: Case, b: int, kv_head: int, row: int) -> list[int]:
     return list(range(max(0, position - case.shape.window + 1) if case.shape.window else 0, position + 1))
 
 
-def _drafted(case: Case, b: int, kv_head: int, row: int) -> list[int]:
-    """What a draft in the place of a row reads."""
+def _measuring(request: Request) -> int:
+    """Pillars that scores are measured by: what recent positions leave of 128, at least 8."""
+    return min(request.pillars, max(8, 128 - (request.length - request.recent)))
+
+
+def _drafted(case: Case, b: int, kv_head: int, row: int, most: int | None = None) -> list[int]:
+    """What a draft in the place of a row reads, with the first ``most`` pillars only."""
     request, window = case.requests[b], case.shape.window
     position = request.cached + row
-    pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()
+    pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()[:most]
     return [p for p in (*pillars, *range(request.recent, position + 1)) if not window or p > position - window]
 
 

@@ -22,9 +22,12 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 LONG = [
     Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
     Request(Mode.VERIFY, cached=70, rows=9, score_rows=9),
+    Request(Mode.VERIFY, cached=150, rows=4, score_rows=4, pillars=140, recent=145),
+    Request(Mode.VERIFY, cached=160, rows=4, score_rows=4, pillars=20, recent=30),
     Request(Mode.PREFILL, cached=3, rows=37, score_rows=20),
 ]
-"""More keys than one block, more pillars than one block, more rows and more scored rows than one tile."""
+"""More keys than one block, more pillars than one block and than measure scores, more recent positions than those, more
+rows and more scored rows than one tile."""
 
 
 def launch(case: Case) -> Tensor:

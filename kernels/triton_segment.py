@@ -20,7 +20,7 @@ from .triton_write import load_rows, store_tokens
 def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """Attend, and finish the unit if this is its only or its last part.
 
-    Returns False if nothing was finished: with scores, weights are measured from what the drafts could see, and those
+    Returns False if nothing was finished: with scores, weights are measured from a few positions, and those
     missed what a row looks at most by more than the range of numbers. The scores are right; attend again without.
 
     ``unit`` is (packed, source, listed, measured, blocks, rows, own, score, workspace): ``packed`` (q, its strides of a

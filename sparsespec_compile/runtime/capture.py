@@ -18,12 +18,12 @@ very first one also allocates."""
 
 
 def row_counts(most: int) -> list[int]:
-    """Padded numbers of rows, ascending up to `most`: in steps of 32, from 256 on by a quarter.
+    """Padded numbers of rows, ascending up to `most`: one request's, 16, in steps of 32, from 256 on by a quarter.
 
     Up to about 190 rows a GEMM costs what reading its weights costs, so finer steps would gain little and take time to
     capture; above, steps hold prompts, of which there are few.
     """
-    sizes = [MIN_ROWS, 4, 8, 16, *range(32, 257, 32)]
+    sizes = [MIN_ROWS, 16, *range(32, 257, 32)]
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 5 // 4 // 16 * 16)
     return [*(size for size in sizes if size < most), max(most, MIN_ROWS)]

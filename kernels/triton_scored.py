@@ -1,10 +1,10 @@
 """Attention that gives out scores: weights are measured from a number known before the loop, the other way round.
 
-Scores want weights measured from a few positions that hold most of a softmax, see ``log_sum_of_list``. Against a fixed measure a softmax
-needs no largest logit and rescales nothing, so nothing of a block has to meet across keys. These loops therefore
-compute K Q^T and V^T P^T where the others compute Q K^T and P V: the pairs of a key, which a score sums over, stay
-within a few threads. A block of 64 keys takes 4 exchanges between threads instead of some 50, and
-none between warps.
+Scores are measured by a few positions that hold most of a softmax's sum, see ``log_sum_of_list``. Against a fixed
+measure a softmax needs no largest logit and rescales nothing, so nothing of a block has to meet across keys. These
+loops therefore compute K Q^T and V^T P^T where the others compute Q K^T and P V: the pairs of a key, which a score sums
+over, stay within a few threads. A block of 64 keys takes 4 exchanges between threads instead of some 50, and none
+between warps.
 
 A weight can leave the range of numbers, if a row looks at something far more than at all that measures it. Whoever
 calls finds out from the sums, and attends again with a running maximum.

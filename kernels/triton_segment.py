@@ -20,8 +20,8 @@ from .triton_write import load_rows, store_tokens
 def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """Attend, and finish the unit if this is its only or its last part.
 
-    Returns False if nothing was finished: with scores, weights are measured from a few positions, and those
-    missed what a row looks at most by more than the range of numbers. The scores are right; attend again without.
+    Returns False if nothing was finished: with scores, weights are measured from a few positions, and those missed what
+    a row looks at most by more than the range of numbers. The scores are right; attend again without.
 
     ``unit`` is (packed, source, listed, measured, blocks, rows, own, score, workspace): ``packed`` (q, its strides of a
     row and a head, out, its stride of a row), at the request and KV head; ``source`` see pool_pointers; ``listed``

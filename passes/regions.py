@@ -16,9 +16,9 @@ from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
@@ -27,16 +27,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Region:
-    """Some nodes of a graph as a module.
+    """Some nodes of a graph as a graph of their own.
 
     Attributes:
-        module: takes the values of `inputs`, gives a tuple of the values of `outputs`.
+        graph: takes the values of `inputs`, gives a tuple of the values of `outputs`.
         inputs: the outer nodes that it reads, in the order of their first use.
         outputs: those of its nodes that others read, in the order of the graph.
-        signature: equal for two regions when the module of one can run in place of the other's.
+        signature: equal for two regions when the graph of one can run in place of the other's.
     """
 
-    module: GraphModule
+    graph: Graph
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
     signature: Hashable
@@ -52,7 +52,7 @@ def extract(nodes: Sequence[Node], wanted: Container[Node]) -> Region:
     inputs = inputs_of(nodes)
     outputs = tuple(node for node in nodes if node in wanted)
     graph = _copy(nodes, inputs, outputs)
-    return Region(GraphModule(nn.Module(), graph), inputs, outputs, (_calls(graph), *map(_kind, (*inputs, *outputs))))
+    return Region(graph, inputs, outputs, (_calls(graph), *map(_kind, (*inputs, *outputs))))
 
 
 def inputs_of(nodes: Sequence[Node]) -> tuple[Node, ...]:

@@ -22,6 +22,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -145,7 +146,8 @@ def _join(source: GraphModule, outside: list[Node], calls: list[tuple[str, Regio
         values[node] = graph.node_copy(node, values.__getitem__)
     modules: dict[str, GraphModule] = {}
     for name, region in calls:
-        modules.setdefault(name, region.module)
+        if name not in modules:  # making a module writes its code, which takes a while
+            modules[name] = GraphModule(nn.Module(), region.graph)
         call = graph.call_module(name, tuple(values[node] for node in region.inputs))
         for number, node in enumerate(region.outputs):
             values[node] = graph.call_function(operator.getitem, (call, number))

@@ -93,6 +93,17 @@ def test_without_large_steps_there_is_one_kernel_for_each_kind_of_layer():
     assert sorted(call.window for call in attention) == [0, 1]
 
 
+def test_the_default_dtype_does_not_matter():
+    fast = ss.optimize(tiny("qwen3"))
+    calls = calls_of(fast._compiled, fast.config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for call in calls:
+            call.run(CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_cpu_compiles_nothing(monkeypatch):
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
     monkeypatch.setattr(warm_up, "calls_of", None)

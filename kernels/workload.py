@@ -86,7 +86,7 @@ def make_step(heads: Heads, work: list[Work], device: torch.device, seed: int = 
     tensors["recent_start"].masked_fill_(whole, 0)
     tensors["page_table"] = _shuffled_pages(pages, generator)
     longest = max(item.cached + item.rows for item in work)
-    tensors["scores"] = torch.empty(len(work), heads.kv_heads, longest, device=device)
+    tensors["scores"] = torch.empty(len(work), heads.kv_heads, longest, dtype=torch.float32, device=device)
     tensors["pillar_index"] = _pillars(work, heads.kv_heads, generator)
     width = heads.key_dim + heads.value_dim
     tensors["kv"] = _normal((sum(pages), heads.kv_heads, heads.page_size, width), heads.dtype, generator)

@@ -70,7 +70,7 @@ class Attention(NamedTuple):
         heads = self.k.size[1]
         idle = torch.zeros(self.requests, dtype=torch.int32, device=device)
         step = [idle[:, None] if name == "page_table" else idle for name in STEP_TENSORS]
-        scores = torch.zeros(1, heads, 1, device=device)
+        scores = torch.zeros(1, heads, 1, dtype=torch.float32, device=device)
         pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
         dual_mode_attention(*packed, scores, *step, pillars, self.scale, self.window, self.softcap)
 
@@ -83,7 +83,7 @@ class Draw(NamedTuple):
     def run(self, device: torch.device) -> None:
         """Make the tensors and call the op."""
         logits = self.logits.make(device)[0]
-        real = torch.zeros(logits.shape[0], device=device)
+        real = torch.zeros(logits.shape[0], dtype=torch.float32, device=device)
         draw_tokens(logits, real, real.long(), real, real, real.long(), real.long())
 
 

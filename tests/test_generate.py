@@ -301,6 +301,24 @@ def test_replaced_parameters_are_noticed():
         fast.generate(IDS, max_new_tokens=3)
 
 
+@pytest.fixture
+def half_by_default():
+    """Many load models with `torch.set_default_dtype(torch.bfloat16)` and leave it so."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_dtype_does_not_matter(model, half_by_default):
+    params = ss.SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, logprobs=True)
+    prompts = [list(range(2, 40)), [5, 6]]
+    settings = ss.SpecConfig(draft_tokens=3, min_budget=6)
+    halved = ss.optimize(model, settings).generate_batch(prompts, params)
+    torch.set_default_dtype(torch.float32)
+    for got, expected in zip(halved, ss.optimize(model, settings).generate_batch(prompts, params), strict=True):
+        assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
+
+
 def test_inductor_gives_the_same_text(model, batch):
     fast = ss.optimize(model, ss.SpecConfig(draft_tokens=3, min_budget=6, backend="inductor"))
     for arguments in ({}, {"do_sample": True, "seed": 2}):

@@ -1,5 +1,6 @@
 """Kernels compiled beside `optimize`: exactly those of the steps that follow, each once, and failures come out."""
 
+import dataclasses
 import os
 import threading
 from contextlib import contextmanager
@@ -67,9 +68,19 @@ def variants_of(run):
     return recorder.seen
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt2", "deepseek_v3"])
-def test_variants_are_those_of_real_steps_each_once(family):
-    fast = ss.optimize(tiny(family), LARGE)
+@pytest.mark.parametrize(
+    ("family", "dims", "page_size"),
+    [
+        ("qwen2", {}, 16),
+        ("gemma3_text", {}, 16),
+        ("gpt2", {}, 16),
+        ("deepseek_v3", {}, 16),
+        ("deepseek_v3", {"v_head_dim": 11}, 1),  # the second layer's part of a page begins at no multiple of 16 bytes
+    ],
+)
+def test_variants_are_those_of_real_steps_each_once(family, dims, page_size):
+    config = dataclasses.replace(LARGE, page_size=page_size)
+    fast = ss.optimize(tiny(family, **dims), config)
     step = fast.capture(max_requests=4, max_length=64)
 
     def steps():
@@ -77,7 +88,7 @@ def test_variants_are_those_of_real_steps_each_once(family):
             step.replay(rows, 16)
 
     def warm():
-        for call in calls_of(fast._compiled, LARGE):
+        for call in calls_of(fast._compiled, config):
             call.run(CPU)
 
     compiled = variants_of(warm)
@@ -91,6 +102,17 @@ def test_without_large_steps_there_is_one_kernel_for_each_kind_of_layer():
     )
     attention = [call for call in calls_of(fast._compiled, fast.config) if isinstance(call, Attention)]
     assert sorted(call.window for call in attention) == [0, 1]
+
+
+def test_the_default_dtype_does_not_matter():
+    fast = ss.optimize(tiny("qwen3"))
+    calls = calls_of(fast._compiled, fast.config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for call in calls:
+            call.run(CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_cpu_compiles_nothing(monkeypatch):
@@ -112,10 +134,11 @@ def test_regions_are_compiled_meanwhile(monkeypatch):
         order.append("regions")
         return compiled.graph_module
 
+    monkeypatch.setattr(target, "_settle_kernel_cache", lambda device: order.append("cache settled"))
     monkeypatch.setattr(target, "kernels_compiled_beside", beside)
     monkeypatch.setattr(target, "_compile_regions", regions)
     ss.optimize(tiny("qwen3"), ss.SpecConfig(backend="inductor"))
-    assert order == ["kernels begin", "regions", "kernels done"]
+    assert order == ["cache settled", "kernels begin", "regions", "kernels done"]
 
 
 @pytest.mark.parametrize(

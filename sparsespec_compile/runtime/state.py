@@ -72,7 +72,7 @@ class State:
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
         self.pool = torch.zeros(capacity.pages, layout.elements_per_page, dtype=dtype, device=device)
-        self.scores = torch.zeros(capacity.score_slots, heads, capacity.tokens, device=device)
+        self.scores = torch.zeros(capacity.score_slots, heads, capacity.tokens, dtype=torch.float32, device=device)
 
     def give_pool(self, pages: int) -> None:
         """Replace the pool by one of `pages` pages, before any request holds one."""

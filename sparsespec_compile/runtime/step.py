@@ -103,7 +103,7 @@ class Step:
         slots = state.capacity.slots
         self.results = Results(
             tokens=torch.zeros(slots, draft_tokens + 2, dtype=torch.int32, device=state.device),
-            logprobs=torch.zeros(slots, draft_tokens + 1, device=state.device),
+            logprobs=torch.zeros(slots, draft_tokens + 1, dtype=torch.float32, device=state.device),
         )
         self._place_rows = compiler(place_rows)
         self._accept = compiler(accept)

@@ -15,9 +15,13 @@ from .test_triton_attention import check_result
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
+import triton
+import triton.language as tl
+
 from sparsespec_compile.kernels import triton_attention
 from sparsespec_compile.kernels.device import INTERPRETER
 from sparsespec_compile.kernels.tiling import Tiling
+from sparsespec_compile.kernels.triton_plan import share_of_line
 
 REQUESTS = [
     Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
@@ -84,6 +88,24 @@ def test_any_split_is_right(sharing: str, window: int, device: str, share: Calla
     check_result(output, actual, expect(case, torch.float32, device))
     assert seen[0].numel() == SHARINGS[sharing][0]
     assert not seen[0].any()
+
+
+@triton.jit
+def _stretches(ends, total, longest, MIN_BLOCKS: tl.constexpr):
+    _, begin, end = share_of_line(total, longest, MIN_BLOCKS)
+    tl.store(ends + 2 * tl.program_id(0), begin)
+    tl.store(ends + 2 * tl.program_id(0) + 1, end)
+
+
+@pytest.mark.parametrize(
+    ("total", "longest", "stretch"),
+    [(80, 40, 16), (20, 20, 8), (20, 5, 5), (0, 0, 0)],
+    ids=["shared out evenly", "not cut too small", "short units not put together", "nothing in the line"],
+)
+def test_stretches_of_the_line(total: int, longest: int, stretch: int, device: str) -> None:
+    ends = torch.full((5, 2), -1, dtype=torch.int32, device=device)
+    _stretches[(5,)](ends, total, longest, 8)
+    assert ends.tolist() == [[min(total, place * stretch), min(total, (place + 1) * stretch)] for place in range(5)]
 
 
 def test_equal_calls_give_equal_bits(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:

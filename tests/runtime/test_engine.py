@@ -135,6 +135,21 @@ def test_the_last_rows_of_long_verifications_choose_the_pillars(toy):
     assert {score_rows for kind, _, score_rows in scored if kind == Mode.PREFILL} == {5, 41}
 
 
+def test_the_layer_with_most_query_heads_to_a_kv_head_decides_how_many_rows_are_scored(toy):
+    engine = toy.engine(draft_tokens=40, min_budget=4)
+    first, second = engine.target.layout.layers
+    forward, scored = engine.target.forward, set()
+
+    def spy(*inputs):
+        scored.update(inputs[11][inputs[6] == Mode.VERIFY].tolist())
+        return forward(*inputs)
+
+    layers = (replace(first, q_heads=16 * first.kv_heads), second)  # this toy's attention asks nobody for its heads
+    engine.target = replace(engine.target, forward=spy, layout=replace(engine.target.layout, layers=layers))
+    run(engine, requests_of((5,), 90))
+    assert max(scored) == scored_rows_at_most(16)
+
+
 def test_requests_of_one_prompt_length_verify_in_different_iterations(toy):
     engine = toy.engine(draft_tokens=3, min_budget=4)
     verifying = []

@@ -89,6 +89,23 @@ def test_verifications_of_several_tiles_give_scores_as_they_attend(
     check(case, torch.bfloat16, device)
 
 
+def test_rows_of_requests_that_have_none_are_not_cleared(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where such a request's rows would begin may be anywhere, also behind the last row."""
+    if device != "cpu":
+        pytest.skip("what is cleared is seen in the interpreter")
+    from sparsespec_compile.kernels import triton_write
+
+    requests = [Request(Mode.VERIFY, cached=9, rows=3), Request(Mode.IDLE, rows=2), Request(Mode.DRAFT, rows=0)]
+    case = build(Shape(), requests, torch.float32)
+    rows = case.tensors["q"].shape[0]
+    case.tensors["row_start"][1:] = rows + 7
+    cleared: list[int] = []
+    monkeypatch.setattr(triton_write, "clear_row", lambda out, row, width: cleared.append(int(row)))
+    launch(case)
+    own = range(case.row_start[0], case.row_start[0] + 3)
+    assert sorted(cleared) == [row for row in range(rows) if row not in own]
+
+
 @pytest.mark.parametrize("large_step", [False, True])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (192, 512)])
 def test_a_tile_holds_the_rows_that_the_engine_scores(large_step: bool, dims: tuple[int, int]) -> None:

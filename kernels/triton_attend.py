@@ -259,5 +259,6 @@ def attention_kernel(
                 finished = attend_segment(work, settings, LAYER, BIG_TILE)
         again = not finished
         at = tl.where(finished, next_at, at)
+    # Rare, and behind the loop: in front of it, ptxas would keep more of the loop's constants in memory.
     if row_end > real_rows:
         clear_gaps(out, row_end, width, request_mode, row_start, row_count, requests, REQUESTS)

@@ -34,8 +34,9 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        softmax's sum; where they hold all of it n is the full log-sum-exp, as it is exactly with pillar_count 0 and
        recent_start 0. And n is known soon, before the pass over the cache, so that this one pass gives output and
        scores. The paper's kernel divides by the full sum instead.
-       Any number of rows may be scored, but scores of a VERIFY request cost next to nothing only while
-       score_rows[b] <= scored_rows_at_most(G): further rows take passes of their own over all keys.
+       Any number of rows may be scored, but scores of a VERIFY request cost next to nothing only if all its rows are,
+       or its last scored_rows_at_most(G): more take passes of their own over all keys, and with fewer the request
+       reads its keys and values once for every score_rows[b] of its rows.
     Logits, softmax and scores are computed in float32, or in float64 for float64 inputs.
     Required of the values, which are not checked since that would wait for the device: requests do not share rows;
     positions stay inside the reserved pages; score_rows <= row_count; end - score_rows <= S;
@@ -126,7 +127,6 @@ draft rows read densely."""
 
 SCORED_PAIRS = 64
 """(Row, query head of one KV head) pairs of a verification that the GPU kernel takes at a time, in 16-bit dtypes."""
-
 
 MEASURING_POSITIONS = 128
 MEASURING_PILLARS = 8

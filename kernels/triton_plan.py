@@ -9,11 +9,11 @@ bytes are shared out evenly however lengths are mixed, and a unit may be split o
 import triton
 import triton.language as tl
 
+from . import ops
 from .triton_tiles import DRAFT, IDLE, VERIFY
 
-MEASURING_POSITIONS = tl.constexpr(128)
-MEASURING_PILLARS = tl.constexpr(8)
-"""As in ``kernels.ops``; a test holds them equal."""
+MEASURING_POSITIONS = tl.constexpr(ops.MEASURING_POSITIONS)
+MEASURING_PILLARS = tl.constexpr(ops.MEASURING_PILLARS)
 
 MAX_STREAM_TILES = tl.constexpr(4)
 """Most tiles of a request in the line; of a verification any number, for only there are scores given out."""
@@ -79,8 +79,14 @@ def rows_of_tile(tile, tiles, tile_rows, count):
 
 @triton.jit
 def _combine(line, longest, whole, separate, count, end, line_2, longest_2, whole_2, separate_2, count_2, end_2):
-    sums = (line + line_2, whole + whole_2, separate + separate_2, count + count_2)
-    return sums[0], tl.maximum(longest, longest_2), sums[1], sums[2], sums[3], tl.maximum(end, end_2)
+    return (
+        line + line_2,
+        tl.maximum(longest, longest_2),
+        whole + whole_2,
+        separate + separate_2,
+        count + count_2,
+        tl.maximum(end, end_2),
+    )
 
 
 @triton.jit

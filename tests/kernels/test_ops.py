@@ -15,12 +15,6 @@ def test_modes_of_the_kernels() -> None:
     assert [tiles.IDLE.value, tiles.DRAFT.value, tiles.VERIFY.value, tiles.PREFILL.value] == list(Mode)
 
 
-def test_what_measures_scores_in_the_kernels() -> None:
-    plan = pytest.importorskip("sparsespec_compile.kernels.triton_plan", reason="Triton is published for Linux only")
-    assert plan.MEASURING_POSITIONS.value == ops.MEASURING_POSITIONS
-    assert plan.MEASURING_PILLARS.value == ops.MEASURING_PILLARS
-
-
 def test_step_tensors_are_the_arguments_of_the_op() -> None:
     names = [argument.name for argument in ops.dual_mode_attention._schema.arguments]
     assert tuple(names[5 : 5 + len(STEP_TENSORS)]) == STEP_TENSORS

@@ -89,10 +89,10 @@ def test_verifications_of_several_tiles_give_scores_as_they_attend(
     check(case, torch.bfloat16, device)
 
 
-def test_rows_of_requests_that_have_none_are_not_cleared(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where such a request's rows would begin may be anywhere, also behind the last row."""
-    if device != "cpu":
-        pytest.skip("what is cleared is seen in the interpreter")
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("device", ["interpreter"], indirect=True)
+def test_rows_of_requests_that_have_none_are_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where such a request's rows would begin may be anywhere, also behind the last row. The interpreter can watch."""
     from sparsespec_compile.kernels import triton_write
 
     requests = [Request(Mode.VERIFY, cached=9, rows=3), Request(Mode.IDLE, rows=2), Request(Mode.DRAFT, rows=0)]

@@ -2,9 +2,11 @@
 
     python benchmarks/ablation.py --shape Qwen3-8B --json benchmarks/results/h200-ablation.json
 
-From plain decoding with a host that waits: self-speculation with all requests in phase, balanced phases, a host that
-runs ahead, and a host tier that lets more requests run than the pool can hold. Texts end naturally. Prompts, warm-up
-and compilation: the first two are part of an engine's work and inside the clock, the last is outside.
+From plain decoding with a host that waits: self-speculation with all requests in phase, balanced phases, few of them
+(the default), a host that runs ahead, and a host tier that lets more requests run than the pool can hold. The last
+stage has a pool that holds them all: what the host tier loses to moving them is what that one is faster. Prompts are
+held-out puzzles, or, with --length, that much recorded reasoning each; texts end naturally. Reading the prompts is
+inside the clock, compilation is not.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from rich.table import Table
 from texts import common_share
 from throughput import load_model
 from throughput_engines import release_memory
+from traces import recorded_traces
 from transformers import PreTrainedModel
 
 import sparsespec_compile as ss
@@ -29,9 +32,11 @@ import sparsespec_compile as ss
 STAGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("plain", {"draft_tokens": 0, "overlap": False}),
     ("+ self-speculation, in phase", {"schedule": "in_phase", "overlap": False}),
-    ("+ balanced phases", {"overlap": False}),
+    ("+ balanced phases", {"schedule": "balanced", "overlap": False}),
+    ("+ in groups", {"overlap": False}),
     ("+ no wait", {}),
     ("+ host tier", {"host_tier": True}),
+    ("pool for all", {"pool_tokens": None}),
 )
 
 
@@ -40,9 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="countdown", choices=["countdown", *PRESETS])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--max-requests", type=int, default=64)
+    parser.add_argument("--length", type=int, default=0, help="tokens of recorded reasoning; 0 = held-out puzzles")
     parser.add_argument("--max-new-tokens", type=int, default=4096)
-    parser.add_argument("--pool-tokens", type=int, default=131_072, help="of the KV pool, for every stage")
-    parser.add_argument("--host-pool-tokens", type=int, default=262_144, help="of host memory, for the last stage")
+    parser.add_argument("--pool-tokens", type=int, default=131_072, help="of the KV pool, for all stages but the last")
+    parser.add_argument("--host-pool-tokens", type=int, default=262_144, help="of host memory, for its stage")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -56,17 +62,15 @@ def measure(
     settings = dict(stage)
     host_tokens = arguments.host_pool_tokens if settings.pop("host_tier", False) else 0
     config = ss.SpecConfig(
-        pool_tokens=arguments.pool_tokens,
+        **{"pool_tokens": arguments.pool_tokens, "max_requests": arguments.max_requests, **settings},
         host_pool_tokens=host_tokens,
-        max_requests=arguments.max_requests,
-        **settings,
     )
     fast = ss.optimize(model, config)
     limits = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = [ss.SamplingParams(seed=i, **limits) for i in range(len(prompts))]
     short = [ss.SamplingParams(seed=i, **{**limits, "max_new_tokens": 32}) for i in range(len(prompts))]
     longest = max(map(len, prompts)) + arguments.max_new_tokens
-    with fast.stream(prompts, short, max_length=longest) as warm_up:
+    with fast.stream([prompt[:64] for prompt in prompts], short, max_length=longest) as warm_up:
         for _ in warm_up:
             pass
     start = time.perf_counter()
@@ -90,8 +94,11 @@ def measure(
 def main() -> None:
     arguments = parse_arguments()
     model, tokenizer = load_model(arguments.shape, arguments.device)
-    batch = held_out_prompts(tokenizer, arguments.requests, arguments.device)
-    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*batch.values(), strict=True)]
+    if arguments.length:
+        prompts = recorded_traces(tokenizer, arguments.requests, arguments.length)
+    else:
+        batch = held_out_prompts(tokenizer, arguments.requests, arguments.device)
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*batch.values(), strict=True)]
     rows: list[dict[str, Any]] = []
     plain: list[list[int]] = []
     for name, stage in STAGES:

@@ -23,7 +23,7 @@ import sparsespec_compile as ss
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-SCHEDULES = ("in_phase", "random", "balanced")
+SCHEDULES = ("in_phase", "random", "balanced", "grouped")
 
 
 def parse_arguments() -> argparse.Namespace:

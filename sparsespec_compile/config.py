@@ -10,7 +10,7 @@ from sparsespec_compile.settings import Settings
 
 Drafter = Literal["pillar", "window", "full"]
 Backend = Literal["auto", "eager", "inductor"]
-Schedule = Literal["balanced", "random", "in_phase"]
+Schedule = Literal["grouped", "balanced", "random", "in_phase"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,9 @@ class SpecConfig(Settings, error=ConfigError):
             longest text. None: half of the free host memory on CUDA, 0 on CPU.
         max_requests: requests decoded together. Further ones wait.
         prefill_chunk: prompt tokens processed in one iteration, all requests together.
-        schedule: in which iterations requests verify. "balanced": so that every iteration reads about as many bytes
-            (paper, unified batch scheduling). "in_phase": all in the same one; "random": any. For comparison.
+        schedule: in which iterations requests verify. "grouped": in as few of a cycle as rows allow that cost hardly
+            more than one, so many bytes in each. For comparison: "balanced": in all of them, so that every iteration
+            reads about as many bytes (paper, unified batch scheduling); "random": in any; "in_phase": all in the same.
         overlap: whether an iteration is enqueued before the results of the one before are read (paper, delayed
             verification). False is for comparison.
         cuda_graphs: whether iterations on CUDA are captured once and replayed.
@@ -63,7 +64,7 @@ class SpecConfig(Settings, error=ConfigError):
     host_pool_tokens: int | None = None
     max_requests: int = 64
     prefill_chunk: int = 2048
-    schedule: Schedule = "balanced"
+    schedule: Schedule = "grouped"
     overlap: bool = True
     cuda_graphs: bool = True
     backend: Backend = "auto"

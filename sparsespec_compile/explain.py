@@ -103,6 +103,7 @@ def explain(
     load, ceilings = workload(lengths, batch), ceilings_of(device)
     budget = drafted_positions(config, load.length)
     prediction, plain = (
-        predict_mean(cost, cycle(load.batch, k, load.length, budget), ceilings) for k in (config.most_draft_tokens, 0)
+        predict_mean(cost, cycle(load.batch, k, load.length, budget, config.schedule), ceilings)
+        for k in (config.most_draft_tokens, 0)
     )
     return Explanation(cost, config, load, ceilings.name, prediction, plain)

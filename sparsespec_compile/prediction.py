@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsespec_compile.ceilings import Ceilings
-from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.config import Schedule, SpecConfig
 from sparsespec_compile.passes.cost_terms import Iteration, IterationCost, Term
 from sparsespec_compile.runtime.draft_length import IterationTime
+from sparsespec_compile.runtime.phases import phases_in_use
 
 OVERHEAD = "launches"
 """Name under which the overhead of all launches is given."""
@@ -88,17 +89,24 @@ def predict_mean(cost: IterationCost, mix: Sequence[tuple[float, Iteration]], ce
     return Prediction(tuple(terms), seconds, light)
 
 
-def cycle(batch: int, draft_tokens: int, length: float, budget: float) -> list[tuple[float, Iteration]]:
-    """The iterations of a cycle in the steady state: `batch` requests, their phases spread as evenly as they can be.
+def cycle(
+    batch: int, draft_tokens: int, length: float, budget: float, schedule: Schedule = "grouped"
+) -> list[tuple[float, Iteration]]:
+    """The iterations of a cycle in the steady state: `batch` requests, as evenly over the phases in use as can be.
 
-    Of the k + 1 phases, `batch % (k + 1)` have one verifying request more than the others.
+    Of those, `batch % phases` have one verifying request more than the others; in the other phases none verifies.
 
     Returns:
         kinds of iterations and their share, which add up to 1.
     """
-    phases = draft_tokens + 1
+    iterations = draft_tokens + 1
+    phases = phases_in_use(schedule, draft_tokens, batch)
     few, larger = divmod(batch, phases)
-    kinds = [((phases - larger) / phases, few), (larger / phases, few + 1)]
+    kinds = [
+        ((iterations - phases) / iterations, 0),
+        ((phases - larger) / iterations, few),
+        (larger / iterations, few + 1),
+    ]
     return [(share, _iteration(batch, verifying, draft_tokens, length, budget)) for share, verifying in kinds if share]
 
 
@@ -111,7 +119,7 @@ def iteration_time(cost: IterationCost, config: SpecConfig, ceilings: Ceilings) 
     """Predicted seconds of a mean iteration, by drafts of a cycle, mean cached length and requests."""
 
     def seconds(drafts: int, length: float, requests: int) -> float:
-        mix = cycle(requests, drafts, length, drafted_positions(config, length))
+        mix = cycle(requests, drafts, length, drafted_positions(config, length), config.schedule)
         return predict_mean(cost, mix, ceilings).seconds
 
     return seconds

@@ -12,6 +12,7 @@ from sparsespec_compile.runtime.draft_length import IterationTime
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
+from sparsespec_compile.runtime.phases import most_together
 from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
 from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
 
@@ -55,8 +56,7 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
     if policy is not None and policy.reads_scores:
         most = config.most_draft_tokens
         drafts = min(most, _SCORED_CYCLE) if config.draft_tokens == "auto" else most
-        together = slots if config.schedule == "in_phase" else 2 * -(-slots // (drafts + 1))
-        scored = max(2, min(slots, max(together, 8)))
+        scored = max(2, min(slots, max(most_together(config.schedule, drafts, slots), 8)))
     return Capacity(max(slots, 2), max(tokens, 2), max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
 
 

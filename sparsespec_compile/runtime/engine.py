@@ -15,7 +15,7 @@ from sparsespec_compile.runtime.draft_length import DraftLength
 from sparsespec_compile.runtime.drafters import choose_policy
 from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.phases import Phases
+from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases
 from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.residency import Residency
@@ -198,6 +198,6 @@ def _decoding_rows(slots: int, config: SpecConfig) -> int:
     most = config.most_draft_tokens
     if config.schedule == "in_phase":
         return slots * (most + 1)
-    if config.draft_tokens == "auto":
-        return slots + slots * most // 2
-    return slots + most * -(-slots // (most + 1))
+    grouped = min(GROUPED_ROWS, slots * (most + 1)) if config.schedule == "grouped" else 0
+    spread = slots * most // 2 if config.draft_tokens == "auto" else most * -(-slots // (most + 1))
+    return max(grouped, slots + spread)

@@ -1,8 +1,9 @@
 """In which iterations a request verifies.
 
-A cycle has k + 1 iterations, and a request verifies in those of its phase. A verification reads the whole cache, a
-draft a twentieth of it: iterations cost alike when the lengths of each phase's requests add up alike (paper, unified
-batch scheduling, which counts requests instead).
+A cycle has k + 1 iterations, and a request verifies in those of its phase. The paper spreads requests over all phases,
+so that iterations cost alike. What an iteration costs, though, is not proportional to the requests that verify in it:
+its matrix products read all weights for one row as for hundreds, and attention to a few whole caches at once does not
+keep a GPU busy. So requests are spread over no more phases than the rows of an iteration call for.
 """
 
 from collections.abc import Sequence
@@ -11,14 +12,46 @@ from random import Random
 from sparsespec_compile.config import Schedule
 from sparsespec_compile.runtime.request import Request
 
+GROUPED_ROWS = 256
+"""Rows of an iteration that "grouped" fills before it takes one more phase. On GPUs from Ampere on, a 16-bit product of
+150 to 300 rows computes for as long as it reads its weights. On an H200 the products of a layer take 1.4 times as long
+for 256 rows as for 64, and the iterations in which nobody verifies make up for that."""
+
+
+def phases_in_use(schedule: Schedule, draft_tokens: int, requests: int) -> int:
+    """Over how many of the k + 1 phases requests are spread, at least 1.
+
+    Args:
+        schedule: "grouped" takes as few as keep an iteration's rows within `GROUPED_ROWS`; when `requests` of them
+            draft a token each and one group has k rows more, that is requests + k * group.
+        draft_tokens: k.
+        requests: that decode.
+    """
+    if schedule == "in_phase" or draft_tokens == 0:
+        return 1
+    group = (GROUPED_ROWS - requests) // draft_tokens
+    if schedule != "grouped" or group < 1:
+        return draft_tokens + 1
+    return min(draft_tokens + 1, max(1, -(-requests // group)))
+
+
+def most_together(schedule: Schedule, draft_tokens: int, slots: int) -> int:
+    """Requests that may verify in one iteration, while some move from phase to phase, of up to `slots` requests."""
+    if schedule == "in_phase":
+        return slots
+    spread = 2 * -(-slots // (draft_tokens + 1))
+    if schedule == "grouped":
+        spread = max(spread, GROUPED_ROWS // (draft_tokens + 1))
+    return min(slots, spread)
+
 
 class Phases:
     """Chooses phases and keeps them balanced.
 
     Args:
         draft_tokens: k; there are k + 1 phases.
-        schedule: "balanced" joins the phase with the fewest bytes to read and moves requests when others leave;
-            "random" draws a phase, "in_phase" lets all verify together: both for comparison.
+        schedule: "grouped" and "balanced" join the phase with the fewest bytes to read, of the first few or of all, and
+            move requests when others come or leave; "random" draws a phase, "in_phase" lets all verify together.
         most: requests that can be scored in one iteration, all of a phase among them.
     """
 
@@ -26,25 +59,36 @@ class Phases:
         self.count = draft_tokens + 1
         self.schedule = schedule
         self.most = most
+        self._origin = 0
         self._random = Random(0)
+
+    def at(self, iteration: int) -> int:
+        """The phase whose requests verify in an iteration."""
+        return (iteration - self._origin) % self.count
 
     def spread(self, draft_tokens: int, requests: Sequence[Request], now: int) -> None:
         """Cycles have `draft_tokens` drafts from iteration `now` on: give every request a phase among the new ones.
 
         A request finishes the cycle it is in, as it was meant to if that is soon enough, else with the new number of
-        drafts, as long as that phase gets no more than its share. Verified early, every request at once would read its
-        whole cache for few tokens.
+        drafts, as long as that phase is in use and gets no more than its share. Verified early, every request at once
+        would read its whole cache for few tokens. The first phase is that of the first request to finish.
         """
         former, self.count = self.count - 1, draft_tokens + 1
+        balances = self.schedule in ("grouped", "balanced")
+        left = {}
         for request in requests:
             request.phase = None
-        share = sum(request.reach for request in requests) / self.count
+            meant = former - request.drafted
+            left[request] = meant if 0 <= meant <= draft_tokens else max(draft_tokens - request.drafted, 0)
+        first = min(left.values(), default=0)
+        self._origin = now + first
+        used = phases_in_use(self.schedule, draft_tokens, len(requests))
+        share = sum(request.reach for request in requests) / used
         loads, counts = [0] * self.count, [0] * self.count
         longest_first = sorted(requests, key=lambda request: -request.reach)
-        for request in longest_first if self.schedule == "balanced" else ():
-            left = former - request.drafted
-            due = (now + (left if 0 <= left <= draft_tokens else max(draft_tokens - request.drafted, 0))) % self.count
-            fits = loads[due] == 0 or loads[due] + request.reach / 2 <= share
+        for request in longest_first if balances else ():
+            due = left[request] - first
+            fits = due < used and (loads[due] == 0 or loads[due] + request.reach / 2 <= share)
             if fits and counts[due] < self.most:
                 request.phase = due
                 loads[due] += request.reach
@@ -58,32 +102,45 @@ class Phases:
         if self.schedule == "in_phase":
             return 0
         loads, counts = self._loads(requests)
-        open_phases = [phase for phase in range(self.count) if counts[phase] < self.most] or list(range(self.count))
+        used = range(self._used(sum(counts) + 1))
+        open_phases = [phase for phase in used if counts[phase] < self.most]
+        # With no room in a phase that is in use, any other is better than to wait.
+        open_phases = open_phases or [phase for phase in range(self.count) if counts[phase] < self.most] or list(used)
         if self.schedule == "random":
             return self._random.choice(open_phases)
         # Among equals the one that leaves the longest first cycle.
-        return min(open_phases, key=lambda phase: (loads[phase], -((phase - now - 1) % self.count)))
+        return min(open_phases, key=lambda phase: (loads[phase], -((phase - self.at(now) - 1) % self.count)))
 
     def rebalance(self, requests: Sequence[Request]) -> None:
         """Move one request from the heaviest phase to the lightest, if that lowers the heaviest load by enough.
 
-        A request that moves has one shorter cycle. So only a gain of a tenth of the heaviest load is worth it.
+        A request that moves has one shorter cycle. So only a gain of a thirtieth of the heaviest load is worth it, or
+        one phase less: as requests leave, fewer are in use, and the others empty one request after the other. Call it
+        when a request has joined or left.
         """
-        if self.schedule != "balanced" or self.count == 1:
+        if self.schedule not in ("grouped", "balanced") or self.count == 1:
             return
         loads, counts = self._loads(requests)
-        heavy = max(range(self.count), key=loads.__getitem__)
-        light = min(range(self.count), key=loads.__getitem__)
+        used = range(self._used(sum(counts)))
+        light = min(used, key=loads.__getitem__)
         if counts[light] >= self.most:
             return
+        left_over = [request for request in requests if request.phase is not None and request.phase not in used]
+        if left_over:
+            max(left_over, key=lambda request: request.phase or 0).phase = light
+            return
+        heavy = max(used, key=loads.__getitem__)
         gap = loads[heavy] - loads[light]
         movable = [request for request in requests if request.phase == heavy]
         if not movable:
             return
         best = min(movable, key=lambda request: abs(gap - 2 * request.reach))
         lowered = gap - max(best.reach, gap - best.reach)
-        if lowered * 10 >= loads[heavy]:
+        if lowered * 30 >= loads[heavy]:
             best.phase = light
+
+    def _used(self, requests: int) -> int:
+        return phases_in_use(self.schedule, self.count - 1, requests)
 
     def _loads(self, requests: Sequence[Request]) -> tuple[list[int], list[int]]:
         """Cached tokens and requests of each phase."""

@@ -121,7 +121,7 @@ class Scheduler:
         stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
         # A cycle begun when there were more drafts may finish as it was meant to.
         longest = self.limits.draft_tokens
-        due = self._phase_now() == request.phase or drafts >= longest or stale
+        due = self.phases.at(self.iteration) == request.phase or drafts >= longest or stale
         full = scores and self._scored == self.limits.scored
         if due and full and drafts < longest and not stale:
             due = False
@@ -154,7 +154,8 @@ class Scheduler:
             if not last:
                 yield request, Work(request.slot, Mode.PREFILL, rows=rows, offset=first, tokens=tokens)
                 continue
-            request.phase = self.phases.choose(self.running, self._phase_now())
+            request.phase = self.phases.choose(self.running, self.iteration)
+            self.phases.rebalance(self.running)
             scored = self._take_scores(min(self.draft_tokens + 1, rows)) if self.draft_tokens else 0
             request.fresh = scored > 0
             yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
@@ -164,6 +165,3 @@ class Scheduler:
             return 0
         self._scored += 1
         return rows
-
-    def _phase_now(self) -> int:
-        return self.iteration % self.phases.count

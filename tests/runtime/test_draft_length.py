@@ -133,9 +133,9 @@ def test_a_score_buffer_for_shorter_cycles_than_the_longest():
     for most in (4, 8, 12, 64):
         config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
         slots[most] = capacity_for(config, choose_policy(config), 64, 4096, 2048).score_slots
-    assert slots == {4: 26, 8: 16, 12: 16, 64: 16}
+    assert slots == {4: 51, 8: 28, 12: 28, 64: 28}
     fixed = ss.SpecConfig(draft_tokens=12)
-    assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 10
+    assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 19
 
 
 def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from sparsespec_compile.runtime.phases import Phases
+from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases, most_together, phases_in_use
 from sparsespec_compile.runtime.request import Request
 
 from ..support.toy import Toy, requests_of, run
@@ -71,11 +71,57 @@ def test_a_new_number_of_drafts_leaves_most_cycles_whole(number, former, drafts)
         request.drafted = place % (former + 1)
     phases = Phases(former, "balanced", most=8)
     phases.spread(drafts, requests, now=40)
-    ends = [request.drafted + (request.phase - 40) % (drafts + 1) for request in requests]
+    ends = [request.drafted + (request.phase - phases.at(40)) % (drafts + 1) for request in requests]
     counts = [sum(request.phase == phase for request in requests) for phase in range(drafts + 1)]
     whole = [min(former, drafts) <= end <= max(former, drafts) for end in ends]
     assert sum(whole) >= 0.6 * number
     assert max(counts) <= -(-number // (drafts + 1)) + 1
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 8, 12])
+@pytest.mark.parametrize("requests", [1, 7, 20, 64, 130, 255, 256, 1000])
+def test_groups_are_as_large_as_rows_allow(requests, drafts):
+    def rows(phases):
+        return requests + drafts * -(-requests // phases)
+
+    phases = phases_in_use("grouped", drafts, requests)
+    assert 1 <= phases <= drafts + 1
+    assert rows(phases) <= GROUPED_ROWS or phases == drafts + 1
+    assert phases == 1 or rows(phases - 1) > GROUPED_ROWS
+    assert -(-requests // phases) <= most_together("grouped", drafts, requests)
+
+
+def test_requests_join_the_phases_in_use_and_leave_others():
+    phases = Phases(12, "grouped", most=32)
+    requests = []
+    for _ in range(64):
+        newcomer = resident(100)
+        newcomer.phase = phases.choose(requests, now=0)
+        requests.append(newcomer)
+        phases.rebalance(requests)
+    counts = [sum(r.phase == phase for r in requests) for phase in range(13)]
+    assert counts[4:] == [0] * 9
+    assert 15 <= min(counts[:4]) <= max(counts) <= 17
+    while len(requests) > 12:
+        del requests[0]
+        phases.rebalance(requests)
+    assert {r.phase for r in requests} == {0}
+
+
+def test_a_phase_that_is_not_in_use_is_better_than_a_full_one():
+    phases = Phases(8, "grouped", most=2)
+    assert phases.choose([resident(10, 0), resident(10, 0)], now=0) == 8
+
+
+def test_a_new_number_of_drafts_begins_with_the_first_group_to_finish():
+    requests = [resident(100, 0) for _ in range(64)]
+    phases = Phases(12, "grouped", most=32)
+    for place, request in enumerate(requests):
+        request.drafted = 5 + place % 4
+    phases.spread(11, requests, now=40)
+    assert phases.at(44) == 0  # the eighth draft is read in iteration 40, the twelfth in 44
+    ends = [request.drafted + (request.phase - phases.at(40)) % 12 for request in requests]
+    assert sum(11 <= end <= 12 for end in ends) >= 48
 
 
 def test_schedules_for_comparison():
@@ -90,7 +136,7 @@ def test_schedules_for_comparison():
 def spread():
     """Standard deviation of bytes read by an iteration, over the mean, for each schedule; and the texts."""
     toy, result = Toy(), {}
-    for schedule in ("balanced", "random", "in_phase"):
+    for schedule in ("grouped", "balanced", "random", "in_phase"):
         engine = toy.engine(draft_tokens=3, min_budget=4, schedule=schedule, max_requests=16)
         texts = run(engine, requests_of([100, 10, 60, 5, 90, 20, 80, 30] * 2, 60))
         steady = list(engine.stats.kv_read_by_iteration)[8:60]
@@ -105,4 +151,4 @@ def test_balanced_iterations_read_evenly(spread):
 
 
 def test_schedules_do_not_change_texts(spread):
-    assert spread["balanced"][1] == spread["random"][1] == spread["in_phase"][1]
+    assert spread["grouped"][1] == spread["balanced"][1] == spread["random"][1] == spread["in_phase"][1]

@@ -83,8 +83,8 @@ def test_padded_row_counts():
         sizes = row_counts(most)
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == max(most, 2)
-        assert all(size < 32 or above - size <= max(32, size / 4) for size, above in pairwise(sizes))
-    assert len(row_counts(2624)) < 25
+        assert all(size < 64 or above - size <= max(96, size / 4) for size, above in pairwise(sizes))
+    assert len(row_counts(2624)) < 20
 
 
 def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
@@ -100,13 +100,15 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     runner.prepare(10)
     assert captured == [100, 2, 16]
     runner.prepare(33)
-    assert captured == [100, 2, 16, 32, 64]
+    assert captured == [100, 2, 16, 64]
 
 
 def test_rows_of_decoding():
     assert _decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
-    assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 8
-    assert _decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 + 8
+    assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 256
+    assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="balanced")) == 64 + 8 * 8
+    assert _decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 * 9
+    assert _decoding_rows(512, SpecConfig(draft_tokens=8)) == 512 + 8 * 57
     assert _decoding_rows(64, SpecConfig(draft_tokens="auto", max_draft_tokens=8)) == 64 + 64 * 4
     assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
 
@@ -144,7 +146,7 @@ def test_an_engine_captures_before_it_runs(toy, monkeypatch):
     with pytest.raises(PoolTooSmallError, match="no memory"):
         run(engine, requests_of((3,) * 8, 20))
     run(engine, requests_of((3,), 20))
-    assert prepared == [8 + 4 * 2, 2 + 4]  # what failed is not asked for again
+    assert prepared == [8 * 5, 2 * 5]  # what failed is not asked for again
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):
@@ -162,7 +164,7 @@ def test_scores_are_kept_for_the_requests_that_verify_together_only(toy):
     engine = toy.engine(**config)
     requests = requests_of([5] * 64, 20)
     texts = run(engine, requests)
-    assert engine._runner.step.state.scores.shape[0] == 16
+    assert engine._runner.step.state.scores.shape[0] == 28
     everyone = toy.engine(**config, schedule="in_phase")
     assert run(everyone, requests_of([5] * 64, 20)) == texts
     assert everyone._runner.step.state.scores.shape[0] == 64
@@ -233,14 +235,14 @@ class TestCapturedStep:
         toy.engine(draft_tokens=4).capture(1, 1).replay()
 
     def test_more_than_fits_is_refused(self, toy):
-        step = toy.engine(draft_tokens=8, min_budget=4).capture(20, 64)
-        prompt = [Work(slot, Mode.PREFILL, rows=2, tokens=[1, 2], logits=1, scored=2) for slot in range(20)]
-        with pytest.raises(ConfigError, match="has 20 scored requests, the step holds 8"):
+        step = toy.engine(draft_tokens=8, min_budget=4).capture(40, 64)
+        prompt = [Work(slot, Mode.PREFILL, rows=2, tokens=[1, 2], logits=1, scored=2) for slot in range(40)]
+        with pytest.raises(ConfigError, match="has 40 scored requests, the step holds 28"):
             step.fill(prompt)
-        step.fill(prompt[:8])
+        step.fill(prompt[:28])
         with pytest.raises(ConfigError, match="packed rows"):
             step.fill([Work(0, Mode.PREFILL, rows=10_000, tokens=[1] * 10_000)])
-        window = toy.engine(draft_tokens=8, drafter="window").capture(20, 64)
+        window = toy.engine(draft_tokens=8, drafter="window").capture(40, 64)
         window.fill(prompt)
 
     def test_it_does_not_disturb_the_engine(self, toy):

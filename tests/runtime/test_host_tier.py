@@ -45,7 +45,7 @@ def test_texts_are_those_of_a_large_pool(toy, moves, draft_tokens, params):
     engine = small(toy, draft_tokens=draft_tokens)
     texts = run(engine, requests)
     assert texts == run(toy.engine(draft_tokens=draft_tokens, min_budget=4), requests_of(LENGTHS, 60, **params))
-    assert moves[True] > 40
+    assert moves[True] > 30
     assert moves[True] == moves[False] == engine.stats.pages_offloaded
     assert engine.stats.pages_held == 0
     assert sum(engine.stats.rows_by_iteration) >= engine.stats.tokens

@@ -102,7 +102,7 @@ def test_requests_join_the_phases_in_use_and_leave_others():
     counts = [sum(r.phase == phase for r in requests) for phase in range(13)]
     assert counts[4:] == [0] * 9
     assert 15 <= min(counts[:4]) <= max(counts) <= 17
-    while len(requests) > 12:
+    while len(requests) > 6:
         del requests[0]
         phases.rebalance(requests)
     assert {r.phase for r in requests} == {0}

@@ -4,16 +4,19 @@
 
 The weights are the trained Countdown model's, inflated to the shape without changing its function (`inflate.py`): texts
 and acceptance are a trained model's, bytes and operations the large one's. A workload RxL decodes R requests that
-already have L tokens of real reasoning each; prompts and warm-up are outside the clock. Every engine gets the same
-prompts, seeds and number of new tokens. Results go to one JSON list, a row for each engine and workload.
+already have L tokens of real reasoning each; prompts and warm-up are outside the clock, which runs while all of them
+decode. RxL-drain is a batch that drains: the shortest text has a quarter of the longest one's new tokens, and the clock
+runs to the end of the last. Every engine gets the same prompts, seeds and number of new tokens. Results go to one JSON
+list, a row for each engine and workload.
 """
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from countdown_model import load as load_countdown
@@ -37,6 +40,7 @@ from traces import recorded_traces
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsespec_compile as ss
+from sparsespec_compile.config import Schedule, SpecConfig
 
 OURS = ("sparsespec", "plain")
 
@@ -44,10 +48,11 @@ OURS = ("sparsespec", "plain")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
-    parser.add_argument("--workload", nargs="+", default=["64x8192"], help="requests x cached tokens")
+    parser.add_argument("--workload", nargs="+", default=["64x8192"], help="requests x cached tokens, -drain behind")
     parser.add_argument("--engine", nargs="+", default=["sparsespec", "plain"], choices=list(ENGINES))
     parser.add_argument("--drafter", nargs="+", default=["pillar"], choices=["pillar", "window", "full"])
     parser.add_argument("--draft-tokens", type=draft_tokens, nargs="+", default=[8], help="numbers, or auto")
+    parser.add_argument("--schedule", nargs="+", default=["grouped"], choices=get_args(Schedule))
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=1)
@@ -62,12 +67,14 @@ def draft_tokens(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def workload_size(name: str) -> tuple[int, int]:
-    """Requests and cached tokens of a workload such as 64x8192."""
-    requests, cross, length = name.partition("x")
-    if not (cross and requests.isdigit() and length.isdigit() and int(requests) and int(length)):
-        raise SystemExit(f"--workload {name}: give requests x cached tokens, such as 64x8192")
-    return int(requests), int(length)
+def workload_size(name: str) -> tuple[int, int, bool]:
+    """Requests and cached tokens of a workload such as 64x8192, and whether it drains."""
+    size, dash, drains = name.partition("-")
+    requests, cross, length = size.partition("x")
+    numbers = cross and requests.isdigit() and length.isdigit() and int(requests) and int(length)
+    if not numbers or (dash and drains != "drain"):
+        raise SystemExit(f"--workload {name}: give requests x cached tokens, such as 64x8192 or 64x8192-drain")
+    return int(requests), int(length), bool(dash)
 
 
 def load_model(shape: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -81,8 +88,9 @@ def variants(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     for engine in arguments.engine:
         if engine == "sparsespec":
-            for drafter in arguments.drafter:
-                found += [(engine, {"drafter": drafter, "draft_tokens": k}) for k in arguments.draft_tokens]
+            for drafter, schedule in product(arguments.drafter, arguments.schedule):
+                other = {} if schedule == SpecConfig.schedule else {"schedule": schedule}
+                found += [(engine, {"drafter": drafter, "draft_tokens": k, **other}) for k in arguments.draft_tokens]
         elif engine == "vllm":
             found += [(engine, {"checkpoint": str(arguments.checkpoint), "ngram": ngram}) for ngram in (False, True)]
         else:
@@ -132,11 +140,14 @@ def main() -> None:
     console.print(environment(arguments.device))
     model, tokenizer = load_model(arguments.shape, arguments.device)
     rows: list[dict[str, Any]] = []
-    for workload, (requests, length) in sizes.items():
+    for workload, (requests, length, drains) in sizes.items():
         prompts = recorded_traces(tokenizer, requests, length, arguments.seed)
-        load = Load(prompts, arguments.new_tokens, arguments.temperature, arguments.seed)
+        load = Load(prompts, arguments.new_tokens, arguments.temperature, arguments.seed, drains)
         results: list[tuple[str, Measured]] = []
         for engine, settings in variants(arguments):
+            if drains and engine not in OURS:
+                console.print(f"[yellow]{engine} skipped: {workload} needs an engine that is watched token by token")
+                continue
             if engine == "vllm" and not checkpoint_exists(arguments.checkpoint):
                 raise SystemExit("vllm needs --checkpoint: write one with benchmarks/inflate.py")
             try:

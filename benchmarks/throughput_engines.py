@@ -43,15 +43,22 @@ class Load:
 
     Attributes:
         prompts: token ids.
-        new_tokens: tokens of each text.
+        new_tokens: tokens of each text, or of the longest.
         temperature: 0 = greedy.
         seed: of the first text; the others count on.
+        drains: texts end one after the other, the first with a quarter of the last one's new tokens.
     """
 
     prompts: list[list[int]]
     new_tokens: int
     temperature: float
     seed: int
+    drains: bool = False
+
+    def new_tokens_of(self, index: int) -> int:
+        """New tokens of a text."""
+        others = max(1, len(self.prompts) - 1)
+        return self.new_tokens * (others + 3 * index) // (4 * others) if self.drains else self.new_tokens
 
     @property
     def short(self) -> int:
@@ -85,7 +92,7 @@ def sparsespec(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) 
     fast = ss.optimize(model, ss.SpecConfig(**config))
     sampling = [
         ss.SamplingParams(
-            max_new_tokens=load.new_tokens, temperature=load.temperature, seed=load.seed + i, stop_token_ids=()
+            max_new_tokens=load.new_tokens_of(i), temperature=load.temperature, seed=load.seed + i, stop_token_ids=()
         )
         for i in range(len(load.prompts))
     ]
@@ -95,7 +102,7 @@ def sparsespec(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) 
     for piece in fast.stream(load.prompts, sampling):
         counts[piece.index] += len(piece.token_ids)
         texts[piece.index] += piece.token_ids
-        if min(counts) > _SETTLED and max(counts) < load.new_tokens - _SETTLED:
+        if min(counts) > _SETTLED and (load.drains or max(counts) < load.new_tokens - _SETTLED):
             clock.append((time.perf_counter(), sum(counts), fast.stats.iterations))
     if len(clock) < 2:
         raise TooShortError(

@@ -4,7 +4,7 @@
 
 **Prediction**: term by term, what a kernel reads again included. Reading and computing overlap, but not fully where
 both matter; with x and y the time that each would take alone, sqrt(x^2 + y^2) follows measured steps from 2 to 256
-rows. Each launch adds its overhead.
+rows. Each launch adds its overhead, and giving out scores one of its own, for however few requests.
 """
 
 import math
@@ -66,7 +66,7 @@ def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Pr
     """The time of one iteration."""
     sizes = cost.evaluate(iteration)
     times = [_term_time(term, *counts, ceilings) for term, counts in zip(cost.terms, sizes, strict=True)]
-    times.append(TermTime(OVERHEAD, 0.0, 0.0, sum(_overhead(term, ceilings) for term in cost.terms)))
+    times.append(TermTime(OVERHEAD, 0.0, 0.0, sum(_overhead(term, iteration, ceilings) for term in cost.terms)))
     total_bytes, total_flops, _ = (sum(column) for column in zip(*sizes, strict=True))
     light = max(total_bytes / ceilings.read_bytes_per_s, total_flops / ceilings.flops_per_s)
     return Prediction(tuple(times), sum(time.seconds for time in times), light)
@@ -137,5 +137,8 @@ def _term_time(term: Term, size: float, flops: float, again: float, ceilings: Ce
     return TermTime(term.name, size, flops, math.hypot(reading, computing))
 
 
-def _overhead(term: Term, ceilings: Ceilings) -> float:
-    return term.launches * (ceilings.gemm_overhead_s if term.kind == "gemm" else ceilings.attention_overhead_s)
+def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> float:
+    if term.kind == "gemm":
+        return term.launches * ceilings.gemm_overhead_s
+    scores = term.kind == "verify" and iteration.verifying > 0 and iteration.draft_tokens > 0
+    return term.launches * (ceilings.attention_overhead_s + (ceilings.scoring_overhead_s if scores else 0.0))

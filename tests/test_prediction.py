@@ -77,7 +77,8 @@ def measured() -> list[tuple[int, int, int, float]]:
     for row in rows:
         shape, size = row["workload"].split()
         drafts = row["settings"].get("draft_tokens", 0)
-        if shape == "Qwen3-8B" and drafts != "auto":
+        steady = shape == "Qwen3-8B" and "-" not in size and row["engine"] in ("plain", "sparsespec")
+        if steady and drafts != "auto" and "schedule" not in row["settings"]:
             requests, length = map(int, size.split("x"))
             points.append((requests, length, drafts, row["ms_per_iteration"]))
     return points
@@ -99,24 +100,25 @@ def test_steps_without_attention_are_fitted(rows, milliseconds):
 
 
 @pytest.mark.parametrize(
-    ("drafting", "verifying", "length", "k", "milliseconds"),
+    ("name", "drafting", "verifying", "length", "k"),
     [
-        (0, 64, 8192, 0, 0.500),
-        (0, 32, 16384, 0, 0.498),
-        (0, 64, 8192, 8, 0.609),
-        (0, 32, 16384, 8, 0.620),
-        (0, 8, 8192, 8, 0.095),
-        (57, 0, 8192, 8, 0.049),
+        ("decode 64 x 8192", 0, 64, 8192, 0),
+        ("decode 8 x 32768", 0, 8, 32768, 0),
+        ("verify 64 x 8192, scored", 0, 64, 8192, 8),
+        ("draft 57 x 410 of 8192", 57, 0, 8192, 8),
+        ("mixed, scored", 57, 7, 8192, 8),
     ],
 )
-def test_attention_kernels_are_predicted(drafting, verifying, length, k, milliseconds):
-    """FlashInfer 0.6.11 on one layer of Qwen3-8B, one H200; drafts read 410 positions in all."""
+def test_measured_attention_is_predicted(name, drafting, verifying, length, k):
+    """One layer of Qwen3-8B on an H200; drafts read 410 positions in all. Constants are fitted to these."""
+    results = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-kernels.json").read_text())
+    milliseconds = next(case["ms"] for case in results["cases"] if case["name"] == name)
     layer = collect(attention(q_heads=32, kv_heads=8, key_dim=128, value_dim=128, window=0, itemsize=2))
     rows = drafting + verifying * (k + 1)
     iteration = Iteration(rows, rows, drafting, verifying, length, k, budget=410 - k - 1)
     times = {term.name: term.seconds for term in predict(layer, iteration, H200).terms}
     seconds = times["draft attention"] + times["verify attention"] + times[OVERHEAD]
-    assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.15 if drafting else 0.05)
+    assert seconds * 1e3 == pytest.approx(milliseconds, rel=0.06)
 
 
 def test_a_prediction_is_the_sum_of_its_terms():
@@ -127,8 +129,8 @@ def test_a_prediction_is_the_sum_of_its_terms():
     weights, flops = float(COST.term("projections").bytes), 128 * float(COST.term("projections").bytes)
     assert times["projections"] == pytest.approx(math.hypot(weights / 4.3e12, flops / 673e12))
     drafted = 56 * (410 * 1152 + 419 * 147_456)
-    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 2.7e12, 56 * 419 * 589_824 / 224e12))
-    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * 20e-6)
+    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 2.7e12, 56 * 419 * 589_824 / 500e12))
+    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * (8e-6 + 28e-6))
     assert got.dominating.name == "projections"
     assert got.light_seconds == pytest.approx(sum(term.bytes for term in got.terms) / 4.3e12)
     assert got.roofline_share == got.light_seconds / got.seconds

@@ -46,7 +46,23 @@ def test_our_texts_equal_plain_decodings():
     assert "100.0% of the tokens of sparsespec drafter=pillar draft_tokens=8 equal plain decoding's" in result.stdout
 
 
-@pytest.mark.parametrize("workload", ["64", "x5", "0x100", "axb"])
+def test_a_batch_that_drains_is_timed_to_its_end(tmp_path):
+    file = tmp_path / "throughput.json"
+    engines = ("--engine", "plain", "sparsespec", "hf-generate", "--draft-tokens", "4")
+    result = run("--workload", "3x60-drain", "--new-tokens", "120", *engines, "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    assert "hf-generate skipped" in result.stdout
+    rows = json.loads(file.read_text())
+    assert [row["settings"].get("draft_tokens") for row in rows] == [None, 4]
+    for row in rows:
+        assert row["workload"] == "countdown 3x60-drain"
+    plain = rows[0]
+    assert plain["tokens_per_iteration"] < 2.5  # of texts of 30, 75 and 120 tokens
+    load = Load(prompts=[[1]] * 3, new_tokens=120, temperature=0.0, seed=1, drains=True)
+    assert [load.new_tokens_of(i) for i in range(3)] == [30, 75, 120]
+
+
+@pytest.mark.parametrize("workload", ["64", "x5", "0x100", "axb", "2x50-grow"])
 def test_workloads_that_are_wrong(workload):
     result = run("--workload", workload)
     assert result.returncode != 0

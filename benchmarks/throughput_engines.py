@@ -82,6 +82,53 @@ class Measured:
 Runner = Callable[[PreTrainedModel, Load, Mapping[str, Any]], Measured]
 
 
+class Clock:
+    """Times tokens as they come, while all requests decode, or, of a batch that drains, from then on to the end.
+
+    Requests that verify together get their tokens together, and how many such bursts lie between two times depends on
+    the times. So while all decode each request is timed from one piece of its text to another, and speeds are added up.
+    """
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._counts = [0] * len(load.prompts)
+        self._first: dict[int, tuple[float, int]] = {}
+        self._last: dict[int, tuple[float, int]] = {}
+        self._marks: list[tuple[float, int, int]] = []
+
+    def came(self, index: int, tokens: int, iterations: int, now: float) -> None:
+        """Take note of a piece of a text that came after so many iterations."""
+        counts, load = self._counts, self._load
+        counts[index] += tokens
+        if min(counts) > _SETTLED and (load.drains or max(counts) < load.new_tokens - _SETTLED):
+            self._first.setdefault(index, (now, counts[index]))
+            self._last[index] = (now, counts[index])
+            self._marks.append((now, sum(counts), iterations))
+
+    def tokens_per_second(self) -> float:
+        """Of all requests together."""
+        self._require(len(self._marks) > 1)
+        if self._load.drains:
+            (start, before, _), (end, after, _) = self._marks[0], self._marks[-1]
+            return (after - before) / (end - start)
+        self._require(all(self._last.get(i, (0.0,)) > self._first.get(i, (0.0,)) for i in range(len(self._counts))))
+        spans = ((self._first[i], self._last[i]) for i in range(len(self._counts)))
+        return sum((after - before) / (end - start) for (start, before), (end, after) in spans)
+
+    def seconds_per_iteration(self) -> float:
+        """Mean time of an iteration."""
+        self._require(len(self._marks) > 1)
+        (start, _, first), (end, _, last) = self._marks[0], self._marks[-1]
+        return (end - start) / max(1, last - first)
+
+    def _require(self, long_enough: bool) -> None:
+        if not long_enough:
+            raise TooShortError(
+                f"No time at which all {len(self._counts)} requests decode: give more than {self._load.new_tokens} new "
+                "tokens."
+            )
+
+
 _PREFILL_CHUNK = 8192
 """Prompts are outside the clock; in large chunks all are read before the first request ends."""
 
@@ -97,25 +144,18 @@ def sparsespec(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) 
         for i in range(len(load.prompts))
     ]
     _warm_up(fast, load, sampling)
-    counts, clock = [0] * len(load.prompts), []
+    clock = Clock(load)
     texts: list[list[int]] = [[] for _ in load.prompts]
     for piece in fast.stream(load.prompts, sampling):
-        counts[piece.index] += len(piece.token_ids)
         texts[piece.index] += piece.token_ids
-        if min(counts) > _SETTLED and (load.drains or max(counts) < load.new_tokens - _SETTLED):
-            clock.append((time.perf_counter(), sum(counts), fast.stats.iterations))
-    if len(clock) < 2:
-        raise TooShortError(
-            f"No time at which all {len(load.prompts)} requests decode: give more than {load.new_tokens} new tokens."
-        )
-    (start, first_tokens, first), (end, last_tokens, last) = clock[0], clock[-1]
-    seconds, tokens, iterations = end - start, last_tokens - first_tokens, max(1, last - first)
+        clock.came(piece.index, len(piece.token_ids), fast.stats.iterations, time.perf_counter())
     stats = fast.stats
+    speed, seconds = clock.tokens_per_second(), clock.seconds_per_iteration()
     return Measured(
-        tokens_per_second=tokens / seconds,
-        ms_per_iteration=1e3 * seconds / iterations,
+        tokens_per_second=speed,
+        ms_per_iteration=1e3 * seconds,
         accepted_per_cycle=stats.accepted_per_cycle if stats.cycles else None,
-        tokens_per_iteration=tokens / iterations,
+        tokens_per_iteration=speed * seconds,
         kv_bytes_share=stats.kv_bytes_share,
         gpu_idle_share=_idle_while_decoding(fast, load, sampling) if model.device.type == "cuda" else None,
         texts=texts,

@@ -23,7 +23,8 @@ class Ceilings:
         gemm_overhead_s: what a projection takes above its bytes and FLOPs, its share of the elementwise kernels and
             the writing of keys and values between the projections included.
         attention_overhead_s: what an attention layer takes above its bytes and FLOPs.
-        scoring_overhead_s: what it takes beside that where any request verifies drafts and gives out scores.
+        request_overhead_s: what each request whose whole cache is read adds to that.
+        scoring_overhead_s: what is added where any request verifies drafts, which gives out scores.
 
     Raises:
         CeilingsError: for a figure that is not a finite positive number.
@@ -36,6 +37,7 @@ class Ceilings:
     attention_flops_per_s: float
     gemm_overhead_s: float
     attention_overhead_s: float
+    request_overhead_s: float
     scoring_overhead_s: float
 
     def __post_init__(self) -> None:
@@ -52,17 +54,18 @@ H200 = Ceilings(
     name="NVIDIA H200",
     read_bytes_per_s=4.3e12,
     flops_per_s=673e12,
-    gather_bytes_per_s=2.7e12,
+    gather_bytes_per_s=2.5e12,
     attention_flops_per_s=500e12,
     gemm_overhead_s=9.5e-6,
-    attention_overhead_s=8e-6,
+    attention_overhead_s=4e-6,
+    request_overhead_s=0.25e-6,
     scoring_overhead_s=28e-6,
 )
 """One H200 SXM, bf16, torch 2.11, triton 3.6.
 
-Reads: the fastest attention kernel seen on the card; FLOPs: an 8192^3 product; gathers: rows of 512 bytes. The others
-are fitted: to a compiled step of Qwen3-8B without attention (4.9, 5.5, 5.8, 6.9, 8.3 ms at 2, 64, 122, 192, 256 rows),
-and to this project's kernel on one of its attention layers (benchmarks/results/h200-kernels.json)."""
+Reads: the fastest attention kernel seen on the card; FLOPs: an 8192^3 product. The others are fitted: to a compiled
+step of Qwen3-8B without attention (4.9, 5.5, 5.8, 6.9, 8.3 ms at 2, 64, 122, 192, 256 rows), and to this project's kernel
+on one of its attention layers (benchmarks/results/h200-kernels.json)."""
 
 KNOWN = (H200,)
 """Devices with measured ceilings."""

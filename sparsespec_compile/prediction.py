@@ -140,5 +140,6 @@ def _term_time(term: Term, size: float, flops: float, again: float, ceilings: Ce
 def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> float:
     if term.kind == "gemm":
         return term.launches * ceilings.gemm_overhead_s
-    scores = term.kind == "verify" and iteration.verifying > 0 and iteration.draft_tokens > 0
-    return term.launches * (ceilings.attention_overhead_s + (ceilings.scoring_overhead_s if scores else 0.0))
+    scores = iteration.verifying > 0 and iteration.draft_tokens > 0
+    reading = iteration.verifying * ceilings.request_overhead_s
+    return term.launches * (ceilings.attention_overhead_s + reading + (ceilings.scoring_overhead_s if scores else 0.0))

@@ -57,10 +57,9 @@ def test_it_does_not_for_short_contexts_or_bad_drafts(case):
     assert str(got).startswith("Do not speculate")
 
 
-def test_large_batches_of_short_contexts_lose_most():
-    """Rows stop being free: a verified draft costs what a token of plain decoding costs."""
-    speedups = [advice(512, batch, 0.9).speedup for batch in (64, 128, 256, 512)]
-    assert speedups == sorted(speedups, reverse=True)
+def test_short_contexts_lose_whatever_the_batch():
+    """There is little to read, and rows stop being free where a batch would make up for giving out scores."""
+    assert all(advice(512, batch, 0.9).speedup < 0.95 for batch in (16, 64, 128, 256, 512))
 
 
 def test_better_acceptance_and_longer_contexts_pay_more():

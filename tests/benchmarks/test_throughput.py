@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from report import FIELDS  # noqa: E402
-from throughput_engines import Load, TooShortError, _difference  # noqa: E402
+from throughput_engines import Clock, Load, TooShortError, _difference  # noqa: E402
 from traces import recorded_traces  # noqa: E402
 
 
@@ -74,6 +74,21 @@ def test_texts_too_short_to_be_timed():
     assert result.returncode != 0
     assert "give more than 20 new tokens" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_bursts_do_not_bias_the_clock(cut):
+    """Two requests that get 5 tokens together every fifth iteration of a second, whenever the clock begins."""
+    load = Load(prompts=[[1]] * 2, new_tokens=100, temperature=0.0, seed=1)
+    clock = Clock(load)
+    for iteration in range(cut, 5 * 19 + cut):
+        if iteration % 5 == 0:
+            for index in range(2):
+                clock.came(index, 5, iteration, float(iteration))
+    assert clock.tokens_per_second() == pytest.approx(2.0)
+    assert clock.seconds_per_iteration() == pytest.approx(1.0)
+    with pytest.raises(TooShortError, match="all 2 requests decode"):
+        Clock(load).tokens_per_second()
 
 
 def test_a_difference_of_two_runs_that_is_only_noise():

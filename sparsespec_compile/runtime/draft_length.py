@@ -34,8 +34,8 @@ _PRIOR_ITERATIONS = 1.0
 
 _OUTLIER = 3.0
 _RECENT = 127
-"""Times beyond so many times the median of the recent ones, relative to what was predicted, are left out: they hold a
-compilation, a capture or a pause of the caller's."""
+"""Times of a cycle beyond so many times the median of the recent ones, relative to what was predicted, are left out:
+they hold a compilation, a capture or a pause of the caller's."""
 
 _PARTS = 4
 """Of an iteration's time that are corrected, see `_parts`."""
@@ -43,8 +43,13 @@ _PARTS = 4
 _MOST_CORRECTED = 5.0
 """An iteration is never taken to be faster than predicted by more than this."""
 
-_FEWEST = 4
-"""Iterations without which nothing is corrected, for the same reason."""
+_FEWEST = 3
+"""Cycles without which nothing is corrected, for the same reason."""
+
+_WORTH_A_TRIAL = 0.95
+_TRIAL = 8
+"""Predictions of plain decoding and of speculation err differently, and what was measured of one says little of the
+other. One that has not run so many iterations, and promises at least this share of the present speed, is tried."""
 
 _REMEMBERED = 256
 """Predictions that are kept; one takes some 0.1 ms."""
@@ -84,7 +89,9 @@ class DraftLength:
         self._products = np.zeros((_PARTS, _PARTS))
         self._errors = np.zeros(_PARTS)
         self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._cycle: list[float] = []
         self._unsettled = 0
+        self._measured = {False: 0, True: 0}
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Take note of a verification: of `drafts` drafts the first `accepted` were right."""
@@ -95,21 +102,31 @@ class DraftLength:
         self._tries[:tried] += 1.0
 
     def took(self, seconds: float, lengths: list[int]) -> None:
-        """Take note of the time of an iteration in which requests of these cached lengths decoded."""
+        """Take note of the time of an iteration in which requests of these cached lengths decoded.
+
+        Iterations of a cycle differ by how many requests verify; their mean is what was predicted.
+        """
         if not lengths:
             return
         if self._unsettled:
             self._unsettled -= 1
             return
+        self._measured[self.current > 0] += 1
+        self._cycle.append(seconds)
+        iterations = len(self._cycle)
+        if iterations <= self.current:
+            return
         load = _load(lengths)
         predicted = self._predicted(self.current, load.length, load.requests)
-        ratio = seconds / predicted
+        ratio = statistics.mean(self._cycle) / predicted
+        self._cycle.clear()
         self._recent.append(ratio)
         if len(self._recent) < _FEWEST or ratio > _OUTLIER * statistics.median(self._recent):
             return
         parts = self._parts(self.current, load) / predicted
-        self._products = _KEPT * self._products + np.outer(parts, parts)
-        self._errors = _KEPT * self._errors + parts * (ratio - 1.0)
+        kept = _KEPT**iterations
+        self._products = kept * self._products + iterations * np.outer(parts, parts)
+        self._errors = kept * self._errors + iterations * parts * (ratio - 1.0)
 
     def choose(self, lengths: list[int]) -> int:
         """The number of drafts for requests of these cached lengths; keeps the present one unless another is better."""
@@ -121,12 +138,20 @@ class DraftLength:
         correction = np.linalg.solve(self._products + _PRIOR_ITERATIONS * np.eye(_PARTS), self._errors)
         speeds = [self._speed(drafts, load, correction) for drafts in range(self._most + 1)]
         best = max(range(self._most + 1), key=speeds.__getitem__)
-        if speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
+        speculates = self.current > 0
+        measured, of_the_other = self._measured[speculates], self._measured[not speculates]
+        other = max(range(1) if speculates else range(1, self._most + 1), key=speeds.__getitem__)
+        if measured < _TRIAL <= of_the_other:
+            return self.current
+        if of_the_other < _TRIAL <= measured and speeds[other] > _WORTH_A_TRIAL * speeds[self.current]:
+            self._change(other)
+        elif speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
             self._change(best)
         return self.current
 
     def _change(self, drafts: int) -> None:
         self.current = drafts
+        self._cycle.clear()
         self._unsettled = drafts + 1 + _UNDER_WAY
 
     def _speed(self, drafts: int, load: _Load, correction: np.ndarray) -> float:

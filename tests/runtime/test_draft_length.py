@@ -112,6 +112,46 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
     assert sum(speeds) / len(speeds) > 0.98 * max(map(actual_speed, range(MOST + 1)))
 
 
+def run_on(device, predicted, iterations=600):
+    """The last choice and all of them, when iterations take `device(drafts, number in the cycle)`; drafts are right."""
+    chooser, seen = DraftLength(4, lambda drafts, length, requests: predicted(drafts)), []
+    for iteration in range(iterations):
+        drafts = chooser.current
+        chooser.verified(drafts, drafts)
+        chooser.took(device(drafts, iteration % (drafts + 1)), [100] * 64)
+        if iteration % _CHOICE_EVERY == 0:
+            chooser.choose([100] * 64)
+        seen.append(drafts)
+    return chooser.current, set(seen)
+
+
+@pytest.mark.parametrize(("plain_takes", "chosen"), [(1.06, 4), (1.0, 0)])
+def test_what_promises_nearly_as_much_is_tried(plain_takes, chosen):
+    """As on an H200 at 64 x 1,024: plain decoding is predicted to be a little faster, and may take longer than that."""
+
+    def device(drafts, _):
+        return 1.03 if drafts else plain_takes
+
+    last, seen = run_on(device, lambda drafts: 1.03 if drafts else 1.0)
+    assert last == chosen
+    assert {0, 4} <= seen
+
+
+def test_what_promises_far_less_is_not_tried():
+    _, seen = run_on(lambda drafts, _: 0.9, lambda drafts: 0.9 if drafts else 1.0)
+    assert 0 not in seen
+
+
+@pytest.mark.parametrize(("verifying_takes", "speculates"), [(1.0, True), (8.0, False)])
+def test_iterations_of_a_cycle_are_taken_together(verifying_takes, speculates):
+    """Where all verify at once, that iteration takes far more than the median, and is no outlier."""
+
+    def device(drafts, nth):
+        return 1.2 if drafts == 0 else verifying_takes if nth == drafts else 1.0
+
+    assert (run_on(device, lambda drafts: 1.0 if drafts else 1.2)[0] > 0) == speculates
+
+
 @pytest.mark.parametrize(("q_heads", "drafts"), [(32, MOST), (64, 7)])
 def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, drafts):
     """Nearly all drafts are right: the longest cycles pay, unless one draft more means to read every cache again."""

@@ -23,7 +23,7 @@ class Ceilings:
         gemm_overhead_s: what a projection takes above its bytes and FLOPs, its share of the elementwise kernels and
             the writing of keys and values between the projections included.
         attention_overhead_s: what an attention layer takes above its bytes and FLOPs.
-        request_overhead_s: what each request whose whole cache is read adds to that.
+        request_overhead_s: what each request adds to that.
         scoring_overhead_s: what is added where any request verifies drafts, which gives out scores.
 
     Raises:
@@ -54,7 +54,7 @@ H200 = Ceilings(
     name="NVIDIA H200",
     read_bytes_per_s=4.3e12,
     flops_per_s=673e12,
-    gather_bytes_per_s=2.5e12,
+    gather_bytes_per_s=3.9e12,
     attention_flops_per_s=500e12,
     gemm_overhead_s=9.5e-6,
     attention_overhead_s=4e-6,

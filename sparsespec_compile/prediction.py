@@ -141,5 +141,5 @@ def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> float:
     if term.kind == "gemm":
         return term.launches * ceilings.gemm_overhead_s
     scores = iteration.verifying > 0 and iteration.draft_tokens > 0
-    reading = iteration.verifying * ceilings.request_overhead_s
-    return term.launches * (ceilings.attention_overhead_s + reading + (ceilings.scoring_overhead_s if scores else 0.0))
+    requests = (iteration.drafting + iteration.verifying) * ceilings.request_overhead_s
+    return term.launches * (ceilings.attention_overhead_s + requests + (ceilings.scoring_overhead_s if scores else 0.0))

@@ -107,6 +107,7 @@ def test_steps_without_attention_are_fitted(rows, milliseconds):
         ("verify 64 x 8192, scored", 0, 64, 8192, 8),
         ("draft 57 x 410 of 8192", 57, 0, 8192, 8),
         ("mixed, scored", 57, 7, 8192, 8),
+        ("mixed 48 drafts + 16 verify, scored", 48, 16, 8192, 8),
     ],
 )
 def test_measured_attention_is_predicted(name, drafting, verifying, length, k):
@@ -129,8 +130,8 @@ def test_a_prediction_is_the_sum_of_its_terms():
     weights, flops = float(COST.term("projections").bytes), 128 * float(COST.term("projections").bytes)
     assert times["projections"] == pytest.approx(math.hypot(weights / 4.3e12, flops / 673e12))
     drafted = 56 * (410 * 1152 + 419 * 147_456)
-    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 2.5e12, 56 * 419 * 589_824 / 500e12))
-    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * (4e-6 + 8 * 0.25e-6 + 28e-6))
+    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 3.9e12, 56 * 419 * 589_824 / 500e12))
+    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * (4e-6 + 64 * 0.25e-6 + 28e-6))
     assert got.dominating.name == "projections"
     assert got.light_seconds == pytest.approx(sum(term.bytes for term in got.terms) / 4.3e12)
     assert got.roofline_share == got.light_seconds / got.seconds

@@ -40,7 +40,8 @@ class GraphPass(PassBase, ABC):
     """A pass over an FX graph.
 
     `requires` and `ensures` (of `torch.fx.passes.infra`) state what holds before and after; `rewrite` does the work
-    in place, sets `matches`, and may add `notes` for the report.
+    in place, sets `matches`, and may add `notes` for the report. The module's code is left as it was: of a deep model
+    it takes a third of a second to write, and only that of the last graph is run.
     """
 
     name: str
@@ -58,7 +59,6 @@ class GraphPass(PassBase, ABC):
     def call(self, graph_module: GraphModule) -> PassResult:
         self.rewrite(graph_module)
         graph_module.graph.lint()
-        graph_module.recompile()
         return PassResult(graph_module, self.matches > 0)
 
 

@@ -2,11 +2,13 @@
 
 Whole requests move, page by page, on a stream of their own, so that steps go on meanwhile; nothing is recomputed
 (paper, dynamic KV manager). A page holds all layers' K/V of its tokens and moves in one copy. Memory is taken as it is
-needed, up to a cap. On a CPU the copies are ordinary ones and done at once.
+needed, up to a cap, and pinned by a thread: who finds none yet asks again in the next iteration. On a CPU the copies
+are ordinary ones, and all is done at once.
 """
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from sparsespec_compile.runtime.pool import PageAllocator
 
 _BLOCK_BYTES = 2**28
-"""Host memory is pinned in blocks of about this size: pinning takes long, and a block never moves."""
+"""Host memory is pinned in blocks of about this size, which never move. One takes as long as several iterations."""
 
 _COPIES_AT_ONCE = 64
 """Pages whose copies are enqueued between two steps: the host must get back to planning."""
@@ -70,6 +72,8 @@ class HostTier:
         self._pool = pool
         self._block_pages = max(1, min(pages, _BLOCK_BYTES // (pool.shape[1] * pool.itemsize)))
         self._blocks: list[Tensor] = []
+        self._coming: Future[Tensor] | None = None
+        self._thread: ThreadPoolExecutor | None = None
         self._free = PageAllocator(0)
         self._moving: deque[Transfer] = deque()
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
@@ -80,13 +84,22 @@ class HostTier:
         return self._free.pages - self._free.free
 
     def offload(self, device_pages: list[int]) -> Transfer | None:
-        """Begin to copy pages to host memory, after all steps enqueued so far; None when it cannot hold them."""
+        """Begin to copy pages to host memory, after all steps enqueued so far.
+
+        Returns:
+            None when host memory cannot hold them, or, while it is `growing`, not yet.
+        """
         host_pages = self._reserve(len(device_pages))
         return None if host_pages is None else self._begin(device_pages, host_pages, to_host=True)
 
     def restore(self, host_pages: list[int], device_pages: list[int]) -> Transfer:
         """Begin to copy pages back, after all steps enqueued so far."""
         return self._begin(device_pages, host_pages, to_host=False)
+
+    @property
+    def growing(self) -> bool:
+        """Whether more host memory is on the way."""
+        return self._coming is not None
 
     def release(self, host_pages: list[int]) -> None:
         """Take back pages of host memory."""
@@ -102,9 +115,10 @@ class HostTier:
             yield self._moving.popleft()
 
     def wait(self) -> None:
-        """Wait until what was enqueued is copied."""
+        """Wait until what was enqueued is copied, and host memory that is on the way is there."""
         if self._stream is not None:
             self._stream.synchronize()
+        self._add_block(wait=True)
 
     def clear(self) -> None:
         """Forget all transfers and free all host pages; the memory itself is kept."""
@@ -142,17 +156,47 @@ class HostTier:
         return self._blocks[number // self._block_pages][number % self._block_pages]
 
     def _reserve(self, count: int) -> list[int] | None:
+        self._add_block(wait=False)
         while self._free.free < count and self._free.pages < self.capacity:
-            pages = min(self._block_pages, self.capacity - self._free.pages)
-            try:
-                self._blocks.append(self._allocate(pages))
-            except (RuntimeError, MemoryError):  # CUDA's error for memory that cannot be pinned is the former
-                self.capacity = self._free.pages  # the system gives no more: live with what there is
-                break
-            self._free.grow(pages)
-        return self._free.allocate(count)
+            self._coming = self._coming or self._next_block()
+            if not self._coming.done():
+                return None
+            self._add_block(wait=False)
+        pages = self._free.allocate(count)
+        if self._beside() and self._free.free < count and self._free.pages < self.capacity:
+            self._coming = self._coming or self._next_block()  # the next to leave may be about as long
+        return pages
+
+    def _beside(self) -> bool:
+        """Whether memory is had by a thread: pinning it would keep steps from being enqueued."""
+        return self._pool.is_cuda
+
+    def _next_block(self) -> "Future[Tensor]":
+        pages = min(self._block_pages, self.capacity - self._free.pages)
+        if self._beside():
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="sparsespec-host-memory")
+            return self._thread.submit(self._allocate, pages)
+        done: Future[Tensor] = Future()
+        try:
+            done.set_result(self._allocate(pages))
+        except (RuntimeError, MemoryError) as error:
+            done.set_exception(error)
+        return done
+
+    def _add_block(self, *, wait: bool) -> None:
+        if self._coming is None or not (wait or self._coming.done()):
+            return
+        coming, self._coming = self._coming, None
+        try:
+            block = coming.result()
+        except (RuntimeError, MemoryError):  # CUDA's error for memory that cannot be pinned is the former
+            self.capacity = self._free.pages  # the system gives no more: live with what there is
+            return
+        self._blocks.append(block)
+        self._free.grow(block.shape[0])
 
     def _allocate(self, pages: int) -> Tensor:
         size = (pages, self._pool.shape[1])
-        with torch.inference_mode(False):  # it is written to in later calls too, inside of inference mode or not
+        # It is written to in later calls too, inside of inference mode or not; and a thread begins on the first device.
+        with torch.inference_mode(False), torch.cuda.device_of(self._pool):
             return torch.empty(size, dtype=self._pool.dtype, device="cpu", pin_memory=self._pool.is_cuda)

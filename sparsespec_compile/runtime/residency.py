@@ -45,8 +45,8 @@ class Residency:
 
     @property
     def moving(self) -> bool:
-        """Whether requests are on their way to or from host memory."""
-        return bool(self._moving)
+        """Whether requests are on their way to or from host memory, or host memory on its way to hold them."""
+        return bool(self._moving) or self.tier.growing
 
     def admits(self, request: Request, residents: Iterable[Request]) -> bool:
         """Whether there is room for one more; takes its pages, all of them when there is no host tier."""

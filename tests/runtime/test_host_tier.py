@@ -1,6 +1,8 @@
 """Requests that leave the device and come back: nothing is lost, nothing is recomputed, whatever fails on the way."""
 
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -116,11 +118,43 @@ def test_no_request_starves(toy):
     assert sorted(ended) == list(range(8))
 
 
-def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch):
+def test_steps_go_on_while_a_thread_gets_host_memory(toy, monkeypatch):
+    """As on CUDA, where pinning a block takes as long as several iterations."""
+    allocate, threads, waited = HostTier._allocate, set(), []
+
+    def slowly(tier, pages):
+        threads.add(threading.current_thread())
+        time.sleep(0.02)
+        return allocate(tier, pages)
+
+    reserve = HostTier._reserve
+
+    def note(tier, count):
+        pages = reserve(tier, count)
+        waited.extend([count] * (pages is None and tier.growing))
+        return pages
+
+    monkeypatch.setattr(HostTier, "_beside", lambda tier: True)
+    monkeypatch.setattr(HostTier, "_allocate", slowly)
+    monkeypatch.setattr(HostTier, "_reserve", note)
+    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 2**12)
+    requests = requests_of(LENGTHS, 60)
+    engine = small(toy)
+    assert run(engine, requests) == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
+    assert waited, "host memory was not waited for"
+    assert threads
+    assert threading.current_thread() not in threads
+    assert engine.stats.pages_offloaded > 0
+    assert all(request.finish_reason is FinishReason.LENGTH for request in requests)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch, beside):
     def refuse(tier, pages):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(HostTier, "_allocate", refuse)
+    monkeypatch.setattr(HostTier, "_beside", lambda tier: beside)
     requests = requests_of(LENGTHS, 60)
     engine = small(toy)
     run(engine, requests)

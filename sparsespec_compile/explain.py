@@ -12,6 +12,7 @@ from sparsespec_compile.ceilings import Ceilings, ceilings_of
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost_terms import IterationCost
 from sparsespec_compile.prediction import Prediction, cycle, drafted_positions, predict_mean
+from sparsespec_compile.runtime.phases import phases_in_use
 from sparsespec_compile.workload import Workload, workload
 
 WIDTH = 140
@@ -52,8 +53,11 @@ class Explanation:
     def lines(self) -> list[str]:
         """The summary below the table."""
         mean, top = self.prediction, self.prediction.dominating
+        k, requests = self.config.most_draft_tokens, self.workload.batch
+        phases = phases_in_use(self.config.schedule, k, requests)
         return [
             LEGEND,
+            f"each request verifies in one of {k + 1} iterations; {requests} requests share {phases} of them",
             f"predicted {mean.seconds * 1e3:.3g} ms an iteration; speed of light {mean.light_seconds * 1e3:.3g} ms, "
             f"{mean.roofline_share:.0%} of the prediction",
             f"longest: {top.name}, {top.seconds / mean.seconds:.0%}",

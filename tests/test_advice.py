@@ -156,7 +156,15 @@ def test_a_compiled_model_explains_itself(capsys):
     got = fast.explain(lengths=[900, 1100], batch=10, device="H200")
     assert "10 requests at 1,000 cached tokens, k = 4, NVIDIA H200" in capsys.readouterr().out
     text = str(got)
-    for words in ("verify attention", "512*L*V", "104448*T", "launches", "speed of light", "longest: launches"):
+    for words in (
+        "verify attention",
+        "512*L*V",
+        "104448*T",
+        "launches",
+        "speed of light",
+        "longest: launches",
+        "10 requests share 1",
+    ):
         assert words in text
     assert got.prediction.light_seconds < got.prediction.seconds
     assert got.plain.seconds != got.prediction.seconds

@@ -40,7 +40,7 @@ from traces import recorded_traces
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparsespec_compile as ss
-from sparsespec_compile.config import Schedule, SpecConfig
+from sparsespec_compile.config import Schedule
 
 OURS = ("sparsespec", "plain")
 
@@ -89,8 +89,8 @@ def variants(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     for engine in arguments.engine:
         if engine == "sparsespec":
             for drafter, schedule in product(arguments.drafter, arguments.schedule):
-                other = {} if schedule == SpecConfig.schedule else {"schedule": schedule}
-                found += [(engine, {"drafter": drafter, "draft_tokens": k, **other}) for k in arguments.draft_tokens]
+                settings = {"drafter": drafter, "schedule": schedule}
+                found += [(engine, {**settings, "draft_tokens": k}) for k in arguments.draft_tokens]
         elif engine == "vllm":
             found += [(engine, {"checkpoint": str(arguments.checkpoint), "ngram": ngram}) for ngram in (False, True)]
         else:

@@ -1,8 +1,8 @@
 """The engines of the throughput benchmark, each behind one function that times decoding and leaves out the prompts.
 
 An engine of ours is watched token by token: the clock runs from the moment when every request decodes until the first
-one ends. Other engines are black boxes: they run twice, for `short` and for `long` new tokens, and what the longer run
-takes beyond the shorter one is decoding alone.
+one ends, or, where a batch drains, the last. Other engines are black boxes: they run twice, for `short` and for `long`
+new tokens, and what the longer run takes beyond the shorter one is decoding alone.
 """
 
 import gc
@@ -68,7 +68,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an engine did between its prompts and its first end; None where it does not tell."""
+    """What an engine did while the clock ran; None where it does not tell."""
 
     tokens_per_second: float
     ms_per_iteration: float | None = None
@@ -101,6 +101,7 @@ class Clock:
         counts, load = self._counts, self._load
         counts[index] += tokens
         if min(counts) > _SETTLED and (load.drains or max(counts) < load.new_tokens - _SETTLED):
+            self._require(bool(self._marks) or all(n < load.new_tokens_of(i) for i, n in enumerate(counts)))
             self._first.setdefault(index, (now, counts[index]))
             self._last[index] = (now, counts[index])
             self._marks.append((now, sum(counts), iterations))

@@ -110,7 +110,7 @@ def advise(
 ) -> Advice:
     """Predict whether speculation pays, the best k and budget, and the length at which it breaks even.
 
-    R requests in phases spread evenly give R (a + 1) / (k + 1) tokens an iteration, a = accepted of k drafts; plain
+    R requests give R (a + 1) / (k + 1) tokens an iteration on average, a = accepted of k drafts; plain
     decoding gives R. The times of both iterations come from the bytes and FLOPs of the model and the ceilings of the
     device (`prediction.py`).
 

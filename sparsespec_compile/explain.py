@@ -11,7 +11,7 @@ from rich.table import Table
 from sparsespec_compile.ceilings import Ceilings, ceilings_of
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost_terms import IterationCost
-from sparsespec_compile.prediction import Prediction, cycle, drafted_positions, predict_mean
+from sparsespec_compile.prediction import Prediction, ceilings_for, cycle, drafted_positions, predict_mean
 from sparsespec_compile.runtime.phases import phases_in_use
 from sparsespec_compile.workload import Workload, workload
 
@@ -104,7 +104,7 @@ def explain(
         CeilingsError: the device is unknown.
         AdviceError: impossible lengths or batch.
     """
-    load, ceilings = workload(lengths, batch), ceilings_of(device)
+    load, ceilings = workload(lengths, batch), ceilings_for(config, ceilings_of(device))
     budget = drafted_positions(config, load.length)
     prediction, plain = (
         predict_mean(cost, cycle(load.batch, k, load.length, budget, config.schedule), ceilings)

@@ -4,12 +4,13 @@
 
 **Prediction**: term by term, what a kernel reads again included. Reading and computing overlap, but not fully where
 both matter; with x and y the time that each would take alone, sqrt(x^2 + y^2) follows measured steps from 2 to 256
-rows. Each launch adds its overhead, and giving out scores one of its own, for however few requests.
+rows. Each launch adds its overhead, each request its own to attention, and giving out scores one more, for however few
+requests.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import Schedule, SpecConfig
@@ -115,12 +116,19 @@ def drafted_positions(config: SpecConfig, length: float) -> float:
     return length if config.drafter == "full" else config.budget(round(length))
 
 
+def ceilings_for(config: SpecConfig, ceilings: Ceilings) -> Ceilings:
+    """A device as a drafter sees it: only "pillar" has scores given out."""
+    return ceilings if config.drafter == "pillar" else replace(ceilings, scoring_overhead_s=0.0)
+
+
 def iteration_time(cost: IterationCost, config: SpecConfig, ceilings: Ceilings) -> IterationTime:
     """Predicted seconds of a mean iteration, by drafts of a cycle, mean cached length and requests."""
 
+    device = ceilings_for(config, ceilings)
+
     def seconds(drafts: int, length: float, requests: int) -> float:
         mix = cycle(requests, drafts, length, drafted_positions(config, length), config.schedule)
-        return predict_mean(cost, mix, ceilings).seconds
+        return predict_mean(cost, mix, device).seconds
 
     return seconds
 

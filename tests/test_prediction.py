@@ -10,10 +10,11 @@ import torch
 from transformers import Qwen3Config
 
 from sparsespec_compile.ceilings import H200, Ceilings, ceilings_of
+from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.config_cost import config_cost
 from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost_terms import Iteration, attention, collect
-from sparsespec_compile.prediction import OVERHEAD, cycle, predict, predict_mean
+from sparsespec_compile.prediction import OVERHEAD, cycle, iteration_time, predict, predict_mean
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -71,14 +72,14 @@ def test_plain_steps_of_another_engine_are_predicted(batch, length, milliseconds
 
 
 def measured() -> list[tuple[int, int, int, float]]:
-    """(requests, cached tokens, drafts, milliseconds) of this engine on an H200."""
+    """(requests, cached tokens, drafts, milliseconds) of this engine, grouped, on an H200."""
     rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-throughput.json").read_text())
     points = []
     for row in rows:
         shape, size = row["workload"].split()
         drafts = row["settings"].get("draft_tokens", 0)
         steady = shape == "Qwen3-8B" and "-" not in size and row["engine"] in ("plain", "sparsespec")
-        if steady and drafts != "auto" and "schedule" not in row["settings"]:
+        if steady and drafts != "auto" and row["settings"].get("schedule", "grouped") == "grouped":
             requests, length = map(int, size.split("x"))
             points.append((requests, length, drafts, row["ms_per_iteration"]))
     return points
@@ -180,6 +181,20 @@ def test_the_phases_of_a_cycle(batch, k, schedule):
         assert part.rows == part.kept == part.drafting + part.verifying * (k + 1)
     verifying = [part.verifying for _, part in mix if part.verifying or schedule == "balanced"]
     assert max(verifying) - min(verifying) <= 1
+
+
+def test_requests_verify_in_groups():
+    shares = {part.verifying: share * 9 for share, part in cycle(64, 8, 8192, 410)}
+    assert shares == pytest.approx({0: 6, 21: 2, 22: 1})
+    assert len(cycle(64, 8, 8192, 410, "balanced")) == 2
+
+
+def test_the_time_is_that_of_the_schedule_and_the_drafter():
+    def seconds(**settings):
+        return iteration_time(COST, SpecConfig(draft_tokens="auto", **settings), H200)(8, 8192, 64)
+
+    assert seconds(schedule="balanced") > seconds()
+    assert seconds(drafter="window") < seconds()
 
 
 def test_a_mean_weighs_its_parts():

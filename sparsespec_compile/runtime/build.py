@@ -19,7 +19,7 @@ from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
 _SCORED_CYCLE = 8
 """Drafts of a cycle of "auto" for which the score buffer is laid out, at most: in shorter ones more requests verify
-together than in the longest, and beyond the buffer's rows they would have to draft on."""
+together than in the longest, and beyond the buffer's rows they would have to draft on, and prompts wait."""
 
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
 

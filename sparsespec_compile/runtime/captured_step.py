@@ -21,7 +21,8 @@ class CapturedStep:
     computation runs at once.
 
     An iteration holds at most `inputs.sizes.rows` packed rows, `inputs.sizes.logits` rows with logits, and, if pillars
-    are chosen by score, as many scored requests as `state.scores` has rows: with phases spread, few are needed.
+    are chosen by score, as many scored requests as `state.scores` has rows: requests that verify in different
+    iterations share them.
 
     Each slot owns pages for its longest text from the start. To lay them out differently, pass `PageUpdate` entries to
     `fill`, or write into `state.page_table`.

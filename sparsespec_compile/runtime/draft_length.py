@@ -32,19 +32,18 @@ _KEPT = 0.995
 _PRIOR_ITERATIONS = 1.0
 """Weight of the prediction as it is, in iterations."""
 
-_OUTLIER = 3.0
+_OUTLIER = 2.0
 _RECENT = 127
-"""Times of a cycle beyond so many times the median of the recent ones, relative to what was predicted, are left out:
-they hold a compilation, a capture or a pause of the caller's."""
+_FEWEST = 3
+"""Times of a cycle beyond so many times the usual are left out: they hold a compilation, a capture or a pause of the
+caller's. Usual is the median of the recent ones, relative to what was predicted, of plain decoding or of speculation;
+until there are a few, what was predicted."""
 
 _PARTS = 4
 """Of an iteration's time that are corrected, see `_parts`."""
 
 _MOST_CORRECTED = 5.0
 """An iteration is never taken to be faster than predicted by more than this."""
-
-_FEWEST = 3
-"""Cycles without which nothing is corrected, for the same reason."""
 
 _WORTH_A_TRIAL = 0.95
 _TRIAL = 8
@@ -88,7 +87,7 @@ class DraftLength:
         self._tries = np.zeros(most)
         self._products = np.zeros((_PARTS, _PARTS))
         self._errors = np.zeros(_PARTS)
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._recent: dict[bool, deque[float]] = {kind: deque(maxlen=_RECENT) for kind in (False, True)}
         self._cycle: list[float] = []
         self._unsettled = 0
         self._measured = {False: 0, True: 0}
@@ -101,6 +100,10 @@ class DraftLength:
         self._hits[:accepted] += 1.0
         self._tries[:tried] += 1.0
 
+    def began(self) -> None:
+        """Other requests: what was measured of a cycle under way is of no use."""
+        self._cycle.clear()
+
     def took(self, seconds: float, lengths: list[int]) -> None:
         """Take note of the time of an iteration in which requests of these cached lengths decoded.
 
@@ -111,17 +114,18 @@ class DraftLength:
         if self._unsettled:
             self._unsettled -= 1
             return
-        self._measured[self.current > 0] += 1
         self._cycle.append(seconds)
         iterations = len(self._cycle)
         if iterations <= self.current:
             return
+        self._measured[self.current > 0] += iterations
         load = _load(lengths)
         predicted = self._predicted(self.current, load.length, load.requests)
         ratio = statistics.mean(self._cycle) / predicted
         self._cycle.clear()
-        self._recent.append(ratio)
-        if len(self._recent) < _FEWEST or ratio > _OUTLIER * statistics.median(self._recent):
+        recent = self._recent[self.current > 0]
+        recent.append(ratio)
+        if ratio > _OUTLIER * (statistics.median(recent) if len(recent) >= _FEWEST else 1.0):
             return
         parts = self._parts(self.current, load) / predicted
         kept = _KEPT**iterations

@@ -194,10 +194,9 @@ class Engine:
 
 
 def _decoding_rows(slots: int, config: SpecConfig) -> int:
-    """Rows of an iteration in which every slot decodes: with even phases, all in one, or while their number changes."""
+    """Rows of an iteration in which every slot decodes, and as many as may verify; half while their number changes."""
     most = config.most_draft_tokens
-    if config.schedule == "in_phase":
-        return slots * (most + 1)
-    grouped = min(GROUPED_ROWS, slots * (most + 1)) if config.schedule == "grouped" else 0
-    spread = slots * most // 2 if config.draft_tokens == "auto" else most * -(-slots // (most + 1))
-    return max(grouped, slots + spread)
+    together = slots if config.schedule == "in_phase" else -(-slots // (most + 1))
+    if config.schedule == "grouped":
+        together = min(slots, max(together, GROUPED_ROWS // (most + 1)))
+    return slots + most * (max(together, slots // 2) if config.draft_tokens == "auto" else together)

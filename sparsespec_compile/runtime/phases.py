@@ -71,63 +71,63 @@ class Phases:
 
         A request finishes the cycle it is in, as it was meant to if that is soon enough, else with the new number of
         drafts, as long as that phase is in use and gets no more than its share. Verified early, every request at once
-        would read its whole cache for few tokens. The first phase is that of the first request to finish.
+        would read its whole cache for few tokens. The phases in use are those in which most is due.
         """
         former, self.count = self.count - 1, draft_tokens + 1
-        balances = self.schedule in ("grouped", "balanced")
-        left = {}
+        left, due = {}, [0] * self.count
         for request in requests:
             request.phase = None
             meant = former - request.drafted
             left[request] = meant if 0 <= meant <= draft_tokens else max(draft_tokens - request.drafted, 0)
-        first = min(left.values(), default=0)
+            due[left[request]] += request.reach
+        used = self._used(len(requests))
+        first = max(
+            range(self.count),
+            key=lambda at: (sum(due[(at + nth) % self.count] for nth in range(used)), due[at] > 0, -at),
+        )
         self._origin = now + first
-        used = phases_in_use(self.schedule, draft_tokens, len(requests))
-        share = sum(request.reach for request in requests) / used
+        share, most = sum(due) / used, self._most(len(requests))
         loads, counts = [0] * self.count, [0] * self.count
         longest_first = sorted(requests, key=lambda request: -request.reach)
-        for request in longest_first if balances else ():
-            due = left[request] - first
-            fits = due < used and (loads[due] == 0 or loads[due] + request.reach / 2 <= share)
-            if fits and counts[due] < self.most:
-                request.phase = due
-                loads[due] += request.reach
-                counts[due] += 1
+        for request in longest_first if self.schedule in ("grouped", "balanced") else ():
+            phase = (left[request] - first) % self.count
+            fits = phase < used and (loads[phase] == 0 or loads[phase] + request.reach / 2 <= share)
+            if fits and counts[phase] < most:
+                request.phase = phase
+                loads[phase] += request.reach
+                counts[phase] += 1
         for request in longest_first:
             if request.phase is None:
-                request.phase = self.choose(requests, now - 1)
+                request.phase = self._lightest(loads, counts, len(requests), now - 1)
+                loads[request.phase] += request.reach
+                counts[request.phase] += 1
 
     def choose(self, requests: Sequence[Request], now: int) -> int:
         """A phase for a request that starts after iteration `now`, by those that `requests` have."""
-        if self.schedule == "in_phase":
-            return 0
         loads, counts = self._loads(requests)
-        used = range(self._used(sum(counts) + 1))
-        open_phases = [phase for phase in used if counts[phase] < self.most]
-        # With no room in a phase that is in use, any other is better than to wait.
-        open_phases = open_phases or [phase for phase in range(self.count) if counts[phase] < self.most] or list(used)
-        if self.schedule == "random":
-            return self._random.choice(open_phases)
-        # Among equals the one that leaves the longest first cycle.
-        return min(open_phases, key=lambda phase: (loads[phase], -((phase - self.at(now) - 1) % self.count)))
+        return self._lightest(loads, counts, sum(counts) + 1, now)
 
     def rebalance(self, requests: Sequence[Request]) -> None:
         """Move one request from the heaviest phase to the lightest, if that lowers the heaviest load by enough.
 
         A request that moves has one shorter cycle. So only a gain of a thirtieth of the heaviest load is worth it, or
-        one phase less: as requests leave, fewer are in use, and the others empty one request after the other. Call it
-        when a request has joined or left.
+        one phase less: as requests leave, fewer are in use, and the others empty one request after the other; as they
+        come, phases may hold fewer. Call it when a request has joined or left.
         """
         if self.schedule not in ("grouped", "balanced") or self.count == 1:
             return
         loads, counts = self._loads(requests)
-        used = range(self._used(sum(counts)))
-        light = min(used, key=loads.__getitem__)
-        if counts[light] >= self.most:
+        used, most = range(self._used(sum(counts))), self._most(sum(counts))
+        light = min((phase for phase in used if counts[phase] < most), key=loads.__getitem__, default=None)
+        if light is None:
             return
         left_over = [request for request in requests if request.phase is not None and request.phase not in used]
         if left_over:
             max(left_over, key=lambda request: request.phase or 0).phase = light
+            return
+        crowded = max(used, key=counts.__getitem__)
+        if counts[crowded] > most:
+            min((request for request in requests if request.phase == crowded), key=lambda r: r.reach).phase = light
             return
         heavy = max(used, key=loads.__getitem__)
         gap = loads[heavy] - loads[light]
@@ -138,6 +138,28 @@ class Phases:
         lowered = gap - max(best.reach, gap - best.reach)
         if lowered * 30 >= loads[heavy]:
             best.phase = light
+
+    def _lightest(self, loads: list[int], counts: list[int], requests: int, now: int) -> int:
+        if self.schedule == "in_phase":
+            return 0
+        used = range(self._used(requests))
+        # With no room in the phases in use, any other is better than to wait.
+        for phases, most in ((used, self._most(requests)), (used, self.most), (range(self.count), self.most)):
+            open_phases = [phase for phase in phases if counts[phase] < most]
+            if open_phases:
+                break
+        open_phases = open_phases or list(used)
+        if self.schedule == "random":
+            return self._random.choice(open_phases)
+        # Among equals the one that leaves the longest first cycle.
+        return min(open_phases, key=lambda phase: (loads[phase], -((phase - self.at(now) - 1) % self.count)))
+
+    def _most(self, requests: int) -> int:
+        """Requests of a phase, of so many in all: unequal lengths must not make one that exceeds the rows."""
+        if self.schedule != "grouped" or self.count == 1:
+            return self.most
+        group = max((GROUPED_ROWS - requests) // (self.count - 1), -(-requests // self.count))
+        return min(self.most, group)
 
     def _used(self, requests: int) -> int:
         return phases_in_use(self.schedule, self.count - 1, requests)

@@ -75,7 +75,7 @@ class Request:
         place: where its K/V are.
         pages: pages of the pool that it holds, or that hold it in host memory.
         prefilled: prompt tokens that were sent to the device.
-        phase: the iterations in which it verifies are those with `iteration % (k + 1) == phase`; None before.
+        phase: it verifies in the iterations for which `Phases.at` gives this; None before.
         drafted: drafts of the cycle under way.
         fresh: whether its pillars are from its last verification.
         unread: rows of its verifications whose results were not read yet.

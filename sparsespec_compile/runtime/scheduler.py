@@ -52,6 +52,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._free_slots = list(range(limits.slots - 1, -1, -1))
         self._scored = 0
+        self._kept = 0
 
     @property
     def busy(self) -> bool:
@@ -71,8 +72,11 @@ class Scheduler:
     def plan(self) -> list[tuple[Request, Work]]:
         """The work of the next iteration; empty when no request can do anything until pages have moved."""
         self.residency.begin_iteration(self.running)
-        self._scored = 0
         here = [request for request in self.running if request.place is Place.DEVICE]
+        # Requests that verify come first, and could fill the score buffer in every iteration: no prompt would end.
+        chunk = self.limits.prefill_chunk
+        ending = any(r.prefilling and len(r.prompt) - r.prefilled <= chunk for r in here)
+        self._scored, self._kept = 0, int(ending and self.limits.scored > 1)
         work = [(r, item) for r in here if not r.prefilling and (item := self._decode(r)) is not None]
         work.extend(self._prefill(here))
         self.iteration += bool(work)
@@ -122,7 +126,7 @@ class Scheduler:
         # A cycle begun when there were more drafts may finish as it was meant to.
         longest = self.limits.draft_tokens
         due = self.phases.at(self.iteration) == request.phase or drafts >= longest or stale
-        full = scores and self._scored == self.limits.scored
+        full = scores and self._scored >= self.limits.scored - self._kept
         if due and full and drafts < longest and not stale:
             due = False
         if not self.residency.covers(request, min(request.max_length, request.reach + drafts + 1)):

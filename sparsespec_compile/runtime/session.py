@@ -60,6 +60,7 @@ class Session:
         self.closed = False
         self._added: dict[Request, float] = {}
         if chooser is not None:
+            chooser.began()
             scheduler.set_draft_tokens(chooser.current)
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 

@@ -43,7 +43,10 @@ def test_engines_run_on_the_same_texts(tmp_path):
 def test_our_texts_equal_plain_decodings():
     result = run("--workload", "2x100", "--new-tokens", "60")
     assert result.returncode == 0, result.stderr
-    assert "100.0% of the tokens of sparsespec drafter=pillar draft_tokens=8 equal plain decoding's" in result.stdout
+    assert (
+        "100.0% of the tokens of sparsespec drafter=pillar schedule=grouped draft_tokens=8 equal plain decoding's"
+        in result.stdout
+    )
 
 
 def test_a_batch_that_drains_is_timed_to_its_end(tmp_path):
@@ -89,6 +92,32 @@ def test_bursts_do_not_bias_the_clock(cut):
     assert clock.seconds_per_iteration() == pytest.approx(1.0)
     with pytest.raises(TooShortError, match="all 2 requests decode"):
         Clock(load).tokens_per_second()
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_requests_are_timed_apart(first):
+    """Bursts of 4, 5 and 6 tokens every fifth second, at times of their own."""
+    clock = Clock(Load(prompts=[[1]] * 3, new_tokens=100, temperature=0.0, seed=1))
+    for now in range(first, 90 + first):
+        for index, tokens in enumerate((4, 5, 6)):
+            if now % 5 == 2 * index % 5:
+                clock.came(index, tokens, now, float(now))
+    assert clock.tokens_per_second() == pytest.approx(3.0)
+
+
+def test_the_clock_of_a_batch_that_drains():
+    load = Load(prompts=[[1]] * 2, new_tokens=400, temperature=0.0, seed=1, drains=True)
+    clock = Clock(load)
+    for now in range(400):
+        for index in range(2):
+            if now < load.new_tokens_of(index):
+                clock.came(index, 1, now, float(now))
+    assert clock.tokens_per_second() == pytest.approx((100 + 400 - 2 * 17) / 382, rel=0.01)
+    late = Clock(load)
+    for index, tokens in ((0, 100), (1, 16)):
+        late.came(index, tokens, 1, 1.0)
+    with pytest.raises(TooShortError, match="give more than 400 new tokens"):
+        late.came(1, 1, 2, 2.0)
 
 
 def test_a_difference_of_two_runs_that_is_only_noise():

@@ -152,6 +152,33 @@ def test_iterations_of_a_cycle_are_taken_together(verifying_takes, speculates):
     assert (run_on(device, lambda drafts: 1.0 if drafts else 1.2)[0] > 0) == speculates
 
 
+def test_the_iteration_in_which_all_verify_is_no_outlier():
+    """With fewer drafts nothing is off: only whole cycles of 4 tell that they take longer."""
+
+    def device(drafts, nth):
+        return 1.5 if drafts < 4 else 8.0 if nth == 4 else 1.0
+
+    assert run_on(device, lambda drafts: 1.0 if drafts == 4 else 1.5)[0] < 4
+
+
+def test_a_trial_lasts_for_a_cycle_at_least():
+    """Speculation takes half of what was predicted, in cycles longer than a trial; plain decoding came first."""
+    predicted = {0: 1.0, 32: 1.03}
+    chooser, seen = DraftLength(32, lambda drafts, length, requests: predicted.get(drafts, 2.0)), []
+    for _ in range(200):
+        chooser.verified(32, 32)
+    chooser.current = 0
+    for iteration in range(600):
+        drafts = chooser.current
+        chooser.verified(drafts, drafts)
+        chooser.took(0.5 if drafts else 1.0, [100] * 64)
+        if iteration % _CHOICE_EVERY == 0:
+            chooser.choose([100] * 64)
+        seen.append(drafts)
+    assert chooser.current > 0
+    assert 0 in seen
+
+
 @pytest.mark.parametrize(("q_heads", "drafts"), [(32, MOST), (64, 7)])
 def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, drafts):
     """Nearly all drafts are right: the longest cycles pay, unless one draft more means to read every cache again."""
@@ -203,6 +230,9 @@ class Changing:
         self.told = set()
         self.current = most
 
+    def began(self):
+        self.told.add("session")
+
     def verified(self, drafts, accepted):
         self.told.add("drafts")
         assert 0 <= accepted <= drafts
@@ -226,7 +256,7 @@ def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
     assert run(engine, requests) == [toy.decode(request) for request in requests]
     assert set(engine.stats.draft_tokens_by_iteration) == set(range(5))
-    assert chooser.told == {"drafts", "times"}
+    assert chooser.told == {"session", "drafts", "times"}
     assert engine.stats.cycles > 0
 
 

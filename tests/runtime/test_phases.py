@@ -108,6 +108,41 @@ def test_requests_join_the_phases_in_use_and_leave_others():
     assert {r.phase for r in requests} == {0}
 
 
+@pytest.mark.parametrize("drafts", [4, 8, 12])
+@pytest.mark.parametrize("number", [24, 64, 128])
+def test_unequal_requests_do_not_exceed_the_rows(number, drafts):
+    """Phases are balanced by bytes, and many short requests have as many as a long one."""
+    phases, requests = Phases(drafts, "grouped", most=number), []
+    for nth in range(number):
+        newcomer = resident(100 if nth % 8 else 3000)
+        newcomer.phase = phases.choose(requests, now=nth)
+        requests.append(newcomer)
+        phases.rebalance(requests)
+    counts = [sum(r.phase == phase for r in requests) for phase in range(drafts + 1)]
+    assert sum(count > 0 for count in counts) == phases_in_use("grouped", drafts, number)
+    assert number + drafts * max(counts) <= 256 + drafts
+
+
+def test_a_full_phase_does_not_keep_left_over_requests_from_moving():
+    requests = [resident(10, 0) for _ in range(10)] + [resident(9000, 1), resident(10, 2)]
+    phases = Phases(24, "grouped", most=10)
+    assert phases_in_use("grouped", 24, len(requests)) == 2
+    phases.rebalance(requests)
+    assert requests[-1].phase == 1
+
+
+def test_one_request_off_the_beat_does_not_cut_the_others_cycles():
+    requests = [resident(100, 0) for _ in range(64)]
+    for place, request in enumerate(requests):
+        request.drafted = 4 + place % 4
+    requests[-1].drafted = 11
+    phases = Phases(12, "grouped", most=32)
+    phases.spread(11, requests, now=40)
+    assert all(request.phase < phases_in_use("grouped", 11, 64) for request in requests)
+    ends = [request.drafted + (request.phase - phases.at(40)) % 12 for request in requests[:-1]]
+    assert sum(11 <= end <= 12 for end in ends) >= 60
+
+
 def test_a_phase_that_is_not_in_use_is_better_than_a_full_one():
     phases = Phases(8, "grouped", most=2)
     assert phases.choose([resident(10, 0), resident(10, 0)], now=0) == 8

@@ -13,13 +13,13 @@ from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 DRAFTS, SCORED = 3, 2
 
 
-def scheduler(prefill_chunk=64, updates=100):
+def scheduler(prefill_chunk=64, updates=100, slots=8):
     """At most two requests are scored in an iteration; the pool has room for all, and there is no host tier."""
-    pages = PageAllocator(400)
+    pages = PageAllocator(500)
     residency = Residency(
-        pages, HostTier(torch.zeros(400, 1), 0), page_size=1, updates=updates, cycle_tokens=DRAFTS + 1
+        pages, HostTier(torch.zeros(500, 1), 0), page_size=1, updates=updates, cycle_tokens=DRAFTS + 1
     )
-    limits = Limits(slots=8, draft_tokens=DRAFTS, prefill_chunk=prefill_chunk, scored=SCORED)
+    limits = Limits(slots=slots, draft_tokens=DRAFTS, prefill_chunk=prefill_chunk, scored=SCORED)
     return Scheduler(limits, residency, Phases(DRAFTS, "balanced", SCORED))
 
 
@@ -47,6 +47,22 @@ def due_now(made, drafted):
 
 def planned(made):
     return dict(made.plan())
+
+
+def test_prompts_end_though_verifications_could_fill_the_score_buffer():
+    made = scheduler(slots=9)
+    requests = decoding(made, drafted=[0] * 8, phase=None)
+    for place, request in enumerate(requests):
+        request.phase = place // 2
+    (newcomer,) = admitted(made, 5)
+    scored = []
+    for _ in range(5):
+        work = planned(made)
+        scored.append(sum(item.scored > 0 for item in work.values()))
+        for request in work:
+            request.output, request.unread = [1], 0
+    assert not newcomer.prefilling
+    assert max(scored) <= SCORED
 
 
 def test_no_more_are_scored_than_the_buffer_holds_and_the_others_keep_their_pillars():

@@ -105,7 +105,8 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
 
 def test_rows_of_decoding():
     assert _decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
-    assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 256
+    assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 28
+    assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
     assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="balanced")) == 64 + 8 * 8
     assert _decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 * 9
     assert _decoding_rows(512, SpecConfig(draft_tokens=8)) == 512 + 8 * 57

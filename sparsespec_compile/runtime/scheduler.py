@@ -91,10 +91,7 @@ class Scheduler:
 
     def release(self, request: Request) -> None:
         """Take back the slot and the pages of a request that ended."""
-        self.running.remove(request)
-        self._free_slots.append(request.slot)
-        request.slot = -1
-        self.residency.release(request)
+        self._release(request)
         self.phases.rebalance(self.running)
 
     def cancel(self, request: Request) -> None:
@@ -117,7 +114,13 @@ class Scheduler:
         self.waiting.clear()
         self.residency.clear()
         for request in list(self.running):
-            self.release(request)
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+        self.residency.release(request)
 
     def _decode(self, request: Request) -> Work | None:
         drafts, most = request.drafted, self.draft_tokens

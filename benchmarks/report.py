@@ -70,6 +70,16 @@ def label(row: dict[str, Any]) -> str:
     return " ".join([row["engine"], *(f"{name}={value}" for name, value in row["settings"].items())])
 
 
+def without_what_is_common(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the settings that are the same for all rows of their engine, for short labels."""
+    short = []
+    for row in rows:
+        others = [other["settings"] for other in rows if other["engine"] == row["engine"]]
+        told = {name: value for name, value in row["settings"].items() if any(o.get(name) != value for o in others)}
+        short.append({**row, "settings": told})
+    return short
+
+
 def by_workload(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each workload, the slowest engine first; workloads in the order of the file."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -81,14 +91,16 @@ def by_workload(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes the chart as PNG.
 
-    Each workload has a panel of its own, for their speeds differ by orders of magnitude. A bar says its tokens per
-    second, how many times the plain engine's that is, and, where drafts were made, how many of a cycle were accepted.
+    Each workload of several rows has a panel of its own, for their speeds differ by orders of magnitude. A bar says its
+    tokens per second, how many times the plain engine's that is, and, where drafts were made, how many of a cycle were
+    accepted.
 
     Raises:
         ReportError: matplotlib is not installed.
     """
     figure_module, canvas_module = _matplotlib("figure"), _matplotlib("backends.backend_agg")
-    groups = by_workload(rows)
+    groups = by_workload(without_what_is_common(rows))
+    groups = {name: group for name, group in groups.items() if len(group) > 1} or groups
     heights = [len(group) + 1.5 for group in groups.values()]
     figure = figure_module.Figure(figsize=(10, 0.32 * sum(heights)), layout="constrained")
     canvas_module.FigureCanvasAgg(figure)
@@ -106,7 +118,7 @@ def _draw_panel(panel: Any, workload: str, group: list[dict[str, Any]]) -> None:
     panel.bar_label(bars, [annotation(row, group) for row in group], padding=4, fontsize=8)
     panel.set_title(workload, loc="left", fontsize=10)
     panel.set_xlabel("tokens per second", fontsize=8)
-    panel.set_xlim(0, max(speeds) * 1.35)
+    panel.set_xlim(0, max(speeds) * 1.4)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -10,7 +10,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import report
-from report import FIELDS, ReportError, annotation, by_workload, draw, label, read_rows
+from report import (
+    FIELDS,
+    ReportError,
+    annotation,
+    by_workload,
+    draw,
+    label,
+    read_rows,
+    without_what_is_common,
+)
 
 
 def row(engine, speed, workload="64 x 8,192", accepted=None, **settings):
@@ -48,6 +57,15 @@ def test_writes_a_chart(results):
     assert str(chart) in run.stdout
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert chart.stat().st_size > 10_000
+
+
+def test_labels_leave_out_what_all_rows_of_an_engine_share():
+    rows = [
+        row("sparsespec", 3.0, drafter="pillar", k=8),
+        row("sparsespec", 4.0, drafter="pillar", k=4),
+        row("plain", 1),
+    ]
+    assert [label(short) for short in without_what_is_common(rows)] == ["sparsespec k=8", "sparsespec k=4", "plain"]
 
 
 def test_rows_are_grouped_and_labelled(results):

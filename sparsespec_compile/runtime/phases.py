@@ -13,9 +13,10 @@ from sparsespec_compile.config import Schedule
 from sparsespec_compile.runtime.request import Request
 
 GROUPED_ROWS = 256
-"""Rows of an iteration that "grouped" fills before it takes one more phase. On GPUs from Ampere on, a 16-bit product of
-150 to 300 rows computes for as long as it reads its weights. On an H200 the products of a layer take 1.4 times as long
-for 256 rows as for 64, and the iterations in which nobody verifies make up for that."""
+"""Rows of an iteration that "grouped" fills before it takes one more phase. By the data sheets of data-center GPUs from
+Ampere on, a 16-bit product of 150 to 300 rows computes for as long as it reads its weights. On an H200 the products of
+a layer take 1.4 times as long for 256 rows as for 64, and iterations in which nobody verifies make up for that
+(benchmarks/LOG.md)."""
 
 
 def phases_in_use(schedule: Schedule, draft_tokens: int, requests: int) -> int:
@@ -29,10 +30,15 @@ def phases_in_use(schedule: Schedule, draft_tokens: int, requests: int) -> int:
     """
     if schedule == "in_phase" or draft_tokens == 0:
         return 1
-    group = (GROUPED_ROWS - requests) // draft_tokens
+    group = _group(draft_tokens, requests)
     if schedule != "grouped" or group < 1:
         return draft_tokens + 1
     return min(draft_tokens + 1, max(1, -(-requests // group)))
+
+
+def _group(draft_tokens: int, requests: int) -> int:
+    """Requests that may verify together within `GROUPED_ROWS`, 0 or less when there is no room for any."""
+    return (GROUPED_ROWS - requests) // draft_tokens
 
 
 def most_together(schedule: Schedule, draft_tokens: int, slots: int) -> int:
@@ -158,8 +164,7 @@ class Phases:
         """Requests of a phase, of so many in all: unequal lengths must not make one that exceeds the rows."""
         if self.schedule != "grouped" or self.count == 1:
             return self.most
-        group = max((GROUPED_ROWS - requests) // (self.count - 1), -(-requests // self.count))
-        return min(self.most, group)
+        return min(self.most, max(_group(self.count - 1, requests), -(-requests // self.count)))
 
     def _used(self, requests: int) -> int:
         return phases_in_use(self.schedule, self.count - 1, requests)

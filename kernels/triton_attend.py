@@ -135,7 +135,7 @@ def attention_kernel(
     width = kv_heads * (GROUP * VALUE_DIM)
     clear_rows(out, row_end, rows, width)
     line_ends = tl.cumsum(line, 0)
-    stretch, at, line_end = share_of_line(total, longest, MIN_BLOCKS)
+    stretch, at, line_end = share_of_line(total, longest, MIN_BLOCKS, UNIT_OVERHEAD)
     # Whole units are dealt out from the last program on, to which a short line gives nothing.
     dealt = tl.num_programs(0) - 1 - tl.program_id(0)
     again = False

@@ -143,13 +143,14 @@ def locate(ends, at):
 
 
 @triton.jit
-def share_of_line(total, longest, MIN_BLOCKS: tl.constexpr):
+def share_of_line(total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
     """The length of a stretch, and where this program's begins and ends.
 
-    A few units are not cut into many parts, since joining those would take longer than reading. Units shorter than
-    that are not put together either.
+    A few units are not cut into many parts, since joining those would take longer than reading, nor is any cut to save
+    less than starting its other part takes. Units shorter than that are not put together either.
     """
     share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
     share = tl.maximum(share, tl.minimum(longest, MIN_BLOCKS))
+    share = tl.where(longest <= share + UNIT_OVERHEAD, tl.maximum(share, longest), share)
     begin = tl.minimum(tl.program_id(0) * share, total)
     return share, begin, tl.minimum(begin + share, total)

@@ -5,6 +5,7 @@
 
 Candidates are compiled first, in several processes, then timed one after the other on steps of this project: plain
 decoding, drafting, verifying and a mix of them; for large steps a prompt. The best has the smallest product of times.
+The search goes on around it until nothing there is better by a percent.
 """
 
 import argparse
@@ -42,7 +43,8 @@ SMALL_STEPS: dict[str, list[Work]] = {
 }
 LARGE_STEPS: dict[str, list[Work]] = {"prefill": [Work(Mode.PREFILL, 0, 8192)]}
 
-Timed = tuple[Tiling, dict[str, float]]
+_WORTH_GOING_ON = 0.01
+"""Share of the mean time that a round of the search must save for another one."""
 
 
 def main() -> None:
@@ -77,14 +79,21 @@ def _tune(
     device = torch.device("cuda", torch.cuda.current_device())
     limits = device_limits(device)
     layer = layer_of(heads)
-    candidates = candidate_tilings(default_tiling(layer, large, limits))
-    console.print(f"{entry_key(layer, large, limits)}: {len(candidates)} candidates")
-    usable = _compile(heads, large, candidates, options, console)
     made = {name: _copies(heads, work, device) for name, work in steps.items()}
-    timed = [(tiling, _times(made, tiling)) for tiling in tqdm(usable, desc="timing")]
-    timed.sort(key=lambda entry: math.prod(entry[1].values()))
+    console.print(entry_key(layer, large, limits))
+    timed: dict[Tiling, dict[str, float]] = {}
+    best, before = default_tiling(layer, large, limits), math.inf
+    while True:
+        candidates = [tiling for tiling in candidate_tilings(best) if tiling not in timed]
+        usable = _compile(heads, large, candidates, options, console)
+        timed |= {tiling: _times(made, tiling) for tiling in tqdm(usable, desc="timing")}
+        best = min(timed, key=lambda tiling: math.prod(timed[tiling].values()))
+        product = math.prod(timed[best].values())
+        if product > (1 - _WORTH_GOING_ON) ** len(steps) * before:
+            break
+        before = product
     console.print(_report(timed))
-    save({entry_key(layer, large, limits): timed[0][0]}, options.output)
+    save({entry_key(layer, large, limits): best}, options.output)
     console.print(f"wrote {options.output}")
 
 
@@ -147,9 +156,10 @@ def _call(step: Step, tiling: Tiling) -> Call:
     return partial(attend, *step.arguments())
 
 
-def _report(timed: list[Timed]) -> Table:
-    table = Table("tiles", *timed[0][1], title="milliseconds, best first")
-    for tiling, times in timed[:12]:
+def _report(timed: dict[Tiling, dict[str, float]]) -> Table:
+    best_first = sorted(timed.items(), key=lambda entry: math.prod(entry[1].values()))
+    table = Table("tiles", *best_first[0][1], title="milliseconds, best first")
+    for tiling, times in best_first[:12]:
         table.add_row(str(tiling).removeprefix("Tiling"), *(f"{ms:.4f}" for ms in times.values()))
     return table
 

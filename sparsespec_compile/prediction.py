@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import Schedule, SpecConfig
 from sparsespec_compile.passes.cost_terms import Iteration, IterationCost, Term
-from sparsespec_compile.runtime.draft_length import IterationTime
+from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.phases import phases_in_use
 
 OVERHEAD = "launches"

@@ -8,19 +8,15 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.capture import StepRunner
-from sparsespec_compile.runtime.draft_length import IterationTime
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
+from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.phases import most_together
 from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
 from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
 
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
-_SCORED_CYCLE = 8
-"""Drafts of a cycle of "auto" for which the score buffer is laid out, at most: in shorter ones more requests verify
-together than in the longest, and beyond the buffer's rows they would have to draft on, and prompts wait."""
-
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
 
 
@@ -54,8 +50,8 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
     """
     scored = 2
     if policy is not None and policy.reads_scores:
-        most = config.most_draft_tokens
-        drafts = min(most, _SCORED_CYCLE) if config.draft_tokens == "auto" else most
+        # In the shortest cycles most requests verify together.
+        drafts = 1 if config.draft_tokens == "auto" else config.draft_tokens
         scored = max(2, min(slots, max(most_together(config.schedule, drafts, slots), 8)))
     return Capacity(max(slots, 2), max(tokens, 2), max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
 

@@ -7,14 +7,10 @@ an iteration, corrected by how long iterations have taken, and from how many dra
 
 import statistics
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-IterationTime = Callable[[int, float, int], float]
-"""(drafts of a cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
+from sparsespec_compile.runtime.iteration_times import IterationTime, IterationTimes, Load
 
 _FIRST_GUESS = 0.95
 """Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
@@ -26,32 +22,18 @@ _KEPT_VERIFIED, _KEPT_UNUSED = 0.995, 0.9998
 """What a verified draft, and each choice, leaves of the weight of earlier ones: 200 of them count, and what was not
 tried for long is tried again."""
 
-_KEPT = 0.995
-"""What each iteration leaves of the weight of earlier ones in the correction: some 200 iterations count."""
-
-_PRIOR_ITERATIONS = 1.0
-"""Weight of the prediction as it is, in iterations."""
+_MEASURED = 8
+"""Iterations that are measured at a time at least, in whole cycles."""
 
 _OUTLIER = 2.0
 _RECENT = 127
 _FEWEST = 3
-"""Times of a cycle beyond so many times the usual are left out: they hold a compilation, a capture or a pause of the
-caller's. Usual is the median of the recent ones, relative to what was predicted, of plain decoding or of speculation;
-until there are a few, what was predicted."""
+"""Times beyond so many times the usual are left out: they hold a compilation, a capture or a pause of the caller's.
+Usual is the median of the recent ones, relative to what was predicted, of plain decoding or of speculation; until there
+are a few, what was predicted."""
 
-_PARTS = 4
-"""Of an iteration's time that are corrected, see `_parts`."""
-
-_MOST_CORRECTED = 5.0
-"""An iteration is never taken to be faster than predicted by more than this."""
-
-_WORTH_A_TRIAL = 0.95
-_TRIAL = 8
-"""Predictions of plain decoding and of speculation err differently, and what was measured of one says little of the
-other. One that has not run so many iterations, and promises at least this share of the present speed, is tried."""
-
-_REMEMBERED = 256
-"""Predictions that are kept; one takes some 0.1 ms."""
+_CURIOSITY = 0.5
+"""Standard deviations of its time by which a number of drafts may be faster than estimated, for it to be tried."""
 
 _GAIN_TO_CHANGE = 1.005
 """A change costs some requests a short cycle, so it must promise this much."""
@@ -59,12 +41,6 @@ _GAIN_TO_CHANGE = 1.005
 _UNDER_WAY = 2
 """After a change, times are left out for a cycle and for the iterations that were under way: phases and cycles are
 still of the former number."""
-
-
-@dataclass(frozen=True)
-class _Load:
-    length: float
-    requests: int
 
 
 class DraftLength:
@@ -81,16 +57,13 @@ class DraftLength:
     def __init__(self, most: int, iteration_time: IterationTime) -> None:
         self.current = most
         self._most = most
-        # What is asked for most often, iterations that read no cache, depends on few numbers.
-        self._predicted = lru_cache(_REMEMBERED)(iteration_time)
+        self._times = IterationTimes(iteration_time)
         self._hits = np.zeros(most)
         self._tries = np.zeros(most)
-        self._products = np.zeros((_PARTS, _PARTS))
-        self._errors = np.zeros(_PARTS)
         self._recent: dict[bool, deque[float]] = {kind: deque(maxlen=_RECENT) for kind in (False, True)}
-        self._cycle: list[float] = []
+        self._cycles: list[float] = []
         self._unsettled = 0
-        self._measured = {False: 0, True: 0}
+        self._judged = False
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Take note of a verification: of `drafts` drafts the first `accepted` were right."""
@@ -102,7 +75,7 @@ class DraftLength:
 
     def began(self) -> None:
         """Other requests: what was measured of a cycle under way is of no use."""
-        self._cycle.clear()
+        self._cycles.clear()
 
     def took(self, seconds: float, lengths: list[int]) -> None:
         """Take note of the time of an iteration in which requests of these cached lengths decoded.
@@ -114,73 +87,47 @@ class DraftLength:
         if self._unsettled:
             self._unsettled -= 1
             return
-        self._cycle.append(seconds)
-        iterations = len(self._cycle)
-        if iterations <= self.current:
+        self._cycles.append(seconds)
+        iterations = len(self._cycles)
+        if iterations < _MEASURED or iterations % (self.current + 1):
             return
-        self._measured[self.current > 0] += iterations
-        load = _load(lengths)
-        predicted = self._predicted(self.current, load.length, load.requests)
-        ratio = statistics.mean(self._cycle) / predicted
-        self._cycle.clear()
+        mean, load = statistics.mean(self._cycles), _load(lengths)
+        self._cycles.clear()
+        self._judged = True
+        ratio = mean / self._times.predicted(self.current, load.length, load.requests)
         recent = self._recent[self.current > 0]
         recent.append(ratio)
-        if ratio > _OUTLIER * (statistics.median(recent) if len(recent) >= _FEWEST else 1.0):
-            return
-        parts = self._parts(self.current, load) / predicted
-        kept = _KEPT**iterations
-        self._products = kept * self._products + iterations * np.outer(parts, parts)
-        self._errors = kept * self._errors + iterations * parts * (ratio - 1.0)
+        if ratio <= _OUTLIER * (statistics.median(recent) if len(recent) >= _FEWEST else 1.0):
+            self._times.measured(self.current, load, mean)
 
     def choose(self, lengths: list[int]) -> int:
-        """The number of drafts for requests of these cached lengths; keeps the present one unless another is better."""
+        """The number of drafts for requests of these cached lengths; keeps the present one unless another is better.
+
+        The one that may be the fastest is tried: an optimist finds out (upper confidence bounds, Auer 2002).
+        """
         if not lengths:
             return self.current
         self._hits *= _KEPT_UNUSED
         self._tries *= _KEPT_UNUSED
-        load = _load(lengths)
-        correction = np.linalg.solve(self._products + _PRIOR_ITERATIONS * np.eye(_PARTS), self._errors)
-        speeds = [self._speed(drafts, load, correction) for drafts in range(self._most + 1)]
-        best = max(range(self._most + 1), key=speeds.__getitem__)
-        speculates = self.current > 0
-        measured, of_the_other = self._measured[speculates], self._measured[not speculates]
-        other = max(range(1) if speculates else range(1, self._most + 1), key=speeds.__getitem__)
-        if measured < _TRIAL <= of_the_other:
-            return self.current
-        if of_the_other < _TRIAL <= measured and speeds[other] > _WORTH_A_TRIAL * speeds[self.current]:
-            self._change(other)
-        elif speeds[best] > _GAIN_TO_CHANGE * speeds[self.current]:
-            self._change(best)
+        seconds, deviation = self._times.estimate(self._most, _load(lengths))
+        may_be = self._tokens() / seconds * np.exp(_CURIOSITY * deviation)
+        best = int(np.argmax(may_be))
+        if self._judged and may_be[best] > _GAIN_TO_CHANGE * may_be[self.current]:
+            self.current = best
+            self._cycles.clear()
+            self._unsettled = best + 1 + _UNDER_WAY
+            self._judged = False
         return self.current
 
-    def _change(self, drafts: int) -> None:
-        self.current = drafts
-        self._cycle.clear()
-        self._unsettled = drafts + 1 + _UNDER_WAY
-
-    def _speed(self, drafts: int, load: _Load, correction: np.ndarray) -> float:
-        """Predicted tokens a second."""
-        accepted, chain, right = 0.0, 1.0, _FIRST_GUESS
-        for hits, tries in zip(self._hits[:drafts], self._tries[:drafts], strict=True):
+    def _tokens(self) -> np.ndarray:
+        """Expected tokens of a request in an iteration of 0, 1, ... drafts [most + 1]."""
+        tokens, chain, right = [1.0], 1.0, _FIRST_GUESS
+        for hits, tries in zip(self._hits, self._tries, strict=True):
             right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
             chain *= right
-            accepted += chain
-        predicted = self._predicted(drafts, load.length, load.requests)
-        corrected = predicted + float(self._parts(drafts, load) @ correction)
-        seconds = max(corrected, predicted / _MOST_CORRECTED)
-        return load.requests * (accepted + 1) / (drafts + 1) / seconds
-
-    def _parts(self, drafts: int, load: _Load) -> np.ndarray:
-        """What may take more or less than predicted [4], in seconds, so that an error seen with one number of drafts
-        and at one length tells about others: an iteration that reads no cache, the rows that drafts add to it in
-        verifications, and reading the cache, in plain decoding or not, which other tiles of a kernel do.
-        """
-        plain = self._predicted(0, 0.0, load.requests)
-        without_cache = self._predicted(drafts, 0.0, load.requests)
-        reading = self._predicted(drafts, load.length, load.requests) - without_cache
-        speculates = float(drafts > 0)
-        return np.array([plain, plain * drafts / (drafts + 1), reading * (1 - speculates), reading * speculates])
+            tokens.append(tokens[-1] + chain)
+        return np.array(tokens) / np.arange(1, self._most + 2)
 
 
-def _load(lengths: list[int]) -> _Load:
-    return _Load(sum(lengths) / len(lengths), len(lengths))
+def _load(lengths: list[int]) -> Load:
+    return Load(sum(lengths) / len(lengths), len(lengths))

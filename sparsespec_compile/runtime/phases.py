@@ -45,7 +45,7 @@ def most_together(schedule: Schedule, draft_tokens: int, slots: int) -> int:
     """Requests that may verify in one iteration, while some move from phase to phase, of up to `slots` requests."""
     if schedule == "in_phase":
         return slots
-    spread = 2 * -(-slots // (draft_tokens + 1))
+    spread = min(2 * -(-slots // (draft_tokens + 1)), -(-slots // 2))
     if schedule == "grouped":
         spread = max(spread, GROUPED_ROWS // (draft_tokens + 1))
     return min(slots, spread)
@@ -77,7 +77,8 @@ class Phases:
 
         A request finishes the cycle it is in, as it was meant to if that is soon enough, else with the new number of
         drafts, as long as that phase is in use and gets no more than its share. Verified early, every request at once
-        would read its whole cache for few tokens. The phases in use are those in which most is due.
+        would read its whole cache for few tokens. The phases in use are those in which most is due; after plain
+        decoding, when all verify once for their first pillars, those that end a whole cycle later.
         """
         former, self.count = self.count - 1, draft_tokens + 1
         left, due = {}, [0] * self.count
@@ -91,6 +92,8 @@ class Phases:
             range(self.count),
             key=lambda at: (sum(due[(at + nth) % self.count] for nth in range(used)), due[at] > 0, -at),
         )
+        if former == 0:
+            first = (draft_tokens + 2 - used) % self.count
         self._origin = now + first
         share, most = sum(due) / used, self._most(len(requests))
         loads, counts = [0] * self.count, [0] * self.count

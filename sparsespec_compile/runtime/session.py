@@ -145,7 +145,8 @@ class Session:
             added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
-                if self._chooser is not None and count:
+                # The end of a text cuts its last cycle off.
+                if self._chooser is not None and count and not request.finished:
                     self._chooser.verified(item.rows - 1, count - 1)
             self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
             self._clock(request, first=len(request.output) == len(added))

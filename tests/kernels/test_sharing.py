@@ -91,20 +91,20 @@ def test_any_split_is_right(sharing: str, window: int, device: str, share: Calla
 
 
 @triton.jit
-def _stretches(ends, total, longest, MIN_BLOCKS: tl.constexpr):
-    _, begin, end = share_of_line(total, longest, MIN_BLOCKS)
+def _stretches(ends, total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
+    _, begin, end = share_of_line(total, longest, MIN_BLOCKS, UNIT_OVERHEAD)
     tl.store(ends + 2 * tl.program_id(0), begin)
     tl.store(ends + 2 * tl.program_id(0) + 1, end)
 
 
 @pytest.mark.parametrize(
     ("total", "longest", "stretch"),
-    [(80, 40, 16), (20, 20, 8), (20, 5, 5), (0, 0, 0)],
-    ids=["shared out evenly", "not cut too small", "short units not put together", "nothing in the line"],
+    [(80, 40, 16), (20, 20, 8), (20, 5, 5), (60, 15, 15), (60, 16, 12), (0, 0, 0)],
+    ids=["even", "not cut too small", "short units apart", "not cut for little", "cut for more", "nothing in the line"],
 )
 def test_stretches_of_the_line(total: int, longest: int, stretch: int, device: str) -> None:
     ends = torch.full((5, 2), -1, dtype=torch.int32, device=device)
-    _stretches[(5,)](ends, total, longest, 8)
+    _stretches[(5,)](ends, total, longest, 8, 3)
     assert ends.tolist() == [[min(total, place * stretch), min(total, (place + 1) * stretch)] for place in range(5)]
 
 

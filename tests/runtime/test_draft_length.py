@@ -113,7 +113,7 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
 
 
 def run_on(device, predicted, iterations=600):
-    """The last choice and all of them, when iterations take `device(drafts, number in the cycle)`; drafts are right."""
+    """All choices, when iterations take `device(drafts, number in the cycle)`; drafts are right."""
     chooser, seen = DraftLength(4, lambda drafts, length, requests: predicted(drafts)), []
     for iteration in range(iterations):
         drafts = chooser.current
@@ -122,23 +122,23 @@ def run_on(device, predicted, iterations=600):
         if iteration % _CHOICE_EVERY == 0:
             chooser.choose([100] * 64)
         seen.append(drafts)
-    return chooser.current, set(seen)
+    return seen
 
 
-@pytest.mark.parametrize(("plain_takes", "chosen"), [(1.06, 4), (1.0, 0)])
-def test_what_promises_nearly_as_much_is_tried(plain_takes, chosen):
+@pytest.mark.parametrize(("plain_takes", "speculates"), [(1.06, True), (1.0, False)])
+def test_what_promises_nearly_as_much_is_tried(plain_takes, speculates):
     """As on an H200 at 64 x 1,024: plain decoding is predicted to be a little faster, and may take longer than that."""
 
     def device(drafts, _):
         return 1.03 if drafts else plain_takes
 
-    last, seen = run_on(device, lambda drafts: 1.03 if drafts else 1.0)
-    assert last == chosen
-    assert {0, 4} <= seen
+    seen = run_on(device, lambda drafts: 1.03 if drafts else 1.0)
+    assert 0 in seen
+    assert sum(drafts > 0 for drafts in seen[100:]) == pytest.approx(500 * speculates, abs=20)
 
 
 def test_what_promises_far_less_is_not_tried():
-    _, seen = run_on(lambda drafts, _: 0.9, lambda drafts: 0.9 if drafts else 1.0)
+    seen = run_on(lambda drafts, _: 0.9, lambda drafts: 0.9 if drafts else 1.0)
     assert 0 not in seen
 
 
@@ -149,7 +149,7 @@ def test_iterations_of_a_cycle_are_taken_together(verifying_takes, speculates):
     def device(drafts, nth):
         return 1.2 if drafts == 0 else verifying_takes if nth == drafts else 1.0
 
-    assert (run_on(device, lambda drafts: 1.0 if drafts else 1.2)[0] > 0) == speculates
+    assert (run_on(device, lambda drafts: 1.0 if drafts else 1.2)[-1] > 0) == speculates
 
 
 def test_the_iteration_in_which_all_verify_is_no_outlier():
@@ -158,7 +158,7 @@ def test_the_iteration_in_which_all_verify_is_no_outlier():
     def device(drafts, nth):
         return 1.5 if drafts < 4 else 8.0 if nth == 4 else 1.0
 
-    assert run_on(device, lambda drafts: 1.0 if drafts == 4 else 1.5)[0] < 4
+    assert run_on(device, lambda drafts: 1.0 if drafts == 4 else 1.5)[-1] < 4
 
 
 def test_a_trial_lasts_for_a_cycle_at_least():
@@ -194,13 +194,13 @@ def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, dr
     assert chooser.current == drafts
 
 
-def test_a_score_buffer_for_shorter_cycles_than_the_longest():
-    """Where the buffer is full, requests draft on: cycles of 8 drafts are never held up."""
+def test_a_score_buffer_for_the_shortest_cycles():
+    """Where the buffer is full, requests draft on or verify without scores, unlike what was predicted."""
     slots = {}
     for most in (4, 8, 12, 64):
         config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
         slots[most] = capacity_for(config, choose_policy(config), 64, 4096, 2048).score_slots
-    assert slots == {4: 51, 8: 28, 12: 28, 64: 28}
+    assert set(slots.values()) == {64}
     fixed = ss.SpecConfig(draft_tokens=12)
     assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 19
 

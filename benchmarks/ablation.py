@@ -29,20 +29,23 @@ from transformers import PreTrainedModel
 
 import sparsespec_compile as ss
 
-STAGES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("plain", {"draft_tokens": 0, "overlap": False}),
-    ("+ self-speculation, in phase", {"schedule": "in_phase", "overlap": False}),
-    ("+ balanced phases", {"schedule": "balanced", "overlap": False}),
-    ("+ in groups", {"overlap": False}),
-    ("+ no wait", {}),
-    ("+ host tier", {"host_tier": True}),
-    ("pool for all", {"pool_tokens": None}),
-)
+STAGES: dict[str, dict[str, Any]] = {
+    "plain": {"draft_tokens": 0, "overlap": False},
+    "+ self-speculation, in phase": {"schedule": "in_phase", "overlap": False},
+    "+ balanced phases": {"schedule": "balanced", "overlap": False},
+    "+ in groups": {"overlap": False},
+    "+ no wait": {},
+    "+ host tier": {"host_tier": True},
+    "pool for all": {"pool_tokens": None},
+}
+
+_STAGES = "which of them; texts are compared with those of the first"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="countdown", choices=["countdown", *PRESETS])
+    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=list(STAGES), help=_STAGES)
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--max-requests", type=int, default=64)
     parser.add_argument("--length", type=int, default=0, help="tokens of recorded reasoning; 0 = held-out puzzles")
@@ -101,8 +104,8 @@ def main() -> None:
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*batch.values(), strict=True)]
     rows: list[dict[str, Any]] = []
     plain: list[list[int]] = []
-    for name, stage in STAGES:
-        row, texts = measure(model, prompts, stage, arguments)
+    for name in arguments.stage:
+        row, texts = measure(model, prompts, STAGES[name], arguments)
         plain = plain or texts
         gain = row["tokens_per_second"] / rows[-1]["tokens_per_second"] if rows else 1.0
         rows.append({"stage": name, "gain": round(gain, 3), **row, "texts_equal": common_share(texts, plain)})

@@ -1,8 +1,9 @@
 """The engines of the throughput benchmark, each behind one function that times decoding and leaves out the prompts.
 
 An engine of ours is watched token by token: the clock runs from the moment when every request decodes until the first
-one ends, or, where a batch drains, the last. Other engines are black boxes: they run twice, for `short` and for `long`
-new tokens, and what the longer run takes beyond the shorter one is decoding alone.
+one ends, or, where a batch drains, the last. HuggingFace's `generate` is watched step by step. Other engines are black
+boxes: they run twice, for `short` and for all new tokens, and what the longer run takes beyond the shorter one is
+decoding alone. Whatever is timed has run before, with the same lengths.
 """
 
 import gc
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from gpu_idle import NoTraceError, advance, gpu_events, idle_share
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 import sparsespec_compile as ss
 
@@ -62,7 +64,7 @@ class Load:
 
     @property
     def short(self) -> int:
-        """New tokens of a black box's shorter run."""
+        """New tokens of a black box's shorter run, and those before the clock where steps are watched."""
         return max(1, self.new_tokens // 5)
 
 
@@ -182,6 +184,20 @@ def _idle_while_decoding(fast: ss.OptimizedModel, load: Load, sampling: list[ss.
             return None
 
 
+class _StepTimes(BaseStreamer):
+    """Notes when each step of `generate` is done, the prompt being the first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """A step's tokens."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """The texts are complete."""
+
+
 def hf_generate(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:
     """HuggingFace's `generate` with a static cache and compiled decoding."""
     input_ids = torch.tensor(load.prompts, device=model.device)
@@ -189,17 +205,25 @@ def hf_generate(model: PreTrainedModel, load: Load, settings: Mapping[str, Any])
     if load.temperature > 0:
         sampling |= {"temperature": load.temperature, "top_k": 0}
 
-    def run(new_tokens: int) -> None:
+    def run() -> list[float]:
         torch.manual_seed(load.seed)
+        steps = _StepTimes()
         model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=new_tokens,
+            max_new_tokens=load.new_tokens,
             cache_implementation="static",
+            streamer=steps,
             **sampling,
         )
+        return steps.times
 
-    return _difference(run, load)
+    run()  # compiles and captures
+    times = run()[load.short :]
+    if len(times) < 2:
+        raise TooShortError(f"{load.new_tokens} new tokens leave no step to be timed. Give more.")
+    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    return Measured(len(load.prompts) / seconds, 1e3 * seconds, tokens_per_iteration=float(len(load.prompts)))
 
 
 def hf_batch(model: PreTrainedModel, load: Load, settings: Mapping[str, Any]) -> Measured:
@@ -272,7 +296,8 @@ def checkpoint_exists(folder: Path | None) -> bool:
 
 def _difference(run: Callable[[int], None], load: Load) -> Measured:
     """Tokens a second of the new tokens that a long run has and a short one has not."""
-    run(load.short)  # compiles and captures
+    for new_tokens in (load.short, load.new_tokens):
+        run(new_tokens)  # compiles and captures
     seconds = []
     for new_tokens in (load.short, load.new_tokens):
         start = time.perf_counter()

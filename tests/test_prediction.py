@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,16 @@ def test_the_phases_of_a_cycle(batch, k, schedule):
         assert part.rows == part.kept == part.drafting + part.verifying * (k + 1)
     verifying = [part.verifying for _, part in mix if part.verifying or schedule == "balanced"]
     assert max(verifying) - min(verifying) <= 1
+
+
+def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
+    """`benchmarks/iteration_times.py` on an H200: 0 to 12 drafts, eight sizes of a batch."""
+    rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-iteration-times.json").read_text())["rows"]
+    predicted = iteration_time(COST, SpecConfig(draft_tokens="auto"), H200)
+    ratios = [row["seconds"] / predicted(row["draft_tokens"], row["length"], row["requests"]) for row in rows]
+    assert len(ratios) == 8 * 13
+    assert 1 / 1.2 < min(ratios) < max(ratios) < 1.2
+    assert 0.95 < statistics.median(ratios) < 1.05
 
 
 def test_requests_verify_in_groups():

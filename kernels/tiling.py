@@ -51,6 +51,7 @@ class Tiling:
         scored_ahead: the same for large tiles that give out scores, which take block_n keys at a time.
         programs_per_sm: programs that share a multiprocessor.
         unit_overhead: what starting a tile with a KV head costs, in blocks of keys.
+        scored_overhead: what it costs besides where scores are given out.
         min_blocks: fewest blocks of keys for which one more program is worth it.
     """
 
@@ -63,6 +64,7 @@ class Tiling:
     scored_ahead: int
     programs_per_sm: int
     unit_overhead: int = 4
+    scored_overhead: int = 7
     min_blocks: int = 8
 
     @property

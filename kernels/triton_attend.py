@@ -109,6 +109,7 @@ def attention_kernel(
     BIG_AHEAD: tl.constexpr,
     SCORED_AHEAD: tl.constexpr,
     UNIT_OVERHEAD: tl.constexpr,
+    SCORED_OVERHEAD: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -126,10 +127,11 @@ def attention_kernel(
     DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, 1, False, BLOCK_N, 0)
     SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False, BLOCK_N, 0)
     BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, 1, True, BLOCK_N, SCORED_AHEAD)
+    OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
     line, whole, separate, sums = plan_requests(
-        step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, UNIT_OVERHEAD, REQUESTS
+        step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, REQUESTS
     )
     total, longest, whole_units, separate_units, real_rows, row_end = sums
     width = kv_heads * (GROUP * VALUE_DIM)
@@ -172,7 +174,7 @@ def attention_kernel(
         first_program, last_program = 0, 0
         next_at, finished = at, True
         if in_line:
-            lead = cost_of_unit(emits, pillars, recent, end, BLOCK_N, UNIT_OVERHEAD)
+            lead = cost_of_unit(emits, pillars, recent, end, BLOCK_N, OVERHEADS)
             cost = lead + all_blocks
             within = unit % cost
             unit = unit // cost

@@ -89,6 +89,7 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "BIG_AHEAD": tiling.big_ahead,
         "SCORED_AHEAD": tiling.scored_ahead,
         "UNIT_OVERHEAD": tiling.unit_overhead,
+        "SCORED_OVERHEAD": tiling.scored_overhead,
         "MIN_BLOCKS": tiling.min_blocks,
     }
     named = {name: arguments[name] for name in attention_kernel.arg_names}

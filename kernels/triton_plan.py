@@ -51,14 +51,15 @@ def measuring_pillars(pillars, recent, end):
 
 
 @triton.jit
-def cost_of_unit(emits, pillars, recent, end, BLOCK_N: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
+def cost_of_unit(emits, pillars, recent, end, BLOCK_N: tl.constexpr, OVERHEADS: tl.constexpr):
     """Cost of a unit before its first block, in blocks: to start it, and to read what measures its scores.
 
-    Of several tiles only the last does that, but units of a request are alike in the line.
+    Of several tiles only the last does that, but units of a request are alike in the line. OVERHEADS is (of a unit,
+    of one that gives out scores besides).
     """
     measured = (measuring_pillars(pillars, recent, end) + end - recent + BLOCK_N - 1) // BLOCK_N
     # Keys without values.
-    return UNIT_OVERHEAD + tl.where(emits, (measured + 1) // 2, 0)
+    return OVERHEADS[0] + tl.where(emits, OVERHEADS[1] + (measured + 1) // 2, 0)
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def plan_requests(
     BIG_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    UNIT_OVERHEAD: tl.constexpr,
+    OVERHEADS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
     """Of each request [REQUESTS]: its cost in the line, its units outside of it, and its heads to be scored separately.
@@ -123,7 +124,7 @@ def plan_requests(
     read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
     blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
     emits = emits_scores(kind, scored, tile_rows)
-    cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, UNIT_OVERHEAD)
+    cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, OVERHEADS)
     stands_out = (tiles > MAX_STREAM_TILES) & (kind != VERIFY)
     line = tl.where(stands_out, 0, tiles * cost) * kv_heads
     whole = tl.where(stands_out, tiles * kv_heads, 0)
@@ -146,11 +147,14 @@ def locate(ends, at):
 def share_of_line(total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
     """The length of a stretch, and where this program's begins and ends.
 
-    A few units are not cut into many parts, since joining those would take longer than reading, nor is any cut to save
-    less than starting its other part takes. Units shorter than that are not put together either.
+    A few units are not cut into many parts, since joining those would take longer than reading. Units shorter than
+    that are not put together either. Where units are alike, stretches are whole units if those are longer by less than
+    starting another part takes.
     """
     share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
     share = tl.maximum(share, tl.minimum(longest, MIN_BLOCKS))
-    share = tl.where(longest <= share + UNIT_OVERHEAD, tl.maximum(share, longest), share)
+    some = tl.maximum(longest, 1)
+    whole = (share + some - 1) // some * some
+    share = tl.where(whole <= share + UNIT_OVERHEAD, whole, share)
     begin = tl.minimum(tl.program_id(0) * share, total)
     return share, begin, tl.minimum(begin + share, total)

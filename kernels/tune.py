@@ -113,6 +113,7 @@ def candidate_tilings(default: Tiling) -> list[Tiling]:
         found.append(replace(default, block_n=block_n, big_n=min(default.big_n, block_n), programs_per_sm=per_sm))
     found.append(replace(default, num_warps=12 - default.num_warps))
     found += [replace(default, unit_overhead=overhead) for overhead in (2, 3, 6)]
+    found += [replace(default, scored_overhead=overhead) for overhead in (3, 5, 10)]
     found += [replace(default, min_blocks=blocks) for blocks in (4, 16)]
     return list(dict.fromkeys(found))
 

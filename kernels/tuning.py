@@ -17,7 +17,7 @@ from .device import DeviceLimits
 from .errors import TuningCacheWarning
 from .tiling import Layer, Tiling, default_tiling
 
-VERSION = 2
+VERSION = 3
 """Of the meaning of an entry; files of another version are not read."""
 
 CACHE_VARIABLE = "SPARSESPEC_TUNING_CACHE"
@@ -34,6 +34,7 @@ _RANGES = {
     "scored_ahead": (1, 16),
     "programs_per_sm": (1, 16),
     "unit_overhead": (0, 1024),
+    "scored_overhead": (0, 1024),
     "min_blocks": (1, 1 << 20),
 }
 _POWERS_OF_TWO = ("big_m", "block_n", "big_n", "num_warps")

@@ -39,12 +39,12 @@ them out, and more than stand in the line."""
 
 Sharing = tuple[int, Tiling]
 
-TILING = Tiling(16, 16, 16, 4, 2, 2, 2, 1, unit_overhead=0, min_blocks=1)
+TILING = Tiling(16, 16, 16, 4, 2, 2, 2, 1, unit_overhead=0, scored_overhead=0, min_blocks=1)
 
 SHARINGS: dict[str, Sharing] = {
     "one program": (1, TILING),
     "blocks dealt out one by one": (90, TILING),
-    "uneven": (7, dataclasses.replace(TILING, unit_overhead=3, min_blocks=2)),
+    "uneven": (7, dataclasses.replace(TILING, unit_overhead=3, scored_overhead=2, min_blocks=2)),
     "more programs than blocks": (400, TILING),
 }
 
@@ -99,8 +99,8 @@ def _stretches(ends, total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl
 
 @pytest.mark.parametrize(
     ("total", "longest", "stretch"),
-    [(80, 40, 16), (20, 20, 8), (20, 5, 5), (60, 15, 15), (60, 16, 12), (0, 0, 0)],
-    ids=["even", "not cut too small", "short units apart", "not cut for little", "cut for more", "nothing in the line"],
+    [(80, 40, 16), (20, 20, 8), (20, 5, 5), (60, 15, 15), (60, 16, 12), (70, 8, 16), (0, 0, 0)],
+    ids=["even", "not cut too small", "short units apart", "not cut for little", "cut for more", "two whole", "none"],
 )
 def test_stretches_of_the_line(total: int, longest: int, stretch: int, device: str) -> None:
     ends = torch.full((5, 2), -1, dtype=torch.int32, device=device)

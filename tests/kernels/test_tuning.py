@@ -65,12 +65,12 @@ def test_saving_keeps_other_entries_and_leaves_no_other_file(files: Path) -> Non
     [
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
-        ('{"version": 0, "entries": {}}', "version 0, 2 is read"),
-        ('{"version": 2}', "KeyError"),
-        (json.dumps({"version": 2, "entries": {"a": {"big_m": 64}}}), r"an entry has the fields \['big_m'\]"),
-        (json.dumps({"version": 2, "entries": {"a": {**asdict(OTHER), "block_n": 48}}}), "block_n is 48; allowed"),
-        (json.dumps({"version": 2, "entries": {"a": {**asdict(OTHER), "big_ahead": 0}}}), "big_ahead is 0; allowed"),
-        (json.dumps({"version": 2, "entries": {"a": {**asdict(OTHER), "big_n": 64}}}), "big_n is 64 and block_n 32"),
+        ('{"version": 0, "entries": {}}', "version 0, 3 is read"),
+        ('{"version": 3}', "KeyError"),
+        (json.dumps({"version": 3, "entries": {"a": {"big_m": 64}}}), r"an entry has the fields \['big_m'\]"),
+        (json.dumps({"version": 3, "entries": {"a": {**asdict(OTHER), "block_n": 48}}}), "block_n is 48; allowed"),
+        (json.dumps({"version": 3, "entries": {"a": {**asdict(OTHER), "big_ahead": 0}}}), "big_ahead is 0; allowed"),
+        (json.dumps({"version": 3, "entries": {"a": {**asdict(OTHER), "big_n": 64}}}), "big_n is 64 and block_n 32"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(files: Path, content: str, problem: str) -> None:

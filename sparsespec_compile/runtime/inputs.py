@@ -164,19 +164,26 @@ class InputPacker:
         for name in ("row_slot", "row_token", "logit_rows"):
             views[name][:] = -1
         views["row_place"][:] = 0
-        row = logit = scored = 0
-        for item in work:
-            end, logit_end = row + item.rows, logit + item.logits
-            self._work[:, item.slot] = (
-                *(item.mode, row, item.rows, item.offset, item.scored, scored if item.scored else 0),
-                *(logit, item.logits),
-            )
-            views["row_slot"][row:end] = item.slot
-            views["row_place"][row:end] = np.arange(item.rows)
-            if len(item.tokens):
-                views["row_token"][row:end] = item.tokens
-            views["logit_rows"][logit:logit_end] = np.arange(end - item.logits, end)
-            row, logit, scored = end, logit_end, scored + bool(item.scored)
+        columns = list(zip(*work, strict=True)) or [()] * len(Work._fields)
+        given: dict[str, np.ndarray] = {
+            name: np.array(column, dtype=np.int32)
+            for name, column in zip(Work._fields, columns, strict=True)
+            if name != "tokens"
+        }
+        slot, rows, logits, scored = (given[name] for name in ("slot", "rows", "logits", "scored"))
+        row_end, logit_end = np.cumsum(rows), np.cumsum(logits)
+        row, logit = (int(ends[-1]) if len(ends) else 0 for ends in (row_end, logit_end))
+        row_start, logit_start = row_end - rows, logit_end - logits
+        score_slot = np.where(scored > 0, np.cumsum(scored > 0) - 1, 0)
+        self._work[:, slot] = (
+            *(given["mode"], row_start, rows, given["offset"], scored, score_slot, logit_start, logits),
+        )
+        views["row_slot"][:row] = np.repeat(slot, rows)
+        views["row_place"][:row] = np.arange(row) - np.repeat(row_start, rows)
+        views["logit_rows"][:logit] = np.arange(logit) + np.repeat(row_end - logit_end, logits)
+        for start, end, tokens in zip(row_start, row_end, columns[Work._fields.index("tokens")], strict=True):
+            if len(tokens):
+                views["row_token"][start:end] = tokens
         views["update_at"][:] = sizes.slots * sizes.request_pages
         views["update_at"][: len(updates)] = [u.slot * sizes.request_pages + u.page for u in updates]
         views["update_page"][: len(updates)] = [u.physical for u in updates]

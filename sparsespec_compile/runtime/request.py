@@ -79,6 +79,8 @@ class Request:
         drafted: drafts of the cycle under way.
         fresh: whether its pillars are from its last verification.
         unread: rows of its verifications whose results were not read yet.
+        pillars, recent_start: as far as results have been read, how many pillars its drafts read, and the position from
+            which on they read everything.
         stats: what it took so far.
     """
 
@@ -99,6 +101,8 @@ class Request:
     drafted: int = 0
     fresh: bool = False
     unread: int = 0
+    pillars: int = 0
+    recent_start: int = 0
     stats: RequestStats = field(default_factory=RequestStats)
 
     @property

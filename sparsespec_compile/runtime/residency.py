@@ -98,6 +98,8 @@ class Residency:
             iteration out.
         """
         needed = self.pages_for(tokens)
+        if needed <= self._tabled[request]:
+            return True
         if needed > len(request.pages):
             pages = self.allocator.allocate(needed - len(request.pages))
             if pages is None:

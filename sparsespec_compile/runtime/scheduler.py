@@ -73,12 +73,13 @@ class Scheduler:
         """The work of the next iteration; empty when no request can do anything until pages have moved."""
         self.residency.begin_iteration(self.running)
         here = [request for request in self.running if request.place is Place.DEVICE]
+        prompts = [request for request in here if request.prefilling]
         # Requests that verify come first, and could fill the score buffer in every iteration: no prompt would end.
-        chunk = self.limits.prefill_chunk
-        ending = any(r.prefilling and len(r.prompt) - r.prefilled <= chunk for r in here)
+        ending = any(len(r.prompt) - r.prefilled <= self.limits.prefill_chunk for r in prompts)
         self._scored, self._kept = 0, int(ending and self.limits.scored > 1)
-        work = [(r, item) for r in here if not r.prefilling and (item := self._decode(r)) is not None]
-        work.extend(self._prefill(here))
+        phase = self.phases.at(self.iteration)
+        work = [(r, item) for r in here if not r.prefilling and (item := self._decode(r, phase)) is not None]
+        work.extend(self._prefill(prompts))
         self.iteration += bool(work)
         return work
 
@@ -122,13 +123,13 @@ class Scheduler:
         request.slot = -1
         self.residency.release(request)
 
-    def _decode(self, request: Request) -> Work | None:
+    def _decode(self, request: Request, phase: int) -> Work | None:
         drafts, most = request.drafted, self.draft_tokens
         scores = self.limits.scored > 0 and most > 0
         stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
         # A cycle begun when there were more drafts may finish as it was meant to.
         longest = self.limits.draft_tokens
-        due = self.phases.at(self.iteration) == request.phase or drafts >= longest or stale
+        due = phase == request.phase or drafts >= longest or stale
         full = scores and self._scored >= self.limits.scored - self._kept
         if due and full and drafts < longest and not stale:
             due = False
@@ -144,9 +145,9 @@ class Scheduler:
         request.fresh = scored > 0 or (scores and request.fresh)
         return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, whole_cycle=drafts == most > 0)
 
-    def _prefill(self, here: list[Request]) -> Iterator[tuple[Request, Work]]:
+    def _prefill(self, prompts: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk
-        for request in here:
+        for request in prompts:
             first = request.prefilled
             rows = min(left, len(request.prompt) - first)
             last = first + rows == len(request.prompt)

@@ -142,7 +142,7 @@ class Session:
                 continue  # it ended in an earlier iteration, which was read after this one had been enqueued
             count, *drawn = tokens[item.slot]
             cached = request.cached
-            added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
+            added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else []) if count else []
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
                 # The end of a text cuts its last cycle off.

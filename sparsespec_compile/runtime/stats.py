@@ -1,8 +1,7 @@
 """What speculation achieved: counted from each iteration's work and its result."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
@@ -99,8 +98,10 @@ class StatsRecorder:
     def __init__(self, layout: KVLayout, config: SpecConfig) -> None:
         self.stats = Stats(config.most_draft_tokens)
         self._config = config
-        self._layers = [(layer.window, layer.elements_per_token()) for layer in layout.layers]
-        self._pillars: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()  # requests end by the thousand
+        by_window: Counter[int | None] = Counter()
+        for layer in layout.layers:
+            by_window[layer.window] += layer.elements_per_token()
+        self._elements_by_window = tuple(by_window.items())
 
     def begin_iteration(self, rows: int, draft_tokens: int) -> None:
         """Count an iteration of `rows` packed rows in cycles of k drafts; what is recorded next belongs to it."""
@@ -125,11 +126,11 @@ class StatsRecorder:
         if rows == 0:
             return
         if work.mode == Mode.DRAFT:
-            pillars, recent_start = self._pillars.get(request, (0, 0))
-            self._count_read(self._elements(pillars + first + 1 - recent_start, first, rows))
+            self._count_read(self._elements(request.pillars + first + 1 - request.recent_start, first, rows))
             return
         if work.scored:
-            self._remember_pillars(request, first + rows - min(work.scored, rows))
+            request.recent_start = first + rows - min(work.scored, rows)
+            request.pillars = min(self._config.budget(request.recent_start), request.recent_start)
         if work.logits:
             self.stats.target_passes += 1
             request.stats.target_passes += 1
@@ -151,12 +152,10 @@ class StatsRecorder:
             for place in range(final - 1):
                 self.stats.accepted_at[place] += 1
 
-    def _remember_pillars(self, request: Request, scored_length: int) -> None:
-        self._pillars[request] = (min(self._config.budget(scored_length), scored_length), scored_length)
-
     def _elements(self, tokens: int, first: int, rows: int) -> int:
         """Elements read over all layers for rows at `first` .. `first + rows - 1` that read `tokens` positions."""
         last = first + rows
         return sum(
-            elements * (min(tokens, last, window + rows - 1) if window else tokens) for window, elements in self._layers
+            elements * (min(tokens, last, window + rows - 1) if window else tokens)
+            for window, elements in self._elements_by_window
         )

@@ -1,13 +1,12 @@
 """What the host decides about one request in one iteration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sparsespec_compile.kernels.ops import Mode
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One request's share of an iteration. Nothing in it depends on how many drafts were accepted.
 
     Attributes:
@@ -33,8 +32,7 @@ class Work:
     whole_cycle: bool = False
 
 
-@dataclass(frozen=True)
-class PageUpdate:
+class PageUpdate(NamedTuple):
     """An entry of a slot's page table: `physical` is where its logical page `page` lies from now on."""
 
     slot: int

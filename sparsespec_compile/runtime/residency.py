@@ -140,18 +140,15 @@ class Residency:
         return -(-tokens // self._page_size)
 
     def _reserve(self, here: list[Request]) -> int:
-        """Pages to keep free: what the requests on the device may take while another one leaves."""
-        return sum(
-            max(
-                0,
-                self.pages_for(min(self._soon(request), request.max_length)) - len(request.pages),
-            )
-            for request in here
-        )
+        """Pages to keep free: what the requests on the device may take while another one leaves.
 
-    def _soon(self, request: Request) -> int:
-        """Tokens that a request may hold while another one leaves: its whole prompt, and some cycles more."""
-        return max(request.reach, len(request.prompt)) + 3 * self._cycle_tokens
+        Each its whole prompt, and some cycles more than it may hold now.
+        """
+        pages = 0
+        for request in here:
+            soon = max(request.reach, len(request.prompt)) + 3 * self._cycle_tokens
+            pages += max(0, self.pages_for(min(soon, request.max_length)) - len(request.pages))
+        return pages
 
     def _send_away(self, request: Request) -> bool:
         transfer = self.tier.offload(request.pages)

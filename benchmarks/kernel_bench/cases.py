@@ -134,6 +134,13 @@ CASES: list[Case | Selection | Draw] = [
     ),
     Case("mixed, scored", QWEN3_8B, draft(57) + verify(7, 8192, scored=True), split=True),
     Case("mixed 48 drafts + 16 verify, scored", QWEN3_8B, draft(48) + verify(16, 8192, scored=True), split=True),
+    Case(
+        "mixed 43 drafts + 21 verify of 1024, scored",
+        QWEN3_8B,
+        draft(43, 1024, 128) + verify(21, 1024, scored=True),
+        split=True,
+    ),
+    Case("one verifying 8192, scored", QWEN3_8B, verify(1, 8192, scored=True)),
     Case("verify 64 x 8192, scored", QWEN3_8B, verify(64, 8192, scored=True), Bar(against=("verify 64 x 8192", 1.12))),
     Selection("select 36 layers x 8 heads x 7 of 8192"),
     Draw("draw 122 x 151936, greedy", temperature=0.0),

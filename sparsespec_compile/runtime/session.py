@@ -140,9 +140,12 @@ class Session:
         for request, item in frame.work:
             if request.finished:
                 continue  # it ended in an earlier iteration, which was read after this one had been enqueued
+            if item.mode == Mode.DRAFT:
+                self._recorder.record_draft(request, item)
+                continue
             count, *drawn = tokens[item.slot]
             cached = request.cached
-            added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else []) if count else []
+            added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
                 # The end of a text cuts its last cycle off.

@@ -110,8 +110,14 @@ class StatsRecorder:
         self.stats.rows_by_iteration.append(rows)
         self.stats.kv_read_by_iteration.append(0)
 
+    def record_draft(self, request: Request, work: Work) -> None:
+        """Count a draft: it reads pillars, and everything behind them."""
+        first = work.offset + request.cached
+        if first < request.max_length - 1:
+            self._count_read(self._elements(request.pillars + first + 1 - request.recent_start, first, rows=1))
+
     def record(self, request: Request, work: Work, cached: int, final: int, *, cut: bool) -> None:
-        """Count one request's share of an iteration.
+        """Count one request's verification or part of a prompt.
 
         Args:
             request: whose work it was.
@@ -124,9 +130,6 @@ class StatsRecorder:
         first = work.offset + (0 if work.mode == Mode.PREFILL else cached)
         rows = max(0, min(work.rows, request.max_length - 1 - first))
         if rows == 0:
-            return
-        if work.mode == Mode.DRAFT:
-            self._count_read(self._elements(request.pillars + first + 1 - request.recent_start, first, rows))
             return
         if work.scored:
             request.recent_start = first + rows - min(work.scored, rows)
@@ -154,8 +157,7 @@ class StatsRecorder:
 
     def _elements(self, tokens: int, first: int, rows: int) -> int:
         """Elements read over all layers for rows at `first` .. `first + rows - 1` that read `tokens` positions."""
-        last = first + rows
-        return sum(
-            elements * (min(tokens, last, window + rows - 1) if window else tokens)
-            for window, elements in self._elements_by_window
-        )
+        total = 0
+        for window, elements in self._elements_by_window:
+            total += elements * (min(tokens, first + rows, window + rows - 1) if window else tokens)
+        return total

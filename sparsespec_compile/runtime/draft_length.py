@@ -38,6 +38,10 @@ _CURIOSITY = 0.5
 _GAIN_TO_CHANGE = 1.005
 """A change costs some requests a short cycle, so it must promise this much."""
 
+_PATIENCE = 4
+"""Choices for which a new number of drafts is kept until it was measured; where prompts come all the time, it may never
+be."""
+
 _UNDER_WAY = 2
 """After a change, times are left out for a cycle and for the iterations that were under way: phases and cycles are
 still of the former number."""
@@ -63,7 +67,7 @@ class DraftLength:
         self._recent: dict[bool, deque[float]] = {kind: deque(maxlen=_RECENT) for kind in (False, True)}
         self._cycles: list[float] = []
         self._unsettled = 0
-        self._judged = False
+        self._unjudged = _PATIENCE  # choices that the present number is kept for until it was measured
 
     def verified(self, drafts: int, accepted: int) -> None:
         """Take note of a verification: of `drafts` drafts the first `accepted` were right."""
@@ -93,7 +97,7 @@ class DraftLength:
             return
         mean, load = statistics.mean(self._cycles), _load(lengths)
         self._cycles.clear()
-        self._judged = True
+        self._unjudged = 0
         ratio = mean / self._times.predicted(self.current, load.length, load.requests)
         recent = self._recent[self.current > 0]
         recent.append(ratio)
@@ -112,11 +116,13 @@ class DraftLength:
         seconds, deviation = self._times.estimate(self._most, _load(lengths))
         may_be = self._tokens() / seconds * np.exp(_CURIOSITY * deviation)
         best = int(np.argmax(may_be))
-        if self._judged and may_be[best] > _GAIN_TO_CHANGE * may_be[self.current]:
+        if self._unjudged:
+            self._unjudged -= 1
+        elif may_be[best] > _GAIN_TO_CHANGE * may_be[self.current]:
             self.current = best
             self._cycles.clear()
             self._unsettled = best + 1 + _UNDER_WAY
-            self._judged = False
+            self._unjudged = _PATIENCE
         return self.current
 
     def _tokens(self) -> np.ndarray:

@@ -63,6 +63,22 @@ def test_never_much_slower_than_the_best_fixed_number(length, requests, right):
     assert speed(chosen, length, requests, right) > 0.97 * best
 
 
+def test_predictions_and_acceptance_alone_decide_where_times_are_never_measured():
+    """As where every iteration reads a prompt, too."""
+    chooser, rng, seen = DraftLength(MOST, seconds), random.Random(0), []
+    for right in (0.95, 0.0):
+        for _ in range(1000):
+            accepted = 0
+            while accepted < chooser.current and rng.random() < right:
+                accepted += 1
+            chooser.verified(chooser.current, accepted)
+            if rng.random() < 0.1:
+                chooser.choose([20000] * 64)
+        seen.append(chooser.current)
+    assert seen[0] > 4
+    assert seen[1] == 0
+
+
 def test_plain_for_many_short_requests_and_long_cycles_for_long_ones():
     assert settle(DraftLength(MOST, seconds), [100] * 2000, 0.6) == 0
     assert settle(DraftLength(MOST, seconds), [30000] * 16, 0.98) == MOST

@@ -1,6 +1,7 @@
 """What each mechanism adds, one after the other, on the same prompts and seeds (the paper's ablation).
 
-    python benchmarks/ablation.py --shape Qwen3-8B --json benchmarks/results/h200-ablation.json
+    python benchmarks/ablation.py --shape Qwen3-8B --requests 96 --max-requests 48 --max-new-tokens 2048 \
+        --pool-tokens 49152 --json benchmarks/results/h200-ablation.json
 
 From plain decoding with a host that waits: self-speculation with all requests in phase, balanced phases, few of them
 (the default), a host that runs ahead, and a host tier that lets more requests run than the pool can hold. The last

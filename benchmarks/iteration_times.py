@@ -3,8 +3,9 @@
     python benchmarks/iteration_times.py --shape Qwen3-8B --json benchmarks/results/h200-iteration-times.json
 
 One engine decodes each load (requests x cached tokens of recorded reasoning) with every number of drafts in turn, as
-"auto" could choose it. Whole cycles are timed once all requests are in the rhythm of the present number; the median
-counts. These are also the times on which the tests try what chooses the number of drafts.
+"auto" could choose it, while their texts grow by some 400 tokens. Whole cycles are timed once all requests are in the
+rhythm of the present number; the median counts. These are also the times on which the tests try what chooses the
+number of drafts.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
 from throughput import load_model, workload_size
+from throughput_engines import TooShortError
 from traces import recorded_traces
 
 import sparsespec_compile as ss
@@ -116,7 +118,8 @@ def run(fast: ss.OptimizedModel, prompts: list[list[int]], max_length: int, tour
     with fast.stream(prompts, sampling, max_length=max_length) as pieces:
         for _ in pieces:
             if tour().done:
-                break
+                return
+    raise TooShortError(f"Texts of {_NEW_TOKENS} new tokens ended before every number of drafts was measured.")
 
 
 def show(rows: list[dict[str, Any]]) -> Table:

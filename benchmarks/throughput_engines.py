@@ -185,7 +185,7 @@ def _idle_while_decoding(fast: ss.OptimizedModel, load: Load, sampling: list[ss.
 
 
 class _StepTimes(BaseStreamer):
-    """Notes when each step of `generate` is done, the prompt being the first."""
+    """Notes when `generate` hands out tokens: the prompt's first, then those of each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -148,8 +148,8 @@ def share_of_line(total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl.co
     """The length of a stretch, and where this program's begins and ends.
 
     A few units are not cut into many parts, since joining those would take longer than reading. Units shorter than
-    that are not put together either. Where units are alike, stretches are whole units if those are longer by less than
-    starting another part takes.
+    that are not put together either. A stretch is a multiple of the longest unit if that is longer by no more than what
+    starting another part takes: where units are alike, none is cut then.
     """
     share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
     share = tl.maximum(share, tl.minimum(longest, MIN_BLOCKS))

@@ -12,7 +12,7 @@ from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.phases import most_together
+from sparsespec_compile.runtime.phases import GROUPED_ROWS, most_together
 from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
 from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
 
@@ -50,9 +50,10 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
     """
     scored = 2
     if policy is not None and policy.reads_scores:
-        # In the shortest cycles most requests verify together.
-        drafts = 1 if config.draft_tokens == "auto" else config.draft_tokens
-        scored = max(2, min(slots, max(most_together(config.schedule, drafts, slots), 8)))
+        together = most_together(config.schedule, config.most_draft_tokens, slots)
+        if config.draft_tokens == "auto":
+            together = max(together, -(-slots // 2), GROUPED_ROWS // 2)  # as in cycles of one draft
+        scored = max(2, min(slots, max(together, 8)))
     return Capacity(max(slots, 2), max(tokens, 2), max(pages, 2), max(2, min(config.budget(tokens), tokens)), scored)
 
 

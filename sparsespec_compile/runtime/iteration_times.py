@@ -1,12 +1,14 @@
 """How long an iteration takes, by what was predicted and what was measured.
 
-A prediction from bytes and FLOPs is off by some percent, for a device's own reasons: by much the same for numbers of
-drafts, lengths and batches that are much the same, and by who knows what for others. So the logarithm of measured over
-predicted time is taken for a Gaussian process over the three (Rasmussen and Williams 2006, chapter 2): what was
-measured counts in full where it was measured, and fades with the distance from there, to the prediction as it is.
+A prediction from bytes and FLOPs is off by a factor, where something else bounds a device, and by some percent besides:
+by much the same for numbers of drafts, lengths and batches that are much the same, and by who knows what for others. So
+the logarithm of measured over predicted time is taken for a Gaussian process over the three, on top of an unknown
+constant (Rasmussen and Williams 2006, chapter 2): what was measured counts in full where it was measured, and fades
+with the distance from there, to the prediction times what all measurements have in common.
 """
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +19,21 @@ import numpy as np
 IterationTime = Callable[[int, float, int], float]
 """(drafts of a cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
 
+_FACTOR = 0.5
+"""The mean error at which the device as a whole is as likely to be off by so much. Smaller ones are more likely to
+belong to what was measured, larger ones to everything: the standard deviation of the common factor's logarithm is
+taken to be the square of the mean logarithm measured over this."""
+
+_SHARED = 0.9
+"""Correlation of that factor in plain decoding and in speculation: what is far off may be only one of them."""
+
 _ERROR = 0.08
-"""Standard deviation of the logarithm of actual over predicted time: on an H200, 84 iterations of 0 to 12 drafts, 1 to
-128 requests and 64 to 8,192 tokens took 0.95 to 1.24 times what was predicted."""
+"""Standard deviation of the logarithm of actual over predicted time, but for the factor: on an H200, iterations of 0 to
+12 drafts, 1 to 128 requests and 64 to 8,192 tokens took 0.92 to 1.18 times what was predicted
+(benchmarks/results/h200-iteration-times.json)."""
 
 _NOISE = 0.01
-"""The same of one measurement."""
+"""That of one measurement."""
 
 _OCTAVES = 2.0
 """Factors of two in drafts + 1, in length or in requests, over which what is known of an error falls to 1 / e."""
@@ -78,11 +89,12 @@ class IterationTimes:
         if not self._places:
             return predicted, np.full(most + 1, _ERROR)
         places = np.array(self._places)
-        among = _likeness(places, places) + np.eye(len(places)) * _NOISE**2
-        between = _likeness(asked, places)
+        factor = (statistics.fmean(self._errors) ** 2 / _FACTOR) ** 2
+        among = _likeness(places, places, factor) + np.eye(len(places)) * _NOISE**2
+        between = _likeness(asked, places, factor)
         solved = np.linalg.solve(among, between.T)
         error = np.array(self._errors) @ solved
-        variance = _ERROR**2 - np.einsum("ij,ji->i", between, solved)
+        variance = factor + _ERROR**2 - np.einsum("ij,ji->i", between, solved)
         return predicted * np.exp(error), np.sqrt(np.maximum(variance, 0.0))
 
 
@@ -91,7 +103,8 @@ def _place(drafts: int, load: Load) -> np.ndarray:
     return np.array([cycle, math.log2(load.length + _SHORT), math.log2(load.requests)])
 
 
-def _likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Covariance of errors at places [n, 3] and [m, 3]: [n, m]."""
+def _likeness(one: np.ndarray, other: np.ndarray, factor: float) -> np.ndarray:
+    """Covariance of errors at places [n, 3] and [m, 3], with the variance of the device's factor: [n, m]."""
     distance = np.abs(one[:, None, :] - other[None, :, :]).sum(-1)
-    return _ERROR**2 * np.exp(-distance / _OCTAVES)
+    alike = (one[:, None, 0] == _PLAIN) == (other[None, :, 0] == _PLAIN)
+    return factor * np.where(alike, 1.0, _SHARED) + _ERROR**2 * np.exp(-distance / _OCTAVES)

@@ -45,7 +45,7 @@ def most_together(schedule: Schedule, draft_tokens: int, slots: int) -> int:
     """Requests that may verify in one iteration, while some move from phase to phase, of up to `slots` requests."""
     if schedule == "in_phase":
         return slots
-    spread = min(2 * -(-slots // (draft_tokens + 1)), -(-slots // 2))
+    spread = 2 * -(-slots // (draft_tokens + 1))
     if schedule == "grouped":
         spread = max(spread, GROUPED_ROWS // (draft_tokens + 1))
     return min(slots, spread)

@@ -148,9 +148,10 @@ class Session:
             added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
-                # The end of a text cuts its last cycle off.
-                if self._chooser is not None and count and not request.finished:
-                    self._chooser.verified(item.rows - 1, count - 1)
+                if self._chooser is not None and count:
+                    # The end of a text cuts its last cycle off; nothing says that the next draft was wrong.
+                    right = min(count - 1, len(added))
+                    self._chooser.verified(right if request.finished else item.rows - 1, right)
             self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
             self._clock(request, first=len(request.output) == len(added))
             if request.finished:
@@ -170,7 +171,8 @@ class Session:
         now = time.perf_counter()
         seconds, self._landed_at = now - self._landed_at, now
         decoding = [request.reach for request in self._scheduler.running if request.phase is not None]
-        if len(self._flight) and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
+        steady = len(self._flight) == self._flight.depth - 1
+        if steady and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
             self._chooser.took(seconds, decoding)
         if self._recorder.stats.iterations % _CHOICE_EVERY == 0:
             self._scheduler.set_draft_tokens(self._chooser.choose(decoding))

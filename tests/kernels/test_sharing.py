@@ -21,7 +21,7 @@ import triton.language as tl
 from sparsespec_compile.kernels import triton_attention
 from sparsespec_compile.kernels.device import INTERPRETER
 from sparsespec_compile.kernels.tiling import Tiling
-from sparsespec_compile.kernels.triton_plan import share_of_line
+from sparsespec_compile.kernels.triton_plan import cost_of_unit, share_of_line
 
 REQUESTS = [
     Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
@@ -106,6 +106,37 @@ def test_stretches_of_the_line(total: int, longest: int, stretch: int, device: s
     ends = torch.full((5, 2), -1, dtype=torch.int32, device=device)
     _stretches[(5,)](ends, total, longest, 8, 3)
     assert ends.tolist() == [[min(total, place * stretch), min(total, (place + 1) * stretch)] for place in range(5)]
+
+
+@triton.jit
+def _costs(target, emits, pillars, recent, end, BLOCK_N: tl.constexpr, OVERHEADS: tl.constexpr):
+    tl.store(target, cost_of_unit(emits, pillars, recent, end, BLOCK_N, OVERHEADS))
+
+
+@pytest.mark.parametrize(("emits", "cost"), [(0, 4), (1, 4 + 7 + 1)])
+def test_giving_out_scores_costs_a_start_of_its_own_and_the_keys_that_measure_them(
+    emits: int, cost: int, device: str
+) -> None:
+    """128 positions measure, two blocks of keys without values."""
+    target = torch.zeros(1, dtype=torch.int32, device=device)
+    _costs[(1,)](target, emits, 410, 8100, 8140, 64, (4, 7))
+    assert target.item() == cost
+
+
+def test_the_kernel_is_given_what_the_tiles_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+
+    class Kernel:
+        arg_names = triton_attention.attention_kernel.arg_names
+
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda **arguments: given.update(arguments)
+
+    tiling = dataclasses.replace(TILING, unit_overhead=5, scored_overhead=9, min_blocks=3)
+    monkeypatch.setattr(triton_attention, "attention_kernel", Kernel())
+    case = build(Shape(), REQUESTS, torch.float32).to(torch.float32, "cpu")
+    triton_attention.dual_mode_attention(*case.arguments(), tiling=tiling)
+    assert [given[name] for name in ("UNIT_OVERHEAD", "SCORED_OVERHEAD", "MIN_BLOCKS")] == [5, 9, 3]
 
 
 def test_equal_calls_give_equal_bits(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:

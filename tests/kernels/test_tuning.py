@@ -1,5 +1,6 @@
 """Which tiles a launch takes: the user's file, then the shipped one, then the default; a broken file is named."""
 
+import argparse
 import json
 import re
 import warnings
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
-from sparsespec_compile.kernels.tiling import Layer, default_tiling, is_large_step
+from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, is_large_step
+from sparsespec_compile.kernels.workload import Heads
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
 LAYER = Layer(4, 128, 128, torch.bfloat16, 16)
@@ -119,6 +122,25 @@ def test_candidates_differ_and_hold_the_default() -> None:
     assert len(set(candidates)) == len(candidates) > 15
     for candidate in candidates:
         tuning._checked(asdict(candidate))
+
+
+def test_the_search_goes_on_around_the_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two changes that pay only together, and the candidates differ from each other by one."""
+    from sparsespec_compile.kernels import tune
+
+    def times(made: object, tiling: Tiling) -> dict[str, float]:
+        return {"step": 1.0 - 0.1 * (tiling.block_n == 32) - 0.1 * (tiling.scored_overhead == 3)}
+
+    monkeypatch.setattr(tune, "_compile", lambda heads, large, candidates, options, console: candidates)
+    monkeypatch.setattr(tune, "_copies", lambda *_: [])
+    monkeypatch.setattr(tune, "_times", times)
+    monkeypatch.setattr(tune, "device_limits", lambda _: LIMITS)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    options = argparse.Namespace(output=tmp_path / "tiles.json")
+    heads = Heads(32, 8, 128, 128, torch.bfloat16, 16)
+    tune._tune(heads, False, {"step": []}, options, Console(quiet=True))
+    (found,) = json.loads(options.output.read_text())["entries"].values()
+    assert (found["block_n"], found["scored_overhead"]) == (32, 3)
 
 
 def test_tuning_without_a_gpu_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,24 @@ def test_measured_times_correct_the_prediction():
     assert speed(settle(DraftLength(MOST, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
 
 
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_a_device_that_is_off_as_a_whole_is_no_reason_to_stay_or_to_wander(factor):
+    """What all measurements have in common is believed of what was not tried."""
+    chooser, rng, seen = DraftLength(MOST, seconds), random.Random(0), []
+    for iteration in range(1200):
+        drafts = chooser.current
+        for _ in range(round(64 / (drafts + 1))):
+            accepted = 0
+            while accepted < drafts and rng.random() < 0.9:
+                accepted += 1
+            chooser.verified(drafts, accepted)
+        chooser.took(factor * seconds(drafts, 4000, 64) * rng.uniform(0.98, 1.02), [4000] * 64)
+        if iteration % _CHOICE_EVERY == 0:
+            chooser.choose([4000] * 64)
+        seen.append(speed(drafts, 4000, 64, 0.9))
+    assert sum(seen[200:]) / 1000 > 0.98 * max(speed(drafts, 4000, 64, 0.9) for drafts in range(MOST + 1))
+
+
 def slower_with_drafts(drafts, length, requests):
     """As on an H200: plain decoding is as predicted; speculation takes a quarter more to read, and a constant more."""
     extra = seconds(drafts, length, requests) - seconds(drafts, 0, requests)
@@ -274,6 +292,9 @@ def test_a_score_buffer_for_the_shortest_cycles():
         config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
         slots[most] = capacity_for(config, choose_policy(config), 64, 4096, 2048).score_slots
     assert set(slots.values()) == {64}
+    config = ss.SpecConfig(draft_tokens="auto")
+    for number, rows in ((128, 128), (200, 128), (300, 150)):
+        assert capacity_for(config, choose_policy(config), number, 4096, 2048).score_slots == rows
     fixed = ss.SpecConfig(draft_tokens=12)
     assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 19
 
@@ -348,6 +369,35 @@ def test_what_was_learnt_is_kept_from_call_to_call(monkeypatch):
     run(engine, requests_of((30, 12), 12))
     assert len(made) == 1
     assert engine.stats.draft_tokens_by_iteration[0] == 1
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_times_are_heard_of_whether_the_host_waits_or_not(monkeypatch, overlap):
+    toy, chooser = Toy(), Changing(4)
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: chooser)
+    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", overlap=overlap)
+    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
+    run(engine, requests_of((5, 9), 40))
+    assert "times" in chooser.told
+
+
+def test_the_end_of_a_text_is_not_taken_for_a_wrong_draft(monkeypatch):
+    """Drafts that read everything are all right; texts of 14 tokens end in the middle of cycles of 4."""
+    toy, told = Toy(), []
+
+    class Told(Changing):
+        def verified(self, drafts, accepted):
+            told.append((drafts, accepted))
+
+        def choose(self, lengths):
+            return self.current
+
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Told(most))
+    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", max_requests=3)
+    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
+    run(engine, requests_of((5, 9, 30, 12), 14))
+    assert max(drafts for drafts, _ in told) == 4
+    assert all(accepted == drafts for drafts, accepted in told)
 
 
 def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):

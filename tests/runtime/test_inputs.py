@@ -18,6 +18,14 @@ def test_fields_begin_where_compiled_code_takes_them_as_they_are(slots):
     assert [name for name, view in views.items() if view.storage_offset() % 4] == []
 
 
+def test_page_table_entries_without_work():
+    """As when all requests wait for pages to move."""
+    packer = InputPacker(InputSizes(slots=3, rows=7, logits=5, request_pages=3, updates=2))
+    assert packer.pack([], [PageUpdate(2, 1, 17)]) == (0, 0)
+    assert packer._views["update_page"][0] == 17
+    assert (packer._views["row_slot"] == -1).all()
+
+
 def test_what_is_packed_is_what_the_step_reads():
     sizes = InputSizes(slots=3, rows=7, logits=5, request_pages=3, updates=2)
     packer, inputs = InputPacker(sizes), StepInputs(sizes, torch.device("cpu"))

@@ -159,6 +159,18 @@ def test_a_new_number_of_drafts_begins_with_the_first_group_to_finish():
     assert sum(11 <= end <= 12 for end in ends) >= 48
 
 
+@pytest.mark.parametrize(("drafts", "number"), [(1, 5), (3, 64), (8, 64), (12, 64), (12, 3)])
+def test_after_plain_decoding_cycles_are_as_whole_as_can_be(drafts, number):
+    """All verify in iteration 40, for their first pillars; the last group has a whole cycle until it verifies again."""
+    requests = [resident(100, 0) for _ in range(number)]
+    phases = Phases(0, "grouped", most=64)
+    phases.spread(drafts, requests, now=40)
+    used = phases_in_use("grouped", drafts, number)
+    first = {request: next(at for at in range(41, 60) if phases.at(at) == request.phase) for request in requests}
+    assert max(first.values()) == 40 + drafts + 1
+    assert min(first.values()) == 40 + drafts + 2 - used
+
+
 def test_schedules_for_comparison():
     assert Phases(8, "in_phase", most=8).choose([], now=3) == 0
     drawn = {Phases(8, "random", most=64).choose([], now=3) for _ in range(3)}

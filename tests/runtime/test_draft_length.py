@@ -1,6 +1,5 @@
-"""The number of drafts chosen at run time: by prediction, by measured time, by acceptance; and the texts stay."""
+"""The number of drafts chosen at run time: by prediction, by measured time, by acceptance."""
 
-import dataclasses
 import functools
 import json
 import random
@@ -12,15 +11,9 @@ from transformers import LlamaConfig
 
 import sparsespec_compile as ss
 from sparsespec_compile.config_cost import config_cost
-from sparsespec_compile.errors import CeilingsError, ConfigError
 from sparsespec_compile.prediction import iteration_time
-from sparsespec_compile.runtime.build import capacity_for
 from sparsespec_compile.runtime.draft_length import DraftLength
-from sparsespec_compile.runtime.drafters import choose_policy
 from sparsespec_compile.runtime.session import _CHOICE_EVERY
-
-from ..support.models import left_padded, tiny
-from ..support.toy import Toy, requests_of, run
 
 MOST = ss.SpecConfig().max_draft_tokens
 FIXED, ROW, TOKEN = 4e-3, 2e-5, 3e-8
@@ -38,16 +31,18 @@ def speed(drafts, length, requests, right, row=ROW):
     return requests * (accepted + 1) / (drafts + 1) / seconds(drafts, length, requests, row)
 
 
+def draw(rng, drafts, right):
+    """How many drafts are accepted, each being right with this probability."""
+    return next((nth for nth in range(drafts) if rng.random() >= right), drafts)
+
+
 def settle(chooser, lengths, right, row=ROW, choices=400, seed=0):
     """Lets the chooser see drafts that are right with this probability and iterations that take this long."""
     rng = random.Random(seed)
     for _ in range(choices):
         drafts = chooser.current
         for _ in range(4):
-            accepted = 0
-            while accepted < drafts and rng.random() < right:
-                accepted += 1
-            chooser.verified(drafts, accepted)
+            chooser.verified(drafts, draw(rng, drafts, right))
         mean = sum(lengths) / len(lengths)
         for _ in range(_CHOICE_EVERY):
             chooser.took(seconds(drafts, mean, len(lengths), row) * rng.uniform(0.97, 1.03), lengths)
@@ -68,10 +63,7 @@ def test_predictions_and_acceptance_alone_decide_where_times_are_never_measured(
     chooser, rng, seen = DraftLength(MOST, seconds), random.Random(0), []
     for right in (0.95, 0.0):
         for _ in range(1000):
-            accepted = 0
-            while accepted < chooser.current and rng.random() < right:
-                accepted += 1
-            chooser.verified(chooser.current, accepted)
+            chooser.verified(chooser.current, draw(rng, chooser.current, right))
             if rng.random() < 0.1:
                 chooser.choose([20000] * 64)
         seen.append(chooser.current)
@@ -106,10 +98,7 @@ def test_a_device_that_is_off_as_a_whole_is_no_reason_to_stay_or_to_wander(facto
     for iteration in range(1200):
         drafts = chooser.current
         for _ in range(round(64 / (drafts + 1))):
-            accepted = 0
-            while accepted < drafts and rng.random() < 0.9:
-                accepted += 1
-            chooser.verified(drafts, accepted)
+            chooser.verified(drafts, draw(rng, drafts, 0.9))
         chooser.took(factor * seconds(drafts, 4000, 64) * rng.uniform(0.98, 1.02), [4000] * 64)
         if iteration % _CHOICE_EVERY == 0:
             chooser.choose([4000] * 64)
@@ -138,10 +127,7 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
         for iteration in range(256):
             drafts = chooser.current
             for _ in range(round(requests / (drafts + 1))):
-                accepted = 0
-                while accepted < drafts and rng.random() < right:
-                    accepted += 1
-                chooser.verified(drafts, accepted)
+                chooser.verified(drafts, draw(rng, drafts, right))
             chooser.took(slower_with_drafts(drafts, now, requests) * rng.uniform(0.94, 1.06), [now] * requests)
             if iteration % _CHOICE_EVERY == 0:
                 chooser.choose([now] * requests)
@@ -189,10 +175,7 @@ def test_nearly_the_best_speed_on_times_of_an_h200(size, right):
             drafts = chooser.current
             due += requests / (drafts + 1)
             for _ in range(int(due)):
-                accepted = 0
-                while accepted < drafts and rng.random() < right:
-                    accepted += 1
-                chooser.verified(drafts, accepted)
+                chooser.verified(drafts, draw(rng, drafts, right))
             due %= 1
             seconds = actual(drafts, now, present)
             chooser.took(seconds * rng.uniform(0.98, 1.02), [now] * requests)
@@ -285,20 +268,6 @@ def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, dr
     assert chooser.current == drafts
 
 
-def test_a_score_buffer_for_the_shortest_cycles():
-    """Where the buffer is full, requests draft on or verify without scores, unlike what was predicted."""
-    slots = {}
-    for most in (4, 8, 12, 64):
-        config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
-        slots[most] = capacity_for(config, choose_policy(config), 64, 4096, 2048).score_slots
-    assert set(slots.values()) == {64}
-    config = ss.SpecConfig(draft_tokens="auto")
-    for number, rows in ((128, 128), (200, 128), (300, 150)):
-        assert capacity_for(config, choose_policy(config), number, 4096, 2048).score_slots == rows
-    fixed = ss.SpecConfig(draft_tokens=12)
-    assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 19
-
-
 def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():
     chooser = DraftLength(4, seconds)
     before = settle(chooser, [8000] * 64, 0.9)
@@ -314,128 +283,3 @@ def test_what_was_given_up_is_tried_again():
         chooser.took(seconds(chooser.current, 20000, 16), [20000] * 16)
         chooser.choose([20000] * 16)
     assert chooser.current > 0
-
-
-class Changing:
-    """Changes its mind at every choice, in an order that meets every change."""
-
-    def __init__(self, most):
-        self.order = [a for first in range(most + 1) for second in range(most + 1) for a in (first, second)]
-        self.told = set()
-        self.current = most
-
-    def began(self):
-        self.told.add("session")
-
-    def verified(self, drafts, accepted):
-        self.told.add("drafts")
-        assert 0 <= accepted <= drafts
-
-    def took(self, seconds, lengths):
-        self.told.add("times")
-        assert seconds > 0
-
-    def choose(self, lengths):
-        self.order.append(self.order.pop(0))
-        return self.order[-1]
-
-
-@pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
-def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
-    toy, chooser = Toy(), Changing(4)
-    monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: chooser)
-    requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter=drafter, min_budget=4, max_requests=5)
-    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
-    assert run(engine, requests) == [toy.decode(request) for request in requests]
-    assert set(engine.stats.draft_tokens_by_iteration) == set(range(5))
-    assert chooser.told == {"session", "drafts", "times"}
-    assert engine.stats.cycles > 0
-
-
-def test_what_was_learnt_is_kept_from_call_to_call(monkeypatch):
-    made = []
-
-    def make(most, time):
-        made.append(DraftLength(most, time))
-        return made[-1]
-
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", make)
-    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
-    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
-    run(engine, requests_of((30, 12), 40))
-    made[0].current = 1
-    run(engine, requests_of((30, 12), 12))
-    assert len(made) == 1
-    assert engine.stats.draft_tokens_by_iteration[0] == 1
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_times_are_heard_of_whether_the_host_waits_or_not(monkeypatch, overlap):
-    toy, chooser = Toy(), Changing(4)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: chooser)
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", overlap=overlap)
-    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
-    run(engine, requests_of((5, 9), 40))
-    assert "times" in chooser.told
-
-
-def test_the_end_of_a_text_is_not_taken_for_a_wrong_draft(monkeypatch):
-    """Drafts that read everything are all right; texts of 14 tokens end in the middle of cycles of 4."""
-    toy, told = Toy(), []
-
-    class Told(Changing):
-        def verified(self, drafts, accepted):
-            told.append((drafts, accepted))
-
-        def choose(self, lengths):
-            return self.current
-
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Told(most))
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", max_requests=3)
-    engine.target = dataclasses.replace(engine.target, iteration_time=seconds)
-    run(engine, requests_of((5, 9, 30, 12), 14))
-    assert max(drafts for drafts, _ in told) == 4
-    assert all(accepted == drafts for drafts, accepted in told)
-
-
-def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):
-    """Pillars of long ago would leave drafts to read everything since: no draft before a verification renews them."""
-    toy = Toy()
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
-    forward, reads = engine.target.forward, []
-
-    def spy(*inputs):
-        mode, _, rows, cached, _, _, _, _, recent = inputs[6:]
-        reads.append(int(((cached + 1 - recent) * ((mode == 1) & (rows > 0))).max()))
-        return forward(*inputs)
-
-    class Late(Changing):
-        def choose(self, lengths):
-            self.asked = getattr(self, "asked", 0) + 1
-            return 0 if self.asked < 3 else 3
-
-    engine.target = dataclasses.replace(engine.target, forward=spy, iteration_time=seconds)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Late(most))
-    requests = requests_of((30, 12), 80)
-    assert run(engine, requests) == [toy.decode(request) for request in requests]
-    assert max(reads) <= 4 + 3 + 1  # verified, drafted, and the budget's local quarter
-
-
-def test_auto_on_a_model():
-    model = tiny("qwen3")
-    input_ids, mask = left_padded(3, 20)
-    expected = model.generate(input_ids, attention_mask=mask, max_new_tokens=60, do_sample=False)
-    fast = ss.optimize(model, ss.SpecConfig(draft_tokens="auto", min_budget=8, ceilings=ss.H200))
-    assert (fast.generate(input_ids, attention_mask=mask, max_new_tokens=60, do_sample=False) == expected).all()
-
-
-def test_auto_needs_to_know_the_device():
-    with pytest.raises(CeilingsError, match=r"No ceilings are known for 'cpu'"):
-        ss.optimize(tiny("qwen3", num_hidden_layers=1), ss.SpecConfig(draft_tokens="auto"))
-    with pytest.raises(ConfigError, match="ceilings must be"):
-        ss.SpecConfig(ceilings="H200")
-    for wrong in ("Auto", 1.5, None, -1):
-        with pytest.raises(ConfigError, match="draft_tokens must be an integer from 0 to 64"):
-            ss.SpecConfig(draft_tokens=wrong)

@@ -26,11 +26,6 @@ def select_pillars(*arguments: Tensor) -> None:
     _load("triton_select").select_pillars(*arguments)
 
 
-def is_large_step(rows: int, q_heads: int, requests: int) -> bool:
-    """``tiling.is_large_step``."""
-    return _load("tiling").is_large_step(rows, q_heads, requests)
-
-
 def _load(module: str) -> ModuleType:
     try:
         return import_module(f".{module}", __package__)

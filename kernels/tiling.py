@@ -7,11 +7,7 @@ import triton
 
 from .device import DeviceLimits
 from .ops import SCORED_PAIRS
-
-LARGE_STEP_PAIRS = 16384
-LARGE_STEP_ROWS = 16
-"""Packed (row, query head) pairs, and rows for each request slot, from which on a step is taken for one that prefills:
-computing bounds it, not memory. A step in which all slots verify has fewer rows for each."""
+from .step_kind import StepKind
 
 _REGISTERS = 65536
 """Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""
@@ -52,7 +48,7 @@ class Tiling:
         programs_per_sm: programs that share a multiprocessor.
         unit_overhead: what starting a tile with a KV head costs, in blocks of keys.
         scored_overhead: what it costs besides where scores are given out.
-        min_blocks: fewest blocks of keys for which one more program is worth it.
+        part_cost: what joining one more part of a unit costs, in sixteenths of a block.
     """
 
     big_m: int
@@ -64,8 +60,8 @@ class Tiling:
     scored_ahead: int
     programs_per_sm: int
     unit_overhead: int = 4
-    scored_overhead: int = 7
-    min_blocks: int = 8
+    scored_overhead: int = 12
+    part_cost: int = 24
 
     @property
     def registers(self) -> int | None:
@@ -74,21 +70,45 @@ class Tiling:
         return share // 8 * 8 if share < 255 else None
 
 
-def is_large_step(rows: int, q_heads: int, requests: int) -> bool:
-    """Whether a step prefills, as far as its shapes tell, which are all that a captured step may go by."""
-    return rows * q_heads >= LARGE_STEP_PAIRS and rows >= LARGE_STEP_ROWS * requests
-
-
 def small_tile(group: int) -> int:
     """Pairs of a draft's tile: a row's query heads of a KV head, or what a product on tensor cores takes at least."""
     return padded(group)
 
 
-def default_tiling(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tiling:
+def default_tiling(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
     """Tiles within the registers of a program and the shared memory of a multiprocessor."""
+    # Others have no registers to spare in programs so small.
+    light = layer.dtype != torch.float32 and small_tile(layer.group) == 16 and layer.token_bytes <= 1024
+    return _for_single_rows(layer, limits) if kind is StepKind.SINGLE_ROWS and light else _for_any(layer, kind, limits)
+
+
+def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
+    """Small tiles alone, of programs as small as may be: while one starts a unit, others of its processor read."""
+    pairs = small_tile(layer.group)
+    block_n = 1 << max(4, min(6, (16384 // layer.token_bytes).bit_length() - 1))
+    block_bytes, queries = block_n * layer.token_bytes, pairs * padded(layer.key_dim) * layer.dtype.itemsize
+    fitting = limits.shared_bytes // (queries + 2 * block_bytes + 2 * _RESERVED)
+    # Costs are counted in blocks, which take half as long as those of other steps.
+    return Tiling(
+        big_m=pairs,
+        block_n=block_n,
+        big_n=block_n,
+        num_warps=2,
+        small_ahead=2,
+        big_ahead=2,
+        scored_ahead=2,
+        programs_per_sm=max(1, min(4, fitting)),
+        unit_overhead=8,
+        scored_overhead=24,
+        part_cost=16,
+    )
+
+
+def _for_any(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
     single = layer.dtype == torch.float32
+    prefills = kind is StepKind.PREFILL
     wide = layer.token_bytes > 512
-    big_m = 16 if single else 128 if large_step and not wide else SCORED_PAIRS
+    big_m = 16 if single else 128 if prefills and not wide else SCORED_PAIRS
     big_m = max(big_m, small_tile(layer.group))
     block_n = 16 if layer.token_bytes > 1024 else 32 if wide else 64
     num_warps = 8 if big_m > 64 or wide else 4
@@ -96,7 +116,7 @@ def default_tiling(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tili
     queries = padded(layer.key_dim) * layer.dtype.itemsize
     room = limits.shared_bytes // per_sm - 2 * _RESERVED
     # Fewer keys at a time, and more of them on their way, suit what waits for memory.
-    big_n = block_n if large_step else min(block_n, 32)
+    big_n = block_n if prefills else min(block_n, 32)
     # Products of 64 rows and more on Hopper keep one more block in shared memory while they run.
     kept = 1 if limits.capability >= 90 and big_m >= 64 and not single else 0
     big_ahead = (room - big_m * queries) // (big_n * layer.token_bytes) - kept

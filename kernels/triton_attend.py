@@ -104,13 +104,12 @@ def attention_kernel(
     BIG_ROWS_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BIG_N: tl.constexpr,
-    SPLITS: tl.constexpr,
     SMALL_AHEAD: tl.constexpr,
     BIG_AHEAD: tl.constexpr,
     SCORED_AHEAD: tl.constexpr,
     UNIT_OVERHEAD: tl.constexpr,
     SCORED_OVERHEAD: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
+    PART_COST: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,9 +123,9 @@ def attention_kernel(
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
     # Described at attend_segment.
-    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, 1, False, BLOCK_N, 0)
-    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, SPLITS, False, BLOCK_N, 0)
-    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, 1, True, BLOCK_N, SCORED_AHEAD)
+    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, False, BLOCK_N, 0)
+    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, False, BLOCK_N, 0)
+    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, True, BLOCK_N, SCORED_AHEAD)
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
@@ -137,7 +136,7 @@ def attention_kernel(
     width = kv_heads * (GROUP * VALUE_DIM)
     clear_rows(out, row_end, rows, width)
     line_ends = tl.cumsum(line, 0)
-    stretch, at, line_end = share_of_line(total, longest, MIN_BLOCKS, UNIT_OVERHEAD)
+    stretch, at, line_end = share_of_line(total, longest, PART_COST, UNIT_OVERHEAD)
     # Whole units are dealt out from the last program on, to which a short line gives nothing.
     dealt = tl.num_programs(0) - 1 - tl.program_id(0)
     again = False

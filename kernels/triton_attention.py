@@ -14,7 +14,8 @@ from torch import Tensor
 from .checks import check_attention
 from .device import device_limits
 from .ops import STEP_TENSORS
-from .tiling import Layer, Tiling, is_large_step, padded, small_tile
+from .step_kind import kind_of_step
+from .tiling import Layer, Tiling, padded, small_tile
 from .triton_attend import attention_kernel
 from .triton_tiles import LOG2_E
 from .tuning import tiling_for
@@ -64,9 +65,9 @@ def dual_mode_attention(
         **_settings(scale, window, softcap, q.dtype),
     }
     layer = Layer(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, kv.shape[2])
-    large_step = is_large_step(q.shape[0], q.shape[1], request_mode.shape[0])
+    kind = kind_of_step(q.shape[0], q.shape[1], request_mode.shape[0])
     with torch.cuda.device_of(q):
-        _launch(arguments, layer, tiling or tiling_for(layer, large_step, device_limits(q.device)))
+        _launch(arguments, layer, tiling or tiling_for(layer, kind, device_limits(q.device)))
     return out
 
 
@@ -83,14 +84,12 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
         "BLOCK_N": tiling.block_n,
         "BIG_N": tiling.big_n,
-        # A product takes 16 keys at least.
-        "SPLITS": min(tiling.num_warps, tiling.block_n // 16),
         "SMALL_AHEAD": tiling.small_ahead,
         "BIG_AHEAD": tiling.big_ahead,
         "SCORED_AHEAD": tiling.scored_ahead,
         "UNIT_OVERHEAD": tiling.unit_overhead,
         "SCORED_OVERHEAD": tiling.scored_overhead,
-        "MIN_BLOCKS": tiling.min_blocks,
+        "PART_COST": tiling.part_cost,
     }
     named = {name: arguments[name] for name in attention_kernel.arg_names}
     attention_kernel[(programs,)](**named, num_warps=tiling.num_warps, maxnreg=tiling.registers)

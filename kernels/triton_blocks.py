@@ -3,10 +3,6 @@
 Pages are looked up one block ahead and pillars two, so that keys can be fetched well before their turn. Addresses take
 as many instructions as products, and instructions are what these loops wait for: no masks on loads, see positions_of,
 and 32 bits where they do, see pool_pointers.
-
-A tile of few rows has one product on tensor cores to share out, whatever it reads, so there is nothing to share
-between warps but keys. With SPLITS each warp runs a softmax of its own over its part of every block, and they meet
-once, behind the last: tensors get a leading dimension [SPLITS]. Below, [...] stands for it.
 """
 
 import triton
@@ -30,7 +26,7 @@ from .triton_tiles import (
 @triton.jit
 def places_of(listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """Positions of a block, and the positions to be read in their place: (position, reached)."""
-    position = positions_of(listed, block, pillar, TILE[2], TILE[6], TILE[5])
+    position = positions_of(listed, block, pillar, TILE[2], TILE[5])
     reached = position
     if LAYER[6]:
         # A weight of 0 would still spread a NaN from before the window. Some row sees the last of the list.
@@ -50,7 +46,7 @@ def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, 
     """What ``find_block`` finds, and pillars of the block behind."""
     position, reached, page = find_block(source, listed, block, pillar, rows, settings, LAYER, TILE)
     if TILE[5]:
-        pillar = load_pillars(listed, block + 1, TILE[2], TILE[6])
+        pillar = load_pillars(listed, block + 1, TILE[2])
     return position, reached, page, pillar
 
 
@@ -80,7 +76,7 @@ def where_seen(product, position, order, row_position, end, window, KEYS: tl.con
 
 @triton.jit
 def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """Products [..., BLOCK_M, N] of a block, -inf where a row does not see a key, and its values.
+    """Products [BLOCK_M, N] of a block, -inf where a row does not see a key, and its values.
 
     ``rows`` is (position of each pair's row, position of the tile's first, first block that some row does not see all
     of even without a window); ``found`` see look_up.
@@ -92,7 +88,7 @@ def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.co
     values = load_tokens(pool_pointers(source, reached, page, LAYER[1], LAYER[4], LAYER[5]), LAYER[2], LAYER[4])
     product = products(query, keys, logit_scale, cap, LAYER)
     if HAS_WINDOW or block >= rows[2]:
-        order = order_of(listed, block, TILE[2], TILE[6])
+        order = order_of(listed, block, TILE[2])
         product = where_seen(product, position, order, rows[0], listed[3], window, -2, HAS_WINDOW)
     return product, values
 
@@ -101,10 +97,10 @@ def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.co
 def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexpr):
     """One step of the running softmax."""
     raised, shift = raise_largest(product, largest, factor)
-    weight = tl.exp2(product * factor - tl.expand_dims(shift, -1))
+    weight = tl.exp2(product * factor - shift[:, None])
     fade = tl.exp2(largest - shift)
     total = total * fade + tl.sum(weight, -1)
-    sums = tl.dot(weight.to(values.dtype), values, sums * tl.expand_dims(fade, -1), input_precision=PRECISION)
+    sums = tl.dot(weight.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
     return raised, total, sums
 
 
@@ -113,26 +109,15 @@ def attend_blocks(query, source, listed, first, end, found, rows, settings, LAYE
     """(Largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
     BLOCK_M: tl.constexpr = TILE[0]
     VALUE_PAD: tl.constexpr = LAYER[4]
-    SPLITS: tl.constexpr = TILE[6]
-    STATE: tl.constexpr = (BLOCK_M,) if SPLITS == 1 else (SPLITS, BLOCK_M)
-    SUMS: tl.constexpr = (BLOCK_M, VALUE_PAD) if SPLITS == 1 else (SPLITS, BLOCK_M, VALUE_PAD)
     factor = scale_of_products(settings[1], LAYER)
-    if SPLITS > 1:
-        query = tl.broadcast_to(query[None, :, :], (SPLITS, BLOCK_M, LAYER[3]))
-    largest = tl.full(STATE, float("-inf"), tl.float32)
-    total = tl.zeros(STATE, tl.float32)
-    sums = tl.zeros(SUMS, tl.float32)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
     for block in tl.range(first, end, num_stages=TILE[3] + 1):
         following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
         product, values = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
         found = following
         largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER[8])
-    if SPLITS > 1:
-        top = tl.max(largest, 0)
-        fade = tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top))
-        largest = top
-        total = tl.sum(total * fade, 0)
-        sums = tl.sum(sums * fade[:, :, None], 0)
     return largest, total, sums
 
 

@@ -78,7 +78,8 @@ def join_parts(
     sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for program in tl.range(first, last + 1, num_stages=3):
+    # Parts wait for memory one after the other; those of small tiles fit beside each other on their way.
+    for program in tl.range(first, last + 1, num_stages=6 if BLOCK_M <= 16 else 3):
         number = 2 * program + tl.where(program == first, 1, 0)
         at_sums, at_total, at_largest = _place_of_part(parts, number, PART_M, BLOCK_M, VALUE_DIM)
         # Past the L1 cache, which other processors' stores do not reach.

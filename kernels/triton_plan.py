@@ -144,17 +144,19 @@ def locate(ends, at):
 
 
 @triton.jit
-def share_of_line(total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
+def share_of_line(total, longest, PART_COST: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
     """The length of a stretch, and where this program's begins and ends.
 
-    A few units are not cut into many parts, since joining those would take longer than reading. Units shorter than
-    that are not put together either. A stretch is a multiple of the longest unit if that is longer by no more than what
-    starting another part takes: where units are alike, none is cut then.
+    Parts of a unit are read side by side and joined one after the other, so n parts of b blocks take b / n to read and
+    n times a part's cost to join: a stretch is no shorter than the square root of that cost times the longest unit, at
+    which both take the same. A stretch is a multiple of the longest unit if that is longer by no more than what
+    starting another part and joining it take: where units are alike, none is cut then.
     """
     share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
-    share = tl.maximum(share, tl.minimum(longest, MIN_BLOCKS))
+    worth_joining = (tl.sqrt(longest * (PART_COST / 16.0)) + 0.5).to(tl.int32)
+    share = tl.maximum(share, tl.minimum(longest, worth_joining))
     some = tl.maximum(longest, 1)
     whole = (share + some - 1) // some * some
-    share = tl.where(whole <= share + UNIT_OVERHEAD, whole, share)
+    share = tl.where(whole <= share + UNIT_OVERHEAD * 3 // 2, whole, share)
     begin = tl.minimum(tl.program_id(0) * share, total)
     return share, begin, tl.minimum(begin + share, total)

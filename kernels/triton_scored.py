@@ -77,7 +77,7 @@ def log_sum_of_list(
         found = following
         keys = load_tokens(key_pointers(source, reached, page, LAYER[3], LAYER[5], BESIDE_POOL), LAYER[1], LAYER[3])
         product = products(keys, query, logit_scale, cap, LAYER)
-        order = order_of(listed, block, BLOCK_N, 1)
+        order = order_of(listed, block, BLOCK_N)
         if LAYER[6] or (block + 1) * BLOCK_N > listed[1]:
             product = where_seen(product, position, order, row_position, listed[3], window, -1, LAYER[6])
         logit = _per_thread(product * factor, BLOCK_N, BLOCK_M)
@@ -119,7 +119,7 @@ def attend_scored(
         else:
             keys = load_tokens(keys, LAYER[1], LAYER[3])
         product = products(keys, query, settings[1], settings[2], LAYER)
-        order = order_of(listed, block, BLOCK_N, 1)
+        order = order_of(listed, block, BLOCK_N)
         if LAYER[6] or block >= rows[2]:
             product = where_seen(product, position, order, rows[0], listed[3], settings[0], -1, LAYER[6])
         weight = tl.exp2(product * factor - measure)

@@ -39,8 +39,8 @@ def score_separately(
     KEY_PAD: tl.constexpr = LAYER[3]
     HAS_WINDOW: tl.constexpr = LAYER[6]
     BLOCK_M: tl.constexpr = TILE[0]
-    BLOCK_N: tl.constexpr = TILE[8]
-    LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], BLOCK_N, TILE[9], TILE[4], True, 1)
+    BLOCK_N: tl.constexpr = TILE[7]
+    LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], BLOCK_N, TILE[8], TILE[4], True)
     query_base, stride_q_row, stride_q_head = packed[0], packed[1], packed[2]
     window, logit_scale, cap = settings
     cached = source[7]
@@ -64,7 +64,7 @@ def score_separately(
         query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, KEY_DIM, KEY_PAD)
         row_position = cached + place
         measure = log_sum_of_list(query, row_position, source, listed, settings, LAYER, LIST_TILE, True)
-        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE[9] + 1):
+        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE[8] + 1):
             position = block * BLOCK_N + tl.arange(0, BLOCK_N)
             reached = tl.minimum(position, scored_end - 1)
             page = pages_of(source, reached, LAYER[5])

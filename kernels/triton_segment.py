@@ -32,8 +32,8 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     request's slot and head; ``workspace`` (parts, counters, first program, last program).
     LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
     precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
-    positions are looked up, splits of a block between warps, whether rows may be read beside the pool, keys of a block
-    as work is shared out and with scores, how often ahead with scores: 0 if the tile never has any).
+    positions are looked up, whether rows may be read beside the pool, keys of a block as work is shared out and with
+    scores, how often ahead with scores: 0 if the tile never has any).
     """
     packed, source, listed, measured, blocks, rows, own, score, workspace = unit
     VALUE_DIM: tl.constexpr = LAYER[2]
@@ -53,7 +53,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     place, member, real_pair = pairs_of_tile(first, count, LAYER[0], BLOCK_M)
     # Earlier keys hold nothing that a row must not see, unless there is a window.
     ragged_key = listed[1] + tl.minimum(cached, listed[3]) - listed[2]
-    STEPS: tl.constexpr = TILE[8] // BLOCK_N
+    STEPS: tl.constexpr = TILE[7] // BLOCK_N
     unscored_rows = (cached + place, cached + first, ragged_key // BLOCK_N)
     begin, stop = first_block * STEPS, end_block * STEPS
     # Four loads wait for each other from here to the first key; everything else is asked for beside the first of them.
@@ -68,13 +68,13 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
 
     in_range = True
     # One or the other: in turn, ptxas would serialise all products of the kernel on tensor cores (its note C7515).
-    if TILE[9] > 0 and emits:
-        SCORED_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[8], TILE[9], PART_M, False, 1)
-        LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[8], TILE[9], PART_M, True, 1)
+    if TILE[8] > 0 and emits:
+        SCORED_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[7], TILE[8], PART_M, False)
+        LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[7], TILE[8], PART_M, True)
         scored_end = cached + count - scored
         if HAS_WINDOW:
-            clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed[2], scored_end), 0), TILE[8])
-        seen_by = (cached + place, cached + first, ragged_key // TILE[8])
+            clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed[2], scored_end), 0), TILE[7])
+        seen_by = (cached + place, cached + first, ragged_key // TILE[7])
         ahead = first_look_up(source, listed, first_block, seen_by, settings, LAYER, SCORED_TILE)[2]
         largest = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, LIST_TILE, False)
         # What is no row looks at nothing.
@@ -89,7 +89,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         largest, total, sums = attend_blocks(
             query, source, listed, begin, stop, found, unscored_rows, settings, LAYER, TILE
         )
-        if TILE[7]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
+        if TILE[6]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
             if own[2]:
                 state = (largest, total, sums)
                 largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)

@@ -35,21 +35,12 @@ def load_queries(query, stride_row, stride_head, place, member, real, KEY_DIM: t
 
 
 @triton.jit
-def lanes_of(BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
-    """Places of keys in a block: [BLOCK_N], or, for several SPLITS, [SPLITS, BLOCK_N // SPLITS]."""
-    lanes = tl.arange(0, BLOCK_N)
-    if SPLITS > 1:
-        lanes = tl.reshape(lanes, (SPLITS, BLOCK_N // SPLITS))
-    return lanes
-
-
-@triton.jit
-def load_pillars(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+def load_pillars(listed, block, BLOCK_N: tl.constexpr):
     """The pillars among the entries of a block of a list, anything in place of other entries. Reads one even of none.
 
     ``listed`` is (pillars, pillar_count, start, end): pillar_count positions at ``pillars``, then start .. end - 1.
     """
-    entry = tl.minimum(block * BLOCK_N + lanes_of(BLOCK_N, SPLITS), tl.maximum(listed[1] - 1, 0))
+    entry = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N), tl.maximum(listed[1] - 1, 0))
     return tl.load(listed[0] + entry.to(tl.uint32))
 
 
@@ -62,13 +53,13 @@ def load_two_blocks(listed, block, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def positions_of(listed, block, pillar, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr):
+def positions_of(listed, block, pillar, BLOCK_N: tl.constexpr, LISTED: tl.constexpr):
     """Positions of a block of a list; past its end the last one again, so that a load always finds a token.
 
     Without LISTED there are no pillars.
     """
     pillar_count, start, end = listed[1], listed[2], listed[3]
-    position = tl.minimum(block * BLOCK_N + lanes_of(BLOCK_N, SPLITS) + (start - pillar_count), end - 1)
+    position = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N) + (start - pillar_count), end - 1)
     if LISTED:
         position = tl.where(position < start, pillar, position)
     return position
@@ -81,14 +72,14 @@ def pages_of(source, position, POOL: tl.constexpr):
 
 
 @triton.jit
-def order_of(listed, block, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+def order_of(listed, block, BLOCK_N: tl.constexpr):
     """What to compare rows' positions with: the positions of a block of a list, pillars below start."""
-    return listed[2] - listed[1] + block * BLOCK_N + lanes_of(BLOCK_N, SPLITS)
+    return listed[2] - listed[1] + block * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
 def pool_pointers(source, position, page, first_dim, PAD: tl.constexpr, POOL: tl.constexpr):
-    """Addresses [..., PAD] in the pool of what tokens keep from ``first_dim`` on: their keys, then their values.
+    """Addresses [N, PAD] in the pool of what tokens keep from ``first_dim`` on: their keys, then their values.
 
     ``source`` is (pool, keys, values, table, page_units, stride_key_row, stride_value_row, cached): the pool at a KV
     head, k and v at that head and at the request's first row, the request's row of the page table. POOL is (page size,
@@ -102,7 +93,7 @@ def pool_pointers(source, position, page, first_dim, PAD: tl.constexpr, POOL: tl
         unit = page.to(tl.int64) * page_units + slot * POOL[2]
     else:
         unit = (page * page_units + slot * POOL[2]).to(tl.int64)
-    return (pool + first_dim + tl.arange(0, PAD)) + tl.expand_dims(unit * POOL[1], -1)
+    return (pool + first_dim + tl.arange(0, PAD)) + (unit * POOL[1])[:, None]
 
 
 @triton.jit
@@ -113,25 +104,18 @@ def row_pointers(rows, row, stride, PAD: tl.constexpr):
 
 @triton.jit
 def load_tokens(pointer, DIM: tl.constexpr, PAD: tl.constexpr):
-    """Keys or values [..., PAD]. Whole rows need no mask, which would cost a loop several instructions for each."""
-    if DIM == PAD:
-        tokens = tl.load(pointer)
-    else:
-        inside = tl.arange(0, PAD) < DIM
-        inside = inside[None, :] if len(pointer.shape) == 2 else inside[None, None, :]
-        tokens = tl.load(pointer, mask=inside, other=0.0)
-    return tokens
+    """Keys or values [N, PAD]. Whole rows need no mask, which would cost a loop several instructions for each."""
+    return tl.load(pointer) if DIM == PAD else tl.load(pointer, mask=(tl.arange(0, PAD) < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def products(q, k, logit_scale, cap, LAYER: tl.constexpr):
-    """What, times ``scale_of_products``, are the logits of q [..., M, D] with keys k [..., N, D] times log2(e).
+    """What, times ``scale_of_products``, are the logits of q [M, D] with keys k [N, D] times log2(e).
 
     ``logit_scale`` is scale * log2(e) > 0 and ``cap`` 0; with a soft-cap c they are 2 * scale * log2(e) / c, the factor
     of exp2's argument, and c * log2(e).
     """
-    turned = tl.trans(k) if len(k.shape) == 2 else tl.permute(k, (0, 2, 1))
-    product = tl.dot(q, turned, input_precision=LAYER[8])
+    product = tl.dot(q, tl.trans(k), input_precision=LAYER[8])
     if LAYER[7]:
         # tanh(x) = 1 - 2 / (exp(2x) + 1): right at both ends, where exp overflows or vanishes.
         product = cap - 2.0 * cap / (tl.exp2(product * logit_scale) + 1.0)

@@ -3,9 +3,9 @@
     python -m sparsespec_compile.kernels.tune --heads 32 8 128
     python -m sparsespec_compile.kernels.tune --heads 28 4 128 --dtype float16 --output tiles.json
 
-Candidates are compiled first, in several processes, then timed one after the other on steps of this project: plain
-decoding, drafting, verifying and a mix of them; for large steps a prompt. The best has the smallest product of times.
-The search goes on around it until nothing there is better by a percent.
+Candidates are compiled first, in several processes, then timed one after the other on steps of this project, for each
+kind of step its own: plain decoding and drafting, verifying and a mix, a prompt. The best has the smallest product of
+times. The search goes on around it until nothing there is better by a percent.
 """
 
 import argparse
@@ -30,18 +30,25 @@ from .device import device_limits
 from .errors import KernelUnavailableError
 from .measure import Call, replay_ms
 from .ops import Mode
-from .tiling import LARGE_STEP_PAIRS, Layer, Tiling, default_tiling
+from .step_kind import LARGE_STEP_PAIRS, StepKind
+from .tiling import Layer, Tiling, default_tiling
 from .triton_attention import dual_mode_attention
 from .tuning import cache_path, entry_key, save
 from .workload import Heads, Step, Work, make_step
 
-SMALL_STEPS: dict[str, list[Work]] = {
-    "decode": [Work(Mode.VERIFY, 8192)] * 16,
-    "draft": [Work(Mode.DRAFT, 8192, pillars=410)] * 57,
-    "verify": [Work(Mode.VERIFY, 8192, 9, 410, True)] * 16,
-    "mixed": [Work(Mode.DRAFT, 8192, pillars=410)] * 57 + [Work(Mode.VERIFY, 8192, 9, 410, True)] * 7,
+STEPS: dict[StepKind, dict[str, list[Work]]] = {
+    StepKind.SINGLE_ROWS: {
+        "decode": [Work(Mode.VERIFY, 8192)] * 16,
+        "decode 1024": [Work(Mode.VERIFY, 1024)] * 64,
+        "draft": [Work(Mode.DRAFT, 8192, pillars=410)] * 57,
+    },
+    StepKind.MIXED: {
+        "verify": [Work(Mode.VERIFY, 8192, 9, 410, True)] * 16,
+        "mixed": [Work(Mode.DRAFT, 8192, pillars=410)] * 57 + [Work(Mode.VERIFY, 8192, 9, 410, True)] * 7,
+        "mixed 1024": [Work(Mode.DRAFT, 1024, pillars=128)] * 43 + [Work(Mode.VERIFY, 1024, 9, 128, True)] * 21,
+    },
+    StepKind.PREFILL: {"prefill": [Work(Mode.PREFILL, 0, 8192)]},
 }
-LARGE_STEPS: dict[str, list[Work]] = {"prefill": [Work(Mode.PREFILL, 0, 8192)]}
 
 _WORTH_GOING_ON = 0.01
 """Share of the mean time that a round of the search must save for another one."""
@@ -56,9 +63,8 @@ def main() -> None:
     q_heads, kv_heads, dim = options.heads
     heads = Heads(q_heads, kv_heads, dim, options.value_dim or dim, getattr(torch, options.dtype), options.page_size)
     console = Console()
-    for large, steps in ((False, SMALL_STEPS), (True, LARGE_STEPS)):
-        if options.size in ("both", "large" if large else "small"):
-            _tune(heads, large, steps, options, console)
+    for kind in map(StepKind, options.kind):
+        _tune(heads, kind, STEPS[kind], options, console)
 
 
 def _options() -> argparse.Namespace:
@@ -67,25 +73,26 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--value-dim", type=int, help="dimension of values, if not that of keys")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--size", choices=("both", "small", "large"), default="both", help="steps to tune for")
+    kinds = [kind.value for kind in StepKind]
+    parser.add_argument("--kind", nargs="+", choices=kinds, default=kinds, help="steps to tune for")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="compiling processes")
     parser.add_argument("--output", type=Path, default=cache_path(), help="file to add the best tiles to")
     return parser.parse_args()
 
 
 def _tune(
-    heads: Heads, large: bool, steps: dict[str, list[Work]], options: argparse.Namespace, console: Console
+    heads: Heads, kind: StepKind, steps: dict[str, list[Work]], options: argparse.Namespace, console: Console
 ) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     limits = device_limits(device)
     layer = layer_of(heads)
     made = {name: _copies(heads, work, device) for name, work in steps.items()}
-    console.print(entry_key(layer, large, limits))
+    console.print(entry_key(layer, kind, limits))
     timed: dict[Tiling, dict[str, float]] = {}
-    best, before = default_tiling(layer, large, limits), math.inf
+    best, before = default_tiling(layer, kind, limits), math.inf
     while True:
-        candidates = [tiling for tiling in candidate_tilings(best) if tiling not in timed]
-        usable = _compile(heads, large, candidates, options, console)
+        candidates = [tiling for tiling in candidate_tilings(best, kind) if tiling not in timed]
+        usable = _compile(heads, kind, candidates, options, console)
         timed |= {tiling: _times(made, tiling) for tiling in tqdm(usable, desc="timing")}
         best = min(timed, key=lambda tiling: math.prod(timed[tiling].values()))
         product = math.prod(timed[best].values())
@@ -93,7 +100,7 @@ def _tune(
             break
         before = product
     console.print(_report(timed))
-    save({entry_key(layer, large, limits): best}, options.output)
+    save({entry_key(layer, kind, limits): best}, options.output)
     console.print(f"wrote {options.output}")
 
 
@@ -102,27 +109,30 @@ def layer_of(heads: Heads) -> Layer:
     return Layer(heads.q_heads // heads.kv_heads, heads.key_dim, heads.value_dim, heads.dtype, heads.page_size)
 
 
-def candidate_tilings(default: Tiling) -> list[Tiling]:
+def candidate_tilings(default: Tiling, kind: StepKind) -> list[Tiling]:
     """The default first, then tiles around it: other blocks, depths, warps, programs and costs of a unit."""
     found = [default]
-    for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
-        found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
+    if kind is not StepKind.SINGLE_ROWS:
+        for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
+            found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
+        found += [replace(default, scored_ahead=ahead) for ahead in (1, 2, 3)]
+        found += [replace(default, scored_overhead=overhead) for overhead in (7, 9, 16)]
     found += [replace(default, small_ahead=ahead) for ahead in (1, 2, 3)]
-    found += [replace(default, scored_ahead=ahead) for ahead in (1, 2, 3)]
-    for block_n, per_sm in itertools.product((32, 64, 128), (1, 2, 3)):
+    blocks = {max(16, default.block_n // 2), default.block_n, default.block_n * 2}
+    programs = {max(1, default.programs_per_sm - 1), default.programs_per_sm, default.programs_per_sm + 1}
+    for block_n, per_sm in itertools.product(sorted(blocks), sorted(programs)):
         found.append(replace(default, block_n=block_n, big_n=min(default.big_n, block_n), programs_per_sm=per_sm))
-    found.append(replace(default, num_warps=12 - default.num_warps))
-    found += [replace(default, unit_overhead=overhead) for overhead in (2, 3, 6)]
-    found += [replace(default, scored_overhead=overhead) for overhead in (3, 5, 10)]
-    found += [replace(default, min_blocks=blocks) for blocks in (4, 16)]
+    found += [replace(default, num_warps=warps) for warps in (default.num_warps // 2, default.num_warps * 2) if warps]
+    found += [replace(default, unit_overhead=default.unit_overhead * parts // 4) for parts in (2, 3, 6)]
+    found += [replace(default, part_cost=default.part_cost * parts // 4) for parts in (1, 2, 8)]
     return list(dict.fromkeys(found))
 
 
 def _compile(
-    heads: Heads, large: bool, candidates: list[Tiling], options: argparse.Namespace, console: Console
+    heads: Heads, kind: StepKind, candidates: list[Tiling], options: argparse.Namespace, console: Console
 ) -> list[Tiling]:
     """Those candidates that compile and fit; leaves what was compiled in Triton's cache."""
-    work = partial(obstacle, heads, large)
+    work = partial(obstacle, heads, kind)
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = list(tqdm(pool.map(work, candidates), total=len(candidates), desc="compiling"))
     for reason, count in Counter(filter(None, found)).items():
@@ -130,9 +140,9 @@ def _compile(
     return [tiling for tiling, reason in zip(candidates, found, strict=True) if reason is None]
 
 
-def obstacle(heads: Heads, large: bool, tiling: Tiling) -> str | None:
+def obstacle(heads: Heads, kind: StepKind, tiling: Tiling) -> str | None:
     """Why a step does not run with these tiles; None if it does."""
-    rows = -(-LARGE_STEP_PAIRS // heads.q_heads) if large else 1
+    rows = -(-LARGE_STEP_PAIRS // heads.q_heads) if kind is StepKind.PREFILL else 1
     step = make_step(heads, [Work(Mode.PREFILL, 0, rows)], torch.device("cuda", torch.cuda.current_device()))
     try:
         _call(step, tiling)()

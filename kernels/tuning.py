@@ -15,9 +15,10 @@ from typing import Any
 
 from .device import DeviceLimits
 from .errors import TuningCacheWarning
+from .step_kind import StepKind
 from .tiling import Layer, Tiling, default_tiling
 
-VERSION = 3
+VERSION = 4
 """Of the meaning of an entry; files of another version are not read."""
 
 CACHE_VARIABLE = "SPARSESPEC_TUNING_CACHE"
@@ -35,26 +36,25 @@ _RANGES = {
     "programs_per_sm": (1, 16),
     "unit_overhead": (0, 1024),
     "scored_overhead": (0, 1024),
-    "min_blocks": (1, 1 << 20),
+    "part_cost": (0, 1024),
 }
 _POWERS_OF_TWO = ("big_m", "block_n", "big_n", "num_warps")
 
 
-def tiling_for(layer: Layer, large_step: bool, limits: DeviceLimits) -> Tiling:
+def tiling_for(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
     """The tiles of a launch: measured ones if there are any, else the default."""
-    key = entry_key(layer, large_step, limits)
+    key = entry_key(layer, kind, limits)
     found = _entries(cache_path()).get(key) or _entries(SHIPPED).get(key)
     if found is None or found.big_m < layer.group:
-        return default_tiling(layer, large_step, limits)
+        return default_tiling(layer, kind, limits)
     return found
 
 
-def entry_key(layer: Layer, large_step: bool, limits: DeviceLimits) -> str:
+def entry_key(layer: Layer, kind: StepKind, limits: DeviceLimits) -> str:
     """What an entry was measured for."""
     dtype = str(layer.dtype).removeprefix("torch.")
-    size = "large" if large_step else "small"
     dims = f"group {layer.group}, dims {layer.key_dim} and {layer.value_dim}, {dtype}, page {layer.page_size}"
-    return f"{limits.name}: {dims}, {size} steps"
+    return f"{limits.name}: {dims}, {kind.value} steps"
 
 
 def cache_path() -> Path:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.kernels import cuda
 from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, dual_mode_attention
+from sparsespec_compile.kernels.step_kind import kind_of_step, single_rows
 from sparsespec_compile.passes.base import find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
@@ -60,6 +60,7 @@ class Attention(NamedTuple):
     v: Layout
     kv: Layout
     requests: int
+    single_rows: bool
     scale: float
     window: int
     softcap: float
@@ -72,7 +73,8 @@ class Attention(NamedTuple):
         step = [idle[:, None] if name == "page_table" else idle for name in STEP_TENSORS]
         scores = torch.zeros(1, heads, 1, dtype=torch.float32, device=device)
         pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
-        dual_mode_attention(*packed, scores, *step, pillars, self.scale, self.window, self.softcap)
+        with single_rows(self.single_rows):
+            dual_mode_attention(*packed, scores, *step, pillars, self.scale, self.window, self.softcap)
 
 
 class Draw(NamedTuple):
@@ -116,7 +118,7 @@ def done_beside(jobs: Sequence[Callable[[], None]]) -> Iterator[None]:
 
 
 def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Attention | Draw]:
-    """One call for each kernel that the model's steps need: for large and for small steps, each kind of layer once."""
+    """One call for each kernel that the model's steps need: for each kind of steps, each kind of layer once."""
     slots, kv_layout, regions = config.max_requests, compiled.layout, compiled.split
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
@@ -124,10 +126,10 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Attention | Dr
     calls: dict[Attention | Draw, None] = {}
     for node, layer in zip(nodes, kv_layout.layers, strict=True):
         row_counts = (most_rows(config, slots), _FEW_ROWS)
-        by_kernel = {cuda.is_large_step(rows, layer.q_heads, slots): rows for rows in row_counts}
-        for rows in by_kernel.values():
+        by_kind = {kind_of_step(rows, layer.q_heads, slots): rows for rows in row_counts}
+        for rows, single in (*((rows, False) for rows in by_kind.values()), (_FEW_ROWS, True)):
             q, k, v = (layout_of(input_node(node, index), rows) for index in range(3))
-            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, *_alike(layer))] = None
+            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, single, *_alike(layer))] = None
     (logits,) = compiled.graph_module.graph.output_node().all_input_nodes
     calls[Draw(layout_of(logits, _FEW_ROWS))] = None
     return list(calls)

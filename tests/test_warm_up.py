@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsespec_compile as ss
 from sparsespec_compile import target, warm_up
-from sparsespec_compile.kernels.ops import draw_tokens, dual_mode_attention
+from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention
+from sparsespec_compile.kernels.step_kind import kind_of_step
+from sparsespec_compile.runtime.work import Work
 from sparsespec_compile.warm_up import Attention, calls_of, done_beside
 
 from .passes.families import tiny
@@ -52,7 +54,7 @@ def attention_variant(q, k, v, kv, scores, mode, *rest):
         tuple(tuple(tensor.shape[1:]) for tensor in (q, k, v, kv)),
         tuple(units.items()),
         max(64, mode.shape[0]),
-        triton_attention.is_large_step(q.shape[0], q.shape[1], mode.shape[0]),
+        kind_of_step(q.shape[0], q.shape[1], mode.shape[0]),
         (scale > 0, window > 0, softcap > 0),
     )
 
@@ -86,6 +88,9 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, page_size):
     def steps():
         for rows in (16, 2800):
             step.replay(rows, 16)
+        step.begin(0, 64)
+        step.fill([Work(0, Mode.VERIFY, 1)])
+        step.replay()
 
     def warm():
         for call in calls_of(fast._compiled, config):
@@ -96,12 +101,12 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, page_size):
     assert set(compiled) == set(variants_of(steps))
 
 
-def test_without_large_steps_there_is_one_kernel_for_each_kind_of_layer():
+def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     fast = ss.optimize(
         tiny("gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
     )
     attention = [call for call in calls_of(fast._compiled, fast.config) if isinstance(call, Attention)]
-    assert sorted(call.window for call in attention) == [0, 1]
+    assert sorted(call.window for call in attention) == [0, 0, 1, 1]
 
 
 def test_the_default_dtype_does_not_matter():

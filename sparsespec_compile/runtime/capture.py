@@ -47,11 +47,16 @@ class StepRunner:
 
     def prepare(self, rows: int) -> None:
         """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later."""
-        sizes = [self._sizes[-1], *(size for size in self._sizes if size <= self._padded(rows))] if self._sizes else []
-        missing = [size for size in dict.fromkeys(sizes) if (size, Variant()) not in self._graphs]
+        if not self._sizes:
+            return
+        any_rows, single = Variant(), Variant(single_rows=True)
+        asked = [(self._sizes[-1], any_rows)]
+        for variant, most in ((any_rows, rows), (single, self.step.state.capacity.slots)):
+            asked += [(size, variant) for size in self._sizes if size <= self._padded(most)]
+        missing = [key for key in dict.fromkeys(asked) if key not in self._graphs]
         with torch.cuda.device_of(self.step.inputs.flat):
-            for size in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
-                self._capture(size, Variant())
+            for size, variant in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
+                self._capture(size, variant)
 
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""

@@ -10,7 +10,7 @@ from sparsespec_compile.runtime.inputs import InputPacker, StepInputs
 from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.state import State
 from sparsespec_compile.runtime.step import Results, Variant
-from sparsespec_compile.runtime.work import PageUpdate, Work
+from sparsespec_compile.runtime.work import PageUpdate, Work, are_single_rows
 
 
 class CapturedStep:
@@ -36,7 +36,7 @@ class CapturedStep:
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
         self._packer = InputPacker(runner.step.inputs.sizes)
-        self._counts = (0, 0)
+        self._filled = (0, 0, Variant())
         self.inputs: StepInputs = runner.step.inputs
         self.results: Results = runner.step.results
         self.state: State = runner.step.state
@@ -55,7 +55,7 @@ class CapturedStep:
             ConfigError: more packed rows, rows with logits, scored requests or page-table entries than fit.
         """
         self._check(work, updates)
-        self._counts = self._packer.pack(work, updates)
+        self._filled = (*self._packer.pack(work, updates), Variant(single_rows=are_single_rows(work)))
         self.inputs.flat.copy_(torch.from_numpy(self._packer.flat), non_blocking=False)
 
     def _check(self, work: Sequence[Work], updates: Sequence[PageUpdate]) -> None:
@@ -81,9 +81,12 @@ class CapturedStep:
         """Enqueue the iteration that `inputs` holds; `results` is valid once the device has come so far.
 
         Args:
-            rows: packed rows that were written into `inputs`; those of the latest `fill` unless given.
+            rows: packed rows that were written into `inputs`, whatever they do; None: what the latest `fill` wrote. It
+                knows whether all are drafts or plain decoding, which take a computation of their own and less time.
             logits: rows with logits; likewise.
         """
-        filled_rows, filled_logits = self._counts
-        self._runner(filled_rows if rows is None else rows, filled_logits if logits is None else logits, Variant())
+        filled_rows, filled_logits, variant = self._filled
+        if rows is not None or logits is not None:
+            variant = Variant()
+        self._runner(filled_rows if rows is None else rows, filled_logits if logits is None else logits, variant)
         return self.results

@@ -18,7 +18,7 @@ from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.scheduler import Scheduler
 from sparsespec_compile.runtime.stats import StatsRecorder
 from sparsespec_compile.runtime.step import Variant
-from sparsespec_compile.runtime.work import Work
+from sparsespec_compile.runtime.work import Work, are_single_rows
 
 _CHOICE_EVERY = 16
 """Iterations between two choices of the number of drafts."""
@@ -121,7 +121,7 @@ class Session:
         self._scheduler.clear()
 
     def _enqueue(self, work: list[tuple[Request, Work]]) -> None:
-        variant = _variant([request for request, _ in work])
+        variant = Variant(_wants_logprobs(work), are_single_rows(item for _, item in work))
         rows, logits = self._packer.pack([item for _, item in work], self._scheduler.residency.updates)
         frame = self._flight.take()
         frame.work = work
@@ -131,7 +131,7 @@ class Session:
 
     def _land(self) -> Iterator[Output]:
         frame = self._flight.land()
-        logprobs = _variant([request for request, _ in frame.work]).logprobs
+        logprobs = _wants_logprobs(frame.work)
         asked = time.perf_counter()
         tokens, all_logprobs = frame.read(logprobs=logprobs)
         answered = time.perf_counter()
@@ -194,5 +194,5 @@ class Session:
             yield request, []
 
 
-def _variant(requests: list[Request]) -> Variant:
-    return Variant(logprobs=any(request.logprobs for request in requests))
+def _wants_logprobs(work: list[tuple[Request, Work]]) -> bool:
+    return any(request.logprobs for request, _ in work)

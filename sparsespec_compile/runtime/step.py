@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
+from sparsespec_compile.kernels.step_kind import single_rows
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import StepInputs
 from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
@@ -38,9 +39,11 @@ class Variant:
 
     Attributes:
         logprobs: some request wants the log-probabilities of its tokens.
+        single_rows: no request has more than one row, and none is scored, so that attention may take tiles of its own.
     """
 
     logprobs: bool = False
+    single_rows: bool = False
 
 
 class Results(NamedTuple):
@@ -115,26 +118,27 @@ class Step:
         state, inputs = self.state, self.inputs
         placed = self._place_rows(state, inputs, rows, self._score_rows)
         logit_rows = inputs.logit_rows[:logits]
-        out = self.forward(
-            placed.token[None],
-            placed.position[None],
-            logit_rows.clamp(min=0).long(),
-            state.pool,
-            state.scores,
-            state.pillar_index,
-            inputs.mode,
-            inputs.row_start,
-            placed.rows,
-            placed.cached,
-            state.page_table[:-1],
-            placed.score_rows,
-            inputs.score_slot,
-            state.pillar_count,
-            state.recent_start,
-        )[0]
-        if self._renew is not None:
+        with single_rows(variant.single_rows):
+            out = self.forward(
+                placed.token[None],
+                placed.position[None],
+                logit_rows.clamp(min=0).long(),
+                state.pool,
+                state.scores,
+                state.pillar_index,
+                inputs.mode,
+                inputs.row_start,
+                placed.rows,
+                placed.cached,
+                state.page_table[:-1],
+                placed.score_rows,
+                inputs.score_slot,
+                state.pillar_count,
+                state.recent_start,
+            )[0]
+        if self._renew is not None and not variant.single_rows:
             self._renew(state, inputs.score_slot, placed.scored_length)
-        self._accept(state, inputs, placed, out, logit_rows, self.results, variant)
+        self._accept(state, inputs, placed, out, logit_rows, self.results, variant.logprobs)
 
 
 def place_rows(state: State, inputs: StepInputs, rows: int, most_scored: int) -> Placed:
@@ -172,7 +176,7 @@ def accept(
     logits: Tensor,
     logit_rows: Tensor,
     results: Results,
-    variant: Variant,
+    logprobs: bool,
 ) -> None:
     """Draw a token behind each row with logits, accept drafts while they equal it, advance the lengths."""
     slots = state.capacity.slots
@@ -196,5 +200,5 @@ def accept(
     length = torch.where(prefill, placed.cached + placed.rows, state.length + torch.where(verify, verified, 0))
     state.length.copy_(length)
     results.tokens.copy_(torch.cat([final[:, None], drawn[logit]], dim=1))
-    if variant.logprobs:
+    if logprobs:
         results.logprobs.copy_(log_probability(logits, drawn)[logit])

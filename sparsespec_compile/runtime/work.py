@@ -1,6 +1,6 @@
 """What the host decides about one request in one iteration."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sparsespec_compile.kernels.ops import Mode
@@ -38,3 +38,8 @@ class PageUpdate(NamedTuple):
     slot: int
     page: int
     physical: int
+
+
+def are_single_rows(work: Iterable[Work]) -> bool:
+    """Whether nobody has more than one row, nor rows before which new pillars stand: drafts and plain decoding."""
+    return all(item.rows == 1 and item.scored == 0 for item in work)

@@ -39,12 +39,12 @@ them out, and more than stand in the line."""
 
 Sharing = tuple[int, Tiling]
 
-TILING = Tiling(16, 16, 16, 4, 2, 2, 2, 1, unit_overhead=0, scored_overhead=0, min_blocks=1)
+TILING = Tiling(16, 16, 16, 4, 2, 2, 2, 1, unit_overhead=0, scored_overhead=0, part_cost=0)
 
 SHARINGS: dict[str, Sharing] = {
     "one program": (1, TILING),
     "blocks dealt out one by one": (90, TILING),
-    "uneven": (7, dataclasses.replace(TILING, unit_overhead=3, scored_overhead=2, min_blocks=2)),
+    "uneven": (7, dataclasses.replace(TILING, unit_overhead=3, scored_overhead=2, part_cost=4)),
     "more programs than blocks": (400, TILING),
 }
 
@@ -91,20 +91,20 @@ def test_any_split_is_right(sharing: str, window: int, device: str, share: Calla
 
 
 @triton.jit
-def _stretches(ends, total, longest, MIN_BLOCKS: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
-    _, begin, end = share_of_line(total, longest, MIN_BLOCKS, UNIT_OVERHEAD)
+def _stretches(ends, total, longest, PART_COST: tl.constexpr, UNIT_OVERHEAD: tl.constexpr):
+    _, begin, end = share_of_line(total, longest, PART_COST, UNIT_OVERHEAD)
     tl.store(ends + 2 * tl.program_id(0), begin)
     tl.store(ends + 2 * tl.program_id(0) + 1, end)
 
 
 @pytest.mark.parametrize(
     ("total", "longest", "stretch"),
-    [(80, 40, 16), (20, 20, 8), (20, 5, 5), (60, 15, 15), (60, 16, 12), (70, 8, 16), (0, 0, 0)],
+    [(80, 40, 16), (20, 20, 9), (20, 5, 5), (60, 15, 15), (60, 17, 12), (70, 8, 16), (0, 0, 0)],
     ids=["even", "not cut too small", "short units apart", "not cut for little", "cut for more", "two whole", "none"],
 )
 def test_stretches_of_the_line(total: int, longest: int, stretch: int, device: str) -> None:
     ends = torch.full((5, 2), -1, dtype=torch.int32, device=device)
-    _stretches[(5,)](ends, total, longest, 8, 3)
+    _stretches[(5,)](ends, total, longest, 64, 3)
     assert ends.tolist() == [[min(total, place * stretch), min(total, (place + 1) * stretch)] for place in range(5)]
 
 
@@ -132,11 +132,11 @@ def test_the_kernel_is_given_what_the_tiles_say(monkeypatch: pytest.MonkeyPatch)
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
             return lambda **arguments: given.update(arguments)
 
-    tiling = dataclasses.replace(TILING, unit_overhead=5, scored_overhead=9, min_blocks=3)
+    tiling = dataclasses.replace(TILING, unit_overhead=5, scored_overhead=9, part_cost=3)
     monkeypatch.setattr(triton_attention, "attention_kernel", Kernel())
     case = build(Shape(), REQUESTS, torch.float32).to(torch.float32, "cpu")
     triton_attention.dual_mode_attention(*case.arguments(), tiling=tiling)
-    assert [given[name] for name in ("UNIT_OVERHEAD", "SCORED_OVERHEAD", "MIN_BLOCKS")] == [5, 9, 3]
+    assert [given[name] for name in ("UNIT_OVERHEAD", "SCORED_OVERHEAD", "PART_COST")] == [5, 9, 3]
 
 
 def test_equal_calls_give_equal_bits(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.errors import KernelInputError
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.step_kind import single_rows
 
 from .cases import Case, Request, Shape, build
 from .error_budget import Expected, assert_within, expect
@@ -68,6 +69,25 @@ def test_several_blocks_and_tiles(window: int, device: str) -> None:
     check(build(Shape(window=window), LONG, torch.float32), torch.float32, device)
 
 
+SINGLE = [
+    Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
+    Request(Mode.VERIFY, cached=150, rows=1),
+    Request(Mode.IDLE, cached=30, rows=4),
+    Request(Mode.VERIFY, cached=63, rows=1),
+    Request(Mode.PREFILL, rows=1),
+    Request(Mode.DRAFT, cached=64),
+    Request(Mode.DRAFT, cached=31, pillars=3, recent=31),
+]
+
+
+@pytest.mark.parametrize("requests", [SINGLE, LONG, MIXED], ids=["kept", "broken", "broken, short"])
+@pytest.mark.parametrize("shape", [Shape(), Shape(q_heads=7, kv_heads=1, page_size=16, window=33)])
+def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shape, device: str) -> None:
+    """They take tiles of their own. A step that breaks the promise is right as well."""
+    with single_rows(True):
+        check(build(shape, requests, torch.bfloat16), torch.bfloat16, device)
+
+
 @pytest.mark.parametrize("window", [0, 150])
 @pytest.mark.parametrize(("group", "rows"), [(4, 17), (8, 9), (5, 13), (4, 65)])
 def test_verifications_of_several_tiles_give_scores_as_they_attend(
@@ -106,14 +126,15 @@ def test_rows_of_requests_that_have_none_are_not_cleared(monkeypatch: pytest.Mon
     assert sorted(cleared) == [row for row in range(rows) if row not in own]
 
 
-@pytest.mark.parametrize("large_step", [False, True])
+@pytest.mark.parametrize("kind", ["mixed", "prefill"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (192, 512)])
-def test_a_tile_holds_the_rows_that_the_engine_scores(large_step: bool, dims: tuple[int, int]) -> None:
+def test_a_tile_holds_the_rows_that_the_engine_scores(kind: str, dims: tuple[int, int]) -> None:
     from sparsespec_compile.kernels.device import INTERPRETER
+    from sparsespec_compile.kernels.step_kind import StepKind
     from sparsespec_compile.kernels.tiling import Layer, default_tiling
 
     for group in range(1, 130):
-        tiling = default_tiling(Layer(group, *dims, torch.bfloat16, 16), large_step, INTERPRETER)
+        tiling = default_tiling(Layer(group, *dims, torch.bfloat16, 16), StepKind(kind), INTERPRETER)
         assert 1 <= ops.scored_rows_at_most(group) <= tiling.big_m // group
 
 

@@ -17,12 +17,13 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
-from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, is_large_step
+from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, single_rows
+from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling
 from sparsespec_compile.kernels.workload import Heads
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
 LAYER = Layer(4, 128, 128, torch.bfloat16, 16)
-DEFAULT = default_tiling(LAYER, False, LIMITS)
+DEFAULT = default_tiling(LAYER, StepKind.MIXED, LIMITS)
 OTHER = replace(DEFAULT, block_n=32, big_n=16, unit_overhead=7)
 
 
@@ -37,8 +38,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning._entries.cache_clear()
 
 
-def choose(large_step: bool = False) -> object:
-    return tuning.tiling_for(LAYER, large_step, LIMITS)
+def choose(kind: StepKind = StepKind.MIXED) -> object:
+    return tuning.tiling_for(LAYER, kind, LIMITS)
 
 
 def test_without_files_the_default() -> None:
@@ -48,17 +49,18 @@ def test_without_files_the_default() -> None:
 
 
 def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
-    key = tuning.entry_key(LAYER, False, LIMITS)
+    key = tuning.entry_key(LAYER, StepKind.MIXED, LIMITS)
     tuning.save({key: OTHER}, tuning.SHIPPED)
     assert choose() == OTHER
     tuning.save({key: DEFAULT}, files)
     assert choose() == DEFAULT
-    assert choose(large_step=True) == default_tiling(LAYER, True, LIMITS)
+    for kind in (StepKind.SINGLE_ROWS, StepKind.PREFILL):
+        assert choose(kind) == default_tiling(LAYER, kind, LIMITS) != DEFAULT
 
 
 def test_saving_keeps_other_entries_and_leaves_no_other_file(files: Path) -> None:
-    for large, tiling in ((False, OTHER), (True, DEFAULT)):
-        tuning.save({tuning.entry_key(LAYER, large, LIMITS): tiling}, files)
+    for kind, tiling in ((StepKind.MIXED, OTHER), (StepKind.PREFILL, DEFAULT)):
+        tuning.save({tuning.entry_key(LAYER, kind, LIMITS): tiling}, files)
     assert len(json.loads(files.read_text())["entries"]) == 2
     assert [path.name for path in files.parent.iterdir()] == [files.name]
 
@@ -68,12 +70,12 @@ def test_saving_keeps_other_entries_and_leaves_no_other_file(files: Path) -> Non
     [
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
-        ('{"version": 0, "entries": {}}', "version 0, 3 is read"),
-        ('{"version": 3}', "KeyError"),
-        (json.dumps({"version": 3, "entries": {"a": {"big_m": 64}}}), r"an entry has the fields \['big_m'\]"),
-        (json.dumps({"version": 3, "entries": {"a": {**asdict(OTHER), "block_n": 48}}}), "block_n is 48; allowed"),
-        (json.dumps({"version": 3, "entries": {"a": {**asdict(OTHER), "big_ahead": 0}}}), "big_ahead is 0; allowed"),
-        (json.dumps({"version": 3, "entries": {"a": {**asdict(OTHER), "big_n": 64}}}), "big_n is 64 and block_n 32"),
+        ('{"version": 0, "entries": {}}', "version 0, 4 is read"),
+        ('{"version": 4}', "KeyError"),
+        (json.dumps({"version": 4, "entries": {"a": {"big_m": 64}}}), r"an entry has the fields \['big_m'\]"),
+        (json.dumps({"version": 4, "entries": {"a": {**asdict(OTHER), "block_n": 48}}}), "block_n is 48; allowed"),
+        (json.dumps({"version": 4, "entries": {"a": {**asdict(OTHER), "big_ahead": 0}}}), "big_ahead is 0; allowed"),
+        (json.dumps({"version": 4, "entries": {"a": {**asdict(OTHER), "big_n": 64}}}), "big_n is 64 and block_n 32"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(files: Path, content: str, problem: str) -> None:
@@ -98,27 +100,65 @@ def test_default_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert tuning.cache_path() == tmp_path / "sparsespec_compile" / "tiles.json"
 
 
-def test_only_prefilling_steps_are_large() -> None:
-    assert not is_large_step(64 * 9, 32, 64), "all slots verify"
-    assert not is_large_step(256 * 9, 32, 256)
-    assert is_large_step(8192, 32, 1)
-    assert is_large_step(2048, 32, 64)
-    assert not is_large_step(300, 32, 1)
+def test_kinds_of_steps() -> None:
+    for rows, requests in ((64 * 9, 64), (256 * 9, 256), (300, 1), (1, 64)):
+        assert kind_of_step(rows, 32, requests) is StepKind.MIXED, "all slots may verify"
+    for rows, requests in ((8192, 1), (2048, 64)):
+        assert kind_of_step(rows, 32, requests) is StepKind.PREFILL
+    with single_rows(True):
+        assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
+        with single_rows(False):
+            assert kind_of_step(64, 32, 64) is StepKind.MIXED
+        assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
+    assert kind_of_step(64, 32, 64) is StepKind.MIXED
 
 
 def test_default_tiles_fill_a_multiprocessor() -> None:
     """Two programs share one where a step is small and heads are not wide, and a prompt's tiles are higher."""
     assert (DEFAULT.programs_per_sm, DEFAULT.big_m, DEFAULT.registers) == (2, 64, None)
-    large = default_tiling(LAYER, True, LIMITS)
+    large = default_tiling(LAYER, StepKind.PREFILL, LIMITS)
     assert (large.programs_per_sm, large.big_m, large.registers) == (1, 128, None)
     assert replace(DEFAULT, programs_per_sm=3).registers == 168
+    single = default_tiling(LAYER, StepKind.SINGLE_ROWS, LIMITS)
+    assert (single.programs_per_sm, single.num_warps, single.big_m, single.registers) == (4, 2, 16, None)
 
 
-def test_candidates_differ_and_hold_the_default() -> None:
-    from sparsespec_compile.kernels.tune import candidate_tilings
+@pytest.mark.parametrize(
+    ("layer", "shared", "programs"),
+    [
+        (LAYER, 100, 2),
+        (Layer(4, 256, 256, torch.bfloat16, 16), 228, 4),
+        (Layer(4, 256, 256, torch.bfloat16, 16), 100, 2),
+        (Layer(7, 64, 64, torch.float16, 16), 228, 4),
+    ],
+)
+def test_programs_of_single_rows_fit_the_shared_memory(layer: Layer, shared: int, programs: int) -> None:
+    tiling = default_tiling(layer, StepKind.SINGLE_ROWS, DeviceLimits("NVIDIA Test", 86, 80, shared * 1024))
+    assert tiling.programs_per_sm == programs
+    tile = 2 * tiling.block_n * layer.token_bytes + 16 * layer.key_dim * 2
+    assert programs * (tile + 1024) <= shared * 1024
 
-    candidates = candidate_tilings(DEFAULT)
-    assert candidates[0] == DEFAULT
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(17, 128, 128, torch.bfloat16, 16),
+        Layer(4, 128, 128, torch.float32, 16),
+        Layer(1, 512, 512, torch.float16, 16),
+    ],
+)
+def test_layers_with_no_registers_to_spare_take_one_kind_of_tiles(layer: Layer) -> None:
+    assert default_tiling(layer, StepKind.SINGLE_ROWS, LIMITS) == default_tiling(layer, StepKind.MIXED, LIMITS)
+
+
+@pytest.mark.parametrize("kind", list(StepKind))
+def test_candidates_differ_and_hold_the_default(kind: StepKind) -> None:
+    from sparsespec_compile.kernels.tune import STEPS, candidate_tilings
+
+    default = default_tiling(LAYER, kind, LIMITS)
+    candidates = candidate_tilings(default, kind)
+    assert candidates[0] == default
+    assert STEPS[kind]
     assert len(set(candidates)) == len(candidates) > 15
     for candidate in candidates:
         tuning._checked(asdict(candidate))
@@ -129,18 +169,18 @@ def test_the_search_goes_on_around_the_best(monkeypatch: pytest.MonkeyPatch, tmp
     from sparsespec_compile.kernels import tune
 
     def times(made: object, tiling: Tiling) -> dict[str, float]:
-        return {"step": 1.0 - 0.1 * (tiling.block_n == 32) - 0.1 * (tiling.scored_overhead == 3)}
+        return {"step": 1.0 - 0.1 * (tiling.block_n == 32) - 0.1 * (tiling.scored_overhead == 7)}
 
-    monkeypatch.setattr(tune, "_compile", lambda heads, large, candidates, options, console: candidates)
+    monkeypatch.setattr(tune, "_compile", lambda heads, kind, candidates, options, console: candidates)
     monkeypatch.setattr(tune, "_copies", lambda *_: [])
     monkeypatch.setattr(tune, "_times", times)
     monkeypatch.setattr(tune, "device_limits", lambda _: LIMITS)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     options = argparse.Namespace(output=tmp_path / "tiles.json")
     heads = Heads(32, 8, 128, 128, torch.bfloat16, 16)
-    tune._tune(heads, False, {"step": []}, options, Console(quiet=True))
+    tune._tune(heads, StepKind.MIXED, {"step": []}, options, Console(quiet=True))
     (found,) = json.loads(options.output.read_text())["entries"].values()
-    assert (found["block_n"], found["scored_overhead"]) == (32, 3)
+    assert (found["block_n"], found["scored_overhead"]) == (32, 7)
 
 
 def test_tuning_without_a_gpu_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from sparsespec_compile.runtime.frames import Frame
 from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.sampling import DrawParams
+from sparsespec_compile.runtime.scheduler import Scheduler
 from sparsespec_compile.runtime.work import PageUpdate, Work
 
 from ..support.toy import Toy, requests_of, run
@@ -88,19 +89,48 @@ def test_padded_row_counts():
 
 
 def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
-    """The largest first, for the others fit into its memory; and none twice."""
+    """The largest first, for the others fit into its memory; none twice; one row of each slot in steps of their own."""
     runner = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
     runner._sizes, captured = row_counts(100), []
 
     def capture(rows, variant):
-        captured.append(rows)
+        captured.append((rows, variant.single_rows))
         runner._graphs[rows, variant] = None
 
     monkeypatch.setattr(runner, "_capture", capture)
     runner.prepare(10)
-    assert captured == [100, 2, 16]
+    assert captured == [(100, False), (2, False), (16, False), (2, True)]
     runner.prepare(33)
-    assert captured == [100, 2, 16, 64]
+    assert captured[4:] == [(64, False)]
+
+
+def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeypatch):
+    """In which nobody's pillars are renewed; everything else runs as it does in any step."""
+    planned, variants, renewed = [], [], []
+    plan, step = Scheduler.plan, StepRunner.__call__
+
+    def note_plan(scheduler):
+        work = plan(scheduler)
+        if work or scheduler.residency.updates:
+            planned.append([item for _, item in work])
+        return work
+
+    def note_step(runner, rows, logits, variant):
+        renew = runner.step._renew
+        runner.step._renew = lambda *given: (renewed.append(len(variants)), renew(*given))
+        step(runner, rows, logits, variant)
+        runner.step._renew = renew
+        variants.append(variant)
+
+    monkeypatch.setattr(Scheduler, "plan", note_plan)
+    monkeypatch.setattr(StepRunner, "__call__", note_step)
+    requests = requests_of((5, 30, 12), 40)
+    engine = toy.engine(draft_tokens=4, min_budget=4, schedule="in_phase")
+    assert run(engine, requests) == list(map(toy.decode, requests))
+    single = [all(item.rows == 1 and not item.scored for item in work) for work in planned]
+    assert [variant.single_rows for variant in variants] == single
+    assert len(single) > sum(single) > len(single) // 2
+    assert renewed == [place for place, alone in enumerate(single) if not alone]
 
 
 def test_rows_of_decoding():
@@ -213,6 +243,17 @@ class TestCapturedStep:
         step = engine.capture(2, 64)
         for request in (*requests_of((7,), 12), *requests_of((20,), 30, temperature=0.9)):
             assert self.decode(step, request) == toy.decode(request)
+
+    def test_what_filled_the_inputs_decides_on_the_variant(self, toy, monkeypatch):
+        step, variants = toy.engine(draft_tokens=4, min_budget=4).capture(2, 64), []
+        monkeypatch.setattr(StepRunner, "__call__", lambda _, *given: variants.append(given[2].single_rows))
+        single, rows = Work(0, Mode.DRAFT, rows=1, logits=1), Work(1, Mode.VERIFY, rows=5, logits=5, scored=5)
+        for work in ([single], [single, rows], [], [single._replace(scored=1)]):
+            step.fill(work)
+            step.replay()
+        step.fill([single])
+        step.replay(1, 1)  # as if written by hand
+        assert variants == [True, False, True, False, False]
 
     def test_pages_may_lie_anywhere(self, toy):
         step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)

@@ -2,8 +2,8 @@
 
 Whole requests move, page by page, on a stream of their own, so that steps go on meanwhile; nothing is recomputed
 (paper, dynamic KV manager). A page holds all layers' K/V of its tokens and moves in one copy. Memory is taken as it is
-needed, up to a cap, and pinned by a thread: who finds none yet asks again in the next iteration. On a CPU the copies
-are ordinary ones, and all is done at once.
+needed, up to a cap, and pinned by a thread, ahead of who leaves next; who finds none yet asks again in the next
+iteration. On a CPU the copies are ordinary ones, and all is done at once.
 """
 
 from collections import deque
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sparsespec_compile.runtime.pool import PageAllocator
 
-_BLOCK_BYTES = 2**28
-"""Host memory is pinned in blocks of about this size, which never move. One takes as long as several iterations."""
+_BLOCK_BYTES = 2**24
+"""Host memory is pinned in blocks of about this size, which never move. While the driver pins one it enqueues no step,
+so a block must take no longer than what is enqueued already."""
 
 _COPIES_AT_ONCE = 64
 """Pages whose copies are enqueued between two steps: the host must get back to planning."""
@@ -75,6 +76,7 @@ class HostTier:
         self._coming: Future[Tensor] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._free = PageAllocator(0)
+        self._wanted = 0
         self._moving: deque[Transfer] = deque()
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
 
@@ -107,6 +109,8 @@ class HostTier:
 
     def advance(self) -> Iterator[Transfer]:
         """Enqueue some more copies; yields the transfers that are complete, in the order in which they began."""
+        if self._beside():
+            self._grow()  # for who leaves next
         room = _COPIES_AT_ONCE if self._stream is not None else sum(len(t.device_pages) for t in self._moving)
         for transfer in self._moving:
             if room and not transfer.enqueued:
@@ -156,16 +160,16 @@ class HostTier:
         return self._blocks[number // self._block_pages][number % self._block_pages]
 
     def _reserve(self, count: int) -> list[int] | None:
+        self._wanted = max(self._wanted, count)
+        self._grow()
+        return self._free.allocate(count)
+
+    def _grow(self) -> None:
+        """Take host memory until as many pages as the longest request that left are free: by a thread, one block."""
         self._add_block(wait=False)
-        while self._free.free < count and self._free.pages < self.capacity:
-            self._coming = self._coming or self._next_block()
-            if not self._coming.done():
-                return None
+        while self._coming is None and self._free.free < self._wanted and self._free.pages < self.capacity:
+            self._coming = self._next_block()
             self._add_block(wait=False)
-        pages = self._free.allocate(count)
-        if self._beside() and self._free.free < count and self._free.pages < self.capacity:
-            self._coming = self._coming or self._next_block()  # the next to leave may be about as long
-        return pages
 
     def _beside(self) -> bool:
         """Whether memory is had by a thread: pinning it would keep steps from being enqueued."""

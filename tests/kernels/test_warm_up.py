@@ -13,7 +13,8 @@ def packed(heads: int, row: int, offset: int = 0) -> Layout:
     return Layout((16, heads, 8), (row, 8, 1), offset, torch.float32)
 
 
-def test_attention_without_work(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("single_rows", [False, True])
+def test_attention_without_work(single_rows: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsespec_compile.kernels import triton_attention
 
     pools = []
@@ -25,7 +26,8 @@ def test_attention_without_work(device: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(warm_up, "dual_mode_attention", launch)
     kv = Layout((2, 2, 4, 16), (256, 64, 16, 1), 8, torch.float32)
-    Attention(packed(4, 64), packed(2, 64, 32), packed(2, 64, 48), kv, 3, 1.0, 1, 0.0).run(torch.device(device))
+    call = Attention(packed(4, 64), packed(2, 64, 32), packed(2, 64, 48), kv, 3, single_rows, 1.0, 1, 0.0)
+    call.run(torch.device(device))
     assert len(pools) == 1
     assert (pools[0] == 7.0).all()
 

@@ -148,6 +148,32 @@ def test_steps_go_on_while_a_thread_gets_host_memory(toy, monkeypatch):
     assert all(request.finish_reason is FinishReason.LENGTH for request in requests)
 
 
+def test_memory_for_the_next_to_leave_is_on_the_way(monkeypatch):
+    """A block an iteration, until as many pages are free as the longest that left had, and no more than allowed."""
+    monkeypatch.setattr(HostTier, "_beside", lambda tier: True)
+    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 4 * 3 * 8)
+    tier = HostTier(torch.zeros(16, 8), 10)
+
+    def iterate(times):
+        for _ in range(times):
+            list(tier.advance())
+            if tier._coming is not None:
+                tier._coming.result()
+        tier._add_block(wait=True)
+
+    iterate(4)
+    assert tier._free.pages == 0, "nobody has left yet"
+    while (first := tier.offload([3, 1, 4, 15])) is None:
+        iterate(1)
+    iterate(4)
+    assert tier._free.free == 5
+    assert tier._free.pages == 9
+    assert tier.offload([9, 2]) is not None
+    iterate(4)
+    assert tier._free.pages == 10
+    assert len(first.host_pages) == 4
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch, beside):
     def refuse(tier, pages):

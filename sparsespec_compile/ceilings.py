@@ -54,12 +54,12 @@ H200 = Ceilings(
     name="NVIDIA H200",
     read_bytes_per_s=4.3e12,
     flops_per_s=673e12,
-    gather_bytes_per_s=3.9e12,
+    gather_bytes_per_s=3.8e12,
     attention_flops_per_s=500e12,
     gemm_overhead_s=9.5e-6,
-    attention_overhead_s=4e-6,
-    request_overhead_s=0.25e-6,
-    scoring_overhead_s=28e-6,
+    attention_overhead_s=6e-6,
+    request_overhead_s=0.05e-6,
+    scoring_overhead_s=34e-6,
 )
 """One H200 SXM, bf16, torch 2.11, triton 3.6.
 

@@ -132,8 +132,8 @@ def test_a_prediction_is_the_sum_of_its_terms():
     weights, flops = float(COST.term("projections").bytes), 128 * float(COST.term("projections").bytes)
     assert times["projections"] == pytest.approx(math.hypot(weights / 4.3e12, flops / 673e12))
     drafted = 56 * (410 * 1152 + 419 * 147_456)
-    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 3.9e12, 56 * 419 * 589_824 / 500e12))
-    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * (4e-6 + 64 * 0.25e-6 + 28e-6))
+    assert times["draft attention"] == pytest.approx(math.hypot(drafted / 3.8e12, 56 * 419 * 589_824 / 500e12))
+    assert times[OVERHEAD] == pytest.approx(145 * 9.5e-6 + 36 * (6e-6 + 64 * 0.05e-6 + 34e-6))
     assert got.dominating.name == "projections"
     assert got.light_seconds == pytest.approx(sum(term.bytes for term in got.terms) / 4.3e12)
     assert got.roofline_share == got.light_seconds / got.seconds
@@ -185,13 +185,16 @@ def test_the_phases_of_a_cycle(batch, k, schedule):
 
 
 def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
-    """`benchmarks/iteration_times.py` on an H200: 0 to 12 drafts, eight sizes of a batch."""
+    """`benchmarks/iteration_times.py` on an H200: 0 to 12 drafts, eight sizes of a batch.
+
+    With kernels before those that the constants are fitted to, whose drafts and plain decoding took longer.
+    """
     rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-iteration-times.json").read_text())["rows"]
     predicted = iteration_time(COST, SpecConfig(draft_tokens="auto"), H200)
     ratios = [row["seconds"] / predicted(row["draft_tokens"], row["length"], row["requests"]) for row in rows]
     assert len(ratios) == 8 * 13
     assert 1 / 1.2 < min(ratios) < max(ratios) < 1.2
-    assert 0.95 < statistics.median(ratios) < 1.05
+    assert 1.0 < statistics.median(ratios) < 1.1
 
 
 def test_requests_verify_in_groups():

@@ -46,13 +46,17 @@ class StepRunner:
         self._memory: Any = None  # what `CUDAGraph.pool` gives: torch has no public name for its type
 
     def prepare(self, rows: int) -> None:
-        """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later."""
+        """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later.
+
+        Where `rows` are no more than there are slots, nobody is expected to have more than one, but for prompts.
+        """
         if not self._sizes:
             return
         any_rows, single = Variant(), Variant(single_rows=True)
+        slots = self.step.state.capacity.slots
         asked = [(self._sizes[-1], any_rows)]
-        for variant, most in ((any_rows, rows), (single, self.step.state.capacity.slots)):
-            asked += [(size, variant) for size in self._sizes if size <= self._padded(most)]
+        asked += [(size, any_rows) for size in self._sizes if rows > slots and size <= self._padded(rows)]
+        asked += [(size, single) for size in self._sizes if size <= self._padded(slots)]
         missing = [key for key in dict.fromkeys(asked) if key not in self._graphs]
         with torch.cuda.device_of(self.step.inputs.flat):
             for size, variant in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):

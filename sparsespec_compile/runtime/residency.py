@@ -56,15 +56,7 @@ class Residency:
             request.pages = pages or []
             admitted = pages is not None
         else:
-            held = list(residents)
-            lengths = [longest, *(self.pages_for(other.max_length) for other in held)]
-            pool, tier = self.allocator.pages, self.tier.capacity
-            # Requests move whole: all but the one that stays, and what does not fit beside it.
-            fits = sum(lengths) <= pool or sum(lengths) + max(lengths) <= pool + tier
-            first = self.pages_for(min(len(request.prompt) + self._cycle_tokens, request.max_length))
-            admitted = (
-                not self._offloaded and fits and first + (self._reserve(held) if held else 0) <= self.allocator.free
-            )
+            admitted = not self._offloaded and self._fits(request, longest, list(residents))
         if admitted:
             request.place = Place.DEVICE
             self._tabled[request] = 0
@@ -82,13 +74,15 @@ class Residency:
         if self.tier.capacity == 0:
             return
         here = [request for request in residents if request.place is Place.DEVICE]
-        self._bring_back(here)
+        reserve = sum(map(self._missing, here))
+        self._bring_back(here, reserve)
         leaving = sum(len(t.device_pages) for t in self._moving if t.to_host)
-        while len(here) > 1 and self.allocator.free + leaving < self._reserve(here):
+        while len(here) > 1 and self.allocator.free + leaving < reserve:
             youngest = here.pop()
             if not self._send_away(youngest):
                 break
             leaving += len(youngest.pages)
+            reserve -= self._missing(youngest)
 
     def covers(self, request: Request, tokens: int) -> bool:
         """Give `request` pages for its first `tokens` positions and put them in its page table.
@@ -139,16 +133,23 @@ class Residency:
         """Pages that hold `tokens` tokens."""
         return -(-tokens // self._page_size)
 
-    def _reserve(self, here: list[Request]) -> int:
-        """Pages to keep free: what the requests on the device may take while another one leaves.
+    def _fits(self, request: Request, longest: int, held: list[Request]) -> bool:
+        """Whether one more may be admitted beside those that are, with a host tier."""
+        lengths = [longest, *(self.pages_for(other.max_length) for other in held)]
+        pool, tier = self.allocator.pages, self.tier.capacity
+        # Requests move whole: all but the one that stays, and what does not fit beside it.
+        if sum(lengths) > pool and sum(lengths) + max(lengths) > pool + tier:
+            return False
+        first = self.pages_for(min(len(request.prompt) + self._cycle_tokens, request.max_length))
+        return first + sum(map(self._missing, held)) <= self.allocator.free
 
-        Each its whole prompt, and some cycles more than it may hold now.
+    def _missing(self, request: Request) -> int:
+        """Pages to keep free for a request on the device: what it may take while another one leaves.
+
+        Its whole prompt, and some cycles more than it may hold now.
         """
-        pages = 0
-        for request in here:
-            soon = max(request.reach, len(request.prompt)) + 3 * self._cycle_tokens
-            pages += max(0, self.pages_for(min(soon, request.max_length)) - len(request.pages))
-        return pages
+        soon = max(request.reach, len(request.prompt)) + 3 * self._cycle_tokens
+        return max(0, -(-min(soon, request.max_length) // self._page_size) - len(request.pages))
 
     def _send_away(self, request: Request) -> bool:
         transfer = self.tier.offload(request.pages)
@@ -160,10 +161,10 @@ class Residency:
         self._offloaded.append(request)
         return True
 
-    def _bring_back(self, here: list[Request]) -> None:
+    def _bring_back(self, here: list[Request], reserve: int) -> None:
         while self._offloaded and self._offloaded[0].place is Place.HOST:
             request = self._offloaded[0]
-            room = self._reserve([*here, request]) if here else 0
+            room = reserve + self._missing(request) if here else 0
             if len(request.pages) + room > self.allocator.free:
                 return
             self._offloaded.popleft()

@@ -102,6 +102,12 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     assert captured == [(100, False), (2, False), (16, False), (2, True)]
     runner.prepare(33)
     assert captured[4:] == [(64, False)]
+    plain = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
+    plain._sizes = row_counts(100)
+    captured.clear()
+    monkeypatch.setattr(plain, "_capture", lambda rows, variant: captured.append((rows, variant.single_rows)))
+    plain.prepare(2)
+    assert captured == [(100, False), (2, True)]
 
 
 def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeypatch):

@@ -13,7 +13,10 @@ _REGISTERS = 65536
 """Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""
 
 _RESERVED = 1024
-"""Bytes of shared memory that a program takes besides its tiles; the compiler's exchanges take about as many."""
+"""Bytes of shared memory that a device takes for each program."""
+
+_EXCHANGES = 4096
+"""Bytes that the compiler takes for exchanges between threads beside the tiles, about."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
     pairs = small_tile(layer.group)
     block_n = 1 << max(4, min(6, (16384 // layer.token_bytes).bit_length() - 1))
     block_bytes, queries = block_n * layer.token_bytes, pairs * padded(layer.key_dim) * layer.dtype.itemsize
-    fitting = limits.shared_bytes // (queries + 2 * block_bytes + 2 * _RESERVED)
+    fitting = limits.shared_bytes // (queries + 2 * block_bytes + _RESERVED + _EXCHANGES)
     # Costs are counted in blocks, which take half as long as those of other steps.
     return Tiling(
         big_m=pairs,
@@ -105,33 +108,49 @@ def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
 
 
 def _for_any(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
-    single = layer.dtype == torch.float32
     prefills = kind is StepKind.PREFILL
     wide = layer.token_bytes > 512
-    big_m = 16 if single else 128 if prefills and not wide else SCORED_PAIRS
+    big_m = 16 if layer.dtype == torch.float32 else 128 if prefills and not wide else SCORED_PAIRS
     big_m = max(big_m, small_tile(layer.group))
     block_n = 16 if layer.token_bytes > 1024 else 32 if wide else 64
-    num_warps = 8 if big_m > 64 or wide else 4
-    per_sm = 1 if num_warps == 8 else 2
-    queries = padded(layer.key_dim) * layer.dtype.itemsize
-    room = limits.shared_bytes // per_sm - 2 * _RESERVED
-    # Fewer keys at a time, and more of them on their way, suit what waits for memory.
-    big_n = block_n if prefills else min(block_n, 32)
+    heavy = big_m > 64 or wide
+    # Where two programs do not fit beside each other with blocks so long, they may with shorter ones.
+    shapes = [(1, block_n)] if heavy else [(2, block_n), (2, block_n // 2), (1, block_n)]
+    for per_sm, keys in shapes:
+        # Fewer keys at a time, and more of them on their way, suit what waits for memory.
+        big_n = keys if prefills else min(keys, 32)
+        small, big, scored = _blocks_ahead(layer, big_m, keys, big_n, per_sm, limits)
+        if min(small, big, scored) >= 2:
+            break
+    # One block on its way hides nothing, and each takes registers for what it has looked up.
+    ahead = (max(2, min(2, small)), max(2, min(4, big)), max(2, min(4, scored)))
+    return Tiling(big_m, keys, big_n, 8 if heavy else 4, *ahead, per_sm)
+
+
+def _blocks_ahead(
+    layer: Layer, big_m: int, block_n: int, big_n: int, per_sm: int, limits: DeviceLimits
+) -> tuple[int, int, int]:
+    """Blocks that fit the shared memory of a program: of small tiles, of large ones, of large ones with scores."""
+    itemsize = layer.dtype.itemsize
+    queries = padded(layer.key_dim) * itemsize
+    room = limits.shared_bytes // per_sm - _RESERVED - _EXCHANGES
     # Products of 64 rows and more on Hopper keep one more block in shared memory while they run.
-    kept = 1 if limits.capability >= 90 and big_m >= 64 and not single else 0
-    big_ahead = (room - big_m * queries) // (big_n * layer.token_bytes) - kept
-    small_ahead = (room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes)
+    kept = 1 if limits.capability >= 90 and big_m >= 64 and layer.dtype != torch.float32 else 0
+    big = (room - big_m * queries) // (big_n * layer.token_bytes) - kept
+    small = (room - small_tile(layer.group) * queries) // (block_n * layer.token_bytes)
     # With scores only values are kept there, and weights are handed over through shared memory.
-    kept_values = kept * block_n * padded(layer.value_dim) * layer.dtype.itemsize
-    weights = big_m * block_n * layer.dtype.itemsize
-    scored_ahead = (room - big_m * queries - weights - kept_values) // (block_n * layer.token_bytes)
-    ahead = (_clamped(small_ahead, 2), _clamped(big_ahead, 4), _clamped(scored_ahead, 4))
-    return Tiling(big_m, block_n, big_n, num_warps, *ahead, per_sm)
+    handed = (kept * padded(layer.value_dim) + big_m) * block_n * itemsize
+    scored = (room - big_m * queries - handed) // (block_n * layer.token_bytes)
+    return small, big, scored
 
 
-def _clamped(ahead: int, most: int) -> int:
-    """Blocks on their way: one hides nothing, and each takes registers for what it has looked up."""
-    return max(2, min(most, ahead))
+def parts_ahead(layer: Layer, tiling: Tiling, limits: DeviceLimits) -> int:
+    """Parts of small tiles that are on their way as they are joined: as many as fit in place of keys and values.
+
+    They wait for memory one after the other otherwise; more than five gain nothing.
+    """
+    room = limits.shared_bytes // tiling.programs_per_sm - _RESERVED - _EXCHANGES
+    return max(2, min(5, room // (small_tile(layer.group) * padded(layer.value_dim) * 4)))
 
 
 def padded(size: int) -> int:

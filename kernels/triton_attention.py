@@ -15,7 +15,7 @@ from .checks import check_attention
 from .device import device_limits
 from .ops import STEP_TENSORS
 from .step_kind import kind_of_step
-from .tiling import Layer, Tiling, padded, small_tile
+from .tiling import Layer, Tiling, padded, parts_ahead, small_tile
 from .triton_attend import attention_kernel
 from .triton_tiles import LOG2_E
 from .tuning import tiling_for
@@ -73,7 +73,8 @@ def dual_mode_attention(
 
 def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
     device = arguments["q"].device
-    programs = device_limits(device).multiprocessors * tiling.programs_per_sm
+    limits = device_limits(device)
+    programs = limits.multiprocessors * tiling.programs_per_sm
     small_m = small_tile(layer.group)
     arguments |= {
         "counters": counters(device, programs),
@@ -87,6 +88,7 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_AHEAD": tiling.small_ahead,
         "BIG_AHEAD": tiling.big_ahead,
         "SCORED_AHEAD": tiling.scored_ahead,
+        "PARTS": parts_ahead(layer, tiling, limits),
         "UNIT_OVERHEAD": tiling.unit_overhead,
         "SCORED_OVERHEAD": tiling.scored_overhead,
         "PART_COST": tiling.part_cost,

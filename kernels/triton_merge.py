@@ -72,14 +72,14 @@ def join_parts(
     BLOCK_M: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Sums and totals of a unit whose parts are all there."""
+    """Sums and totals of a unit whose parts are all there; AHEAD of them are on their way at a time."""
     dim = tl.arange(0, VALUE_PAD)[None, :]
     sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    # Parts wait for memory one after the other; those of small tiles fit beside each other on their way.
-    for program in tl.range(first, last + 1, num_stages=6 if BLOCK_M <= 16 else 3):
+    for program in tl.range(first, last + 1, num_stages=AHEAD + 1):
         number = 2 * program + tl.where(program == first, 1, 0)
         at_sums, at_total, at_largest = _place_of_part(parts, number, PART_M, BLOCK_M, VALUE_DIM)
         # Past the L1 cache, which other processors' stores do not reach.

@@ -33,7 +33,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
     precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
     positions are looked up, whether rows may be read beside the pool, keys of a block as work is shared out and with
-    scores, how often ahead with scores: 0 if the tile never has any).
+    scores, how often ahead with scores: 0 if the tile never has any, parts on their way as they are joined).
     """
     packed, source, listed, measured, blocks, rows, own, score, workspace = unit
     VALUE_DIM: tl.constexpr = LAYER[2]
@@ -102,7 +102,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         store_part(parts, number, sums, total, largest, real_pair, PART_M, BLOCK_M, VALUE_DIM, VALUE_PAD)
         if arrive_last(counters, first_program, last_program):
             sums, total = join_parts(
-                parts, first_program, last_program, real_pair, PART_M, BLOCK_M, VALUE_DIM, VALUE_PAD
+                parts, first_program, last_program, real_pair, PART_M, BLOCK_M, VALUE_DIM, VALUE_PAD, TILE[9]
             )
             store_rows(target, sums, total, real_pair, VALUE_DIM, VALUE_PAD)
     return in_range

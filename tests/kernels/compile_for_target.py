@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,21 +20,27 @@ from triton.runtime.jit import JITFunction
 
 from sparsespec_compile.kernels import triton_attention, triton_draw, triton_select
 from sparsespec_compile.kernels.device import DeviceLimits
+from sparsespec_compile.kernels.step_kind import single_rows
 
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
+    "Qwen3-8B, single rows": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
+    "Gemma-2, single rows": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 1024),
     "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Phi-3": (32, 32, 96, torch.float16, 2047, 0.0, 16),
     "float32": (7, 1, 64, torch.float32, 0, 0.0, 16),
     "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0, 16),
 }
-"""Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step."""
+"""Steps of single rows are promised where the name says so. Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step."""
 
 TARGETS = {
-    80: (164, ("Phi-3", "float32")),
+    80: (164, ("Phi-3", "float32", "Qwen3-8B, single rows")),
     86: (100, ("Qwen3-8B",)),
-    90: (228, ("Qwen3-8B", "Qwen3-8B, prefilling", "Gemma-2", "71 heads")),
+    90: (
+        228,
+        ("Qwen3-8B", "Qwen3-8B, single rows", "Qwen3-8B, prefilling", "Gemma-2", "Gemma-2, single rows", "71 heads"),
+    ),
 }
 """Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
 
@@ -44,6 +51,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
 }
+_PROCESSORS = 100
+
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Launch = tuple[JITFunction, dict[str, Any]]
@@ -53,21 +62,28 @@ def main() -> None:
     capability = int(sys.argv[1])
     target = GPUTarget("cuda", capability, 32)
     shared, layers = TARGETS[capability]
-    limits = DeviceLimits("none", capability, 100, shared * 1024)
+    limits = DeviceLimits("none", capability, _PROCESSORS, shared * 1024)
     triton_attention.device_limits = triton_select.device_limits = lambda _: limits
     launches: list[Launch] = []
-    JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
+    grids: list[tuple[int, ...]] = []
+
+    def note(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+        grids.append(grid)
+        return lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
+
+    JITFunction.__getitem__ = note
     results = []
     for name in layers:
-        _launch_attention(*LAYERS[name])
-        results += [(name, *_compile(*launch, target)) for launch in launches]
+        with single_rows("single rows" in name):
+            _launch_attention(*LAYERS[name])
+        results += [(name, *_compile(*launch, target), grids[-1][0] // _PROCESSORS) for launch in launches]
         launches.clear()
     _launch_select()
-    results += [("selection", *_compile(*launch, target)) for launch in launches]
+    results += [("selection", *_compile(*launch, target), 1) for launch in launches]
     for dtype in triton_draw.DROPPED:
         launches.clear()
         _launch_draw(dtype)
-        results += [(f"drawing {dtype}", *_compile(*launch, target)) for launch in launches]
+        results += [(f"drawing {dtype}", *_compile(*launch, target), 1) for launch in launches]
     print(json.dumps(results))
 
 

@@ -18,7 +18,7 @@ from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
 from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, single_rows
-from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling
+from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_ahead
 from sparsespec_compile.kernels.workload import Heads
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
@@ -137,6 +137,23 @@ def test_programs_of_single_rows_fit_the_shared_memory(layer: Layer, shared: int
     assert tiling.programs_per_sm == programs
     tile = 2 * tiling.block_n * layer.token_bytes + 16 * layer.key_dim * 2
     assert programs * (tile + 1024) <= shared * 1024
+
+
+def test_programs_of_other_steps_fit_as_well_as_they_can() -> None:
+    """Two of them, with shorter blocks if need be; else one."""
+    chosen = []
+    for kib, capability in ((228, 90), (164, 80), (100, 86)):
+        tiling = default_tiling(LAYER, StepKind.MIXED, DeviceLimits("NVIDIA Test", capability, 80, kib * 1024))
+        chosen.append((tiling.programs_per_sm, tiling.block_n))
+    assert chosen == [(2, 64), (2, 32), (1, 64)]
+
+
+def test_parts_are_joined_in_the_room_of_keys_and_values() -> None:
+    wide = Layer(4, 256, 256, torch.bfloat16, 16)
+    for layer, kib, parts in ((LAYER, 228, 5), (LAYER, 164, 4), (wide, 228, 3), (wide, 100, 2)):
+        limits = DeviceLimits("NVIDIA Test", 90, 132, kib * 1024)
+        tiling = default_tiling(layer, StepKind.SINGLE_ROWS, limits)
+        assert parts_ahead(layer, tiling, limits) == parts
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ LAYERS = {
     "float32": (7, 1, 64, torch.float32, 0, 0.0, 16),
     "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0, 16),
 }
-"""Steps of single rows are promised where the name says so. Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step."""
+"""Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step.
+
+Where the name says so, single rows are promised."""
 
 TARGETS = {
     80: (164, ("Phi-3", "float32", "Qwen3-8B, single rows")),

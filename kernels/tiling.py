@@ -80,7 +80,7 @@ def small_tile(group: int) -> int:
 
 def default_tiling(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
     """Tiles within the registers of a program and the shared memory of a multiprocessor."""
-    # Others have no registers to spare in programs so small.
+    # Tiles of others take more registers than a thread of two warps has.
     light = layer.dtype != torch.float32 and small_tile(layer.group) == 16 and layer.token_bytes <= 1024
     return _for_single_rows(layer, limits) if kind is StepKind.SINGLE_ROWS and light else _for_any(layer, kind, limits)
 
@@ -91,7 +91,7 @@ def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
     block_n = 1 << max(4, min(6, (16384 // layer.token_bytes).bit_length() - 1))
     block_bytes, queries = block_n * layer.token_bytes, pairs * padded(layer.key_dim) * layer.dtype.itemsize
     fitting = limits.shared_bytes // (queries + 2 * block_bytes + _RESERVED + _EXCHANGES)
-    # Costs are counted in blocks, which take half as long as those of other steps.
+    # A block takes half as long as one of other steps; joining few rows takes less than joining a large tile's.
     return Tiling(
         big_m=pairs,
         block_n=block_n,

@@ -149,8 +149,8 @@ def share_of_line(total, longest, PART_COST: tl.constexpr, UNIT_OVERHEAD: tl.con
 
     Parts of a unit are read side by side and joined one after the other, so n parts of b blocks take b / n to read and
     n times a part's cost to join: a stretch is no shorter than the square root of that cost times the longest unit, at
-    which both take the same. A stretch is a multiple of the longest unit if that is longer by no more than what
-    starting another part and joining it take: where units are alike, none is cut then.
+    which both take the same. A stretch is a multiple of the longest unit if that is longer by no more than
+    starting a part takes and half as much again, for joining it: where units are alike, none is cut then.
     """
     share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
     worth_joining = (tl.sqrt(longest * (PART_COST / 16.0)) + 0.5).to(tl.int32)

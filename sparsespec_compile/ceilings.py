@@ -63,9 +63,10 @@ H200 = Ceilings(
 )
 """One H200 SXM, bf16, torch 2.11, triton 3.6.
 
-Reads: the fastest attention kernel seen on the card; FLOPs: an 8192^3 product. The others are fitted: to a compiled
-step of Qwen3-8B without attention (4.9, 5.5, 5.8, 6.9, 8.3 ms at 2, 64, 122, 192, 256 rows), and to one of its layers
-of this project's attention (benchmarks/results/h200-kernels.json)."""
+Reads: the fastest attention kernel that had been seen on the card when bars were set, 3 to 5% below the fastest since.
+FLOPs: an 8192^3 product. The others are fitted: to a compiled step of Qwen3-8B without attention (4.9, 5.5, 5.8, 6.9,
+8.3 ms at 2, 64, 122, 192, 256 rows), and to one of its layers of this project's attention
+(benchmarks/results/h200-kernels.json)."""
 
 KNOWN = (H200,)
 """Devices with measured ceilings."""

@@ -3,6 +3,7 @@
 What a request does is data, so a graph serves every mix of drafts, verifications and prompts that fits its rows.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class StepRunner:
         padded = self._padded(rows)
         with torch.cuda.device_of(self.step.inputs.flat):
             if not self._graphs:
-                self._capture(self._sizes[-1], variant)  # the largest first: the others fit into its memory
+                # The largest first: the others fit into its memory.
+                self._capture(self._sizes[-1], replace(variant, single_rows=False))
             if (padded, variant) not in self._graphs:
                 self._capture(padded, variant)
             self._graphs[padded, variant].replay()

@@ -24,6 +24,14 @@ _COPIES_AT_ONCE = 64
 """Pages whose copies are enqueued between two steps: the host must get back to planning."""
 
 
+def _pages_of_block(page_bytes: int) -> int:
+    """Pages of a block. Torch pins powers of two: a block is one that its pages fill to seven eighths at least."""
+    block = _BLOCK_BYTES
+    while block // page_bytes * page_bytes < block * 7 // 8:
+        block *= 2
+    return block // page_bytes
+
+
 def available_host_bytes() -> int:
     """Host memory that can be had without swapping, page cache included, within the limit of the control group."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -71,12 +79,12 @@ class HostTier:
     def __init__(self, pool: Tensor, pages: int) -> None:
         self.capacity = pages
         self._pool = pool
-        self._block_pages = max(1, min(pages, _BLOCK_BYTES // (pool.shape[1] * pool.itemsize)))
+        self._block_pages = max(1, min(pages, _pages_of_block(pool.shape[1] * pool.itemsize)))
         self._blocks: list[Tensor] = []
         self._coming: Future[Tensor] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._free = PageAllocator(0)
-        self._wanted = 0
+        self._longest = 0
         self._moving: deque[Transfer] = deque()
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
 
@@ -110,7 +118,7 @@ class HostTier:
     def advance(self) -> Iterator[Transfer]:
         """Enqueue some more copies; yields the transfers that are complete, in the order in which they began."""
         if self._beside():
-            self._grow()  # for who leaves next
+            self._grow(self._longest)  # for who leaves next
         room = _COPIES_AT_ONCE if self._stream is not None else sum(len(t.device_pages) for t in self._moving)
         for transfer in self._moving:
             if room and not transfer.enqueued:
@@ -127,6 +135,7 @@ class HostTier:
     def clear(self) -> None:
         """Forget all transfers and free all host pages; the memory itself is kept."""
         self.wait()
+        self._longest = 0
         self._moving.clear()
         self._free = PageAllocator(self._free.pages)
 
@@ -160,14 +169,14 @@ class HostTier:
         return self._blocks[number // self._block_pages][number % self._block_pages]
 
     def _reserve(self, count: int) -> list[int] | None:
-        self._wanted = max(self._wanted, count)
-        self._grow()
+        self._longest = max(self._longest, count)
+        self._grow(count)
         return self._free.allocate(count)
 
-    def _grow(self) -> None:
-        """Take host memory until as many pages as the longest request that left are free: by a thread, one block."""
+    def _grow(self, count: int) -> None:
+        """Take host memory until `count` pages are free: at once, or, by a thread, the next block of it."""
         self._add_block(wait=False)
-        while self._coming is None and self._free.free < self._wanted and self._free.pages < self.capacity:
+        while self._coming is None and self._free.free < count and self._free.pages < self.capacity:
             self._coming = self._next_block()
             self._add_block(wait=False)
 

@@ -99,8 +99,17 @@ def _stretches(ends, total, longest, PART_COST: tl.constexpr, UNIT_OVERHEAD: tl.
 
 @pytest.mark.parametrize(
     ("total", "longest", "stretch"),
-    [(80, 40, 16), (20, 20, 9), (20, 5, 5), (60, 15, 15), (60, 17, 12), (70, 8, 16), (0, 0, 0)],
-    ids=["even", "not cut too small", "short units apart", "not cut for little", "cut for more", "two whole", "none"],
+    [
+        pytest.param(80, 40, 16, id="even"),
+        pytest.param(20, 20, 9, id="not cut too small"),
+        pytest.param(20, 5, 5, id="short units apart"),
+        pytest.param(10, 2, 2, id="very short units apart"),
+        pytest.param(60, 15, 15, id="not cut for little"),
+        pytest.param(60, 16, 16, id="nor for half as much again"),
+        pytest.param(60, 17, 12, id="cut for more"),
+        pytest.param(70, 8, 16, id="two whole"),
+        pytest.param(0, 0, 0, id="none"),
+    ],
 )
 def test_stretches_of_the_line(total: int, longest: int, stretch: int, device: str) -> None:
     ends = torch.full((5, 2), -1, dtype=torch.int32, device=device)

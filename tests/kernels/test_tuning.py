@@ -110,6 +110,8 @@ def test_kinds_of_steps() -> None:
         with single_rows(False):
             assert kind_of_step(64, 32, 64) is StepKind.MIXED
         assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
+    with pytest.raises(KeyboardInterrupt), single_rows(True):
+        raise KeyboardInterrupt
     assert kind_of_step(64, 32, 64) is StepKind.MIXED
 
 

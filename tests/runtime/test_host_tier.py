@@ -174,6 +174,24 @@ def test_memory_for_the_next_to_leave_is_on_the_way(monkeypatch):
     assert len(first.host_pages) == 4
 
 
+@pytest.mark.parametrize("mebibytes", [0.02, 1, 2.25, 4.5, 9, 10, 20, 300])
+def test_blocks_of_memory_are_nearly_powers_of_two(mebibytes):
+    """Torch rounds up what it pins."""
+    page = int(mebibytes * 2**20)
+    held = HostTier(torch.empty(1, page // 4, device="meta"), 10**6)._block_pages * page
+    assert held / (1 << (held - 1).bit_length()) >= 7 / 8
+    assert held < 2 * max(2**24, 4 * page)
+
+
+def test_without_a_thread_no_more_memory_is_taken_than_needed(monkeypatch):
+    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 32)
+    tier = HostTier(torch.zeros(16, 8), 100)
+    for count, held in ((5, 5), (1, 6)):
+        tier.offload(list(range(count)))
+        list(tier.advance())
+        assert tier._free.pages == tier.held == held
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch, beside):
     def refuse(tier, pages):

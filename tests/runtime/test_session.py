@@ -21,6 +21,7 @@ from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.scheduler import Scheduler
+from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work
 
 from ..support.toy import Toy, requests_of, run
@@ -108,6 +109,25 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     monkeypatch.setattr(plain, "_capture", lambda rows, variant: captured.append((rows, variant.single_rows)))
     plain.prepare(2)
     assert captured == [(100, False), (2, True)]
+
+
+def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
+    """The others fit into its memory; of single rows there are never so many."""
+    runner = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
+    runner._sizes, events = row_counts(100), []
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    def capture(rows, variant):
+        events.append((rows, variant.single_rows))
+        runner._graphs[rows, variant] = Graph()
+
+    monkeypatch.setattr(runner, "_capture", capture)
+    for rows, variant in ((2, Variant(single_rows=True)), (60, Variant())):
+        runner(rows, rows, variant)
+    assert events == [(100, False), (2, True), "replay", (64, False), "replay"]
 
 
 def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeypatch):
@@ -257,9 +277,10 @@ class TestCapturedStep:
         for work in ([single], [single, rows], [], [single._replace(scored=1)]):
             step.fill(work)
             step.replay()
-        step.fill([single])
-        step.replay(1, 1)  # as if written by hand
-        assert variants == [True, False, True, False, False]
+        for counts in ((1, 1), (1, None), (None, 1)):  # as if written by hand
+            step.fill([single])
+            step.replay(*counts)
+        assert variants == [True, False, True, False, False, False, False]
 
     def test_pages_may_lie_anywhere(self, toy):
         step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)

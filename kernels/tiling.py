@@ -123,8 +123,8 @@ def _for_any(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
         if min(small, big, scored) >= 2:
             break
     # One block on its way hides nothing, and each takes registers for what it has looked up.
-    ahead = (max(2, min(2, small)), max(2, min(4, big)), max(2, min(4, scored)))
-    return Tiling(big_m, keys, big_n, 8 if heavy else 4, *ahead, per_sm)
+    big_ahead, scored_ahead = max(2, min(4, big)), max(2, min(4, scored))
+    return Tiling(big_m, keys, big_n, 8 if heavy else 4, 2, big_ahead, scored_ahead, per_sm)
 
 
 def _blocks_ahead(

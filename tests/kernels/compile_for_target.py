@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel for one GPU architecture, without a GPU, and prints what each needs as JSON.
+"""Compiles the Triton kernels of a layer, or of another op, for one GPU architecture, without a GPU.
 
-Run as a script in a fresh process (`compile_for_target.py 90`): the interpreter leaves traces in triton.language that
-would get in the compiler's way. The launchers are called as they are; their kernels are compiled instead of started.
+Prints what each needs as JSON. Run as a script in a fresh process (`compile_for_target.py 90 Gemma-2`): the interpreter
+leaves traces in triton.language that would get in the compiler's way. The launchers are called as they are; their
+kernels are compiled instead of started.
 """
 
 import json
@@ -46,6 +47,10 @@ TARGETS = {
 }
 """Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
 
+SELECTION, DRAWING = "selection", "drawing "
+OTHERS = (SELECTION, *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in triton_draw.DROPPED))
+"""What is compiled besides layers, for each capability."""
+
 POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -61,32 +66,27 @@ Launch = tuple[JITFunction, dict[str, Any]]
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
+    capability, layer = int(sys.argv[1]), sys.argv[2]
     target = GPUTarget("cuda", capability, 32)
-    shared, layers = TARGETS[capability]
-    limits = DeviceLimits("none", capability, _PROCESSORS, shared * 1024)
+    limits = DeviceLimits("none", capability, _PROCESSORS, TARGETS[capability][0] * 1024)
     triton_attention.device_limits = triton_select.device_limits = lambda _: limits
     launches: list[Launch] = []
-    grids: list[tuple[int, ...]] = []
+    programs = 1
 
     def note(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
-        grids.append(grid)
+        nonlocal programs
+        programs = max(1, grid[0] // _PROCESSORS) if layer in LAYERS else 1
         return lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
 
     JITFunction.__getitem__ = note
-    results = []
-    for name in layers:
-        with single_rows("single rows" in name):
-            _launch_attention(*LAYERS[name])
-        results += [(name, *_compile(*launch, target), grids[-1][0] // _PROCESSORS) for launch in launches]
-        launches.clear()
-    _launch_select()
-    results += [("selection", *_compile(*launch, target), 1) for launch in launches]
-    for dtype in triton_draw.DROPPED:
-        launches.clear()
-        _launch_draw(dtype)
-        results += [(f"drawing {dtype}", *_compile(*launch, target), 1) for launch in launches]
-    print(json.dumps(results))
+    if layer in LAYERS:
+        with single_rows("single rows" in layer):
+            _launch_attention(*LAYERS[layer])
+    elif layer == SELECTION:
+        _launch_select()
+    else:
+        _launch_draw(getattr(torch, layer.removeprefix(DRAWING)))
+    print(json.dumps([(*_compile(*launch, target), programs) for launch in launches]))
 
 
 def _by_name(kernel: JITFunction, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

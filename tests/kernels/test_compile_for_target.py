@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .compile_for_target import TARGETS
+from .compile_for_target import OTHERS, SELECTION, TARGETS
 
 STACK_BYTES = 2048
 """A program parks what it knows of its unit of work outside registers while it attends, a few loads for each block of
@@ -18,29 +18,29 @@ DRAW_STACK_BYTES = 32
 """A few values that the loop over tokens does not use, with some compilers."""
 
 
-@pytest.mark.parametrize("capability", TARGETS)
-def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
+CASES = [(capability, name) for capability, (_, layers) in TARGETS.items() for name in (*layers, *OTHERS)]
+
+
+@pytest.mark.parametrize(("capability", "layer"), CASES)
+def test_kernels_compile_and_fit(capability: int, layer: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("compile_for_target.py")
-    command = [sys.executable, str(script), str(capability)]
+    command = [sys.executable, str(script), str(capability), layer]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout)
-    shared_kib, layers = TARGETS[capability]
-    compiled = {(layer, name) for layer, name, *_ in kernels}
-    drawing = ("filter_kernel", "draw_kernel", "join_kernel")
-    drawn = {(f"drawing torch.{dtype}", name) for dtype in ("float32", "bfloat16", "float16") for name in drawing}
-    assert compiled == {(layer, "attention_kernel") for layer in layers} | {("selection", "select_kernel")} | drawn
-    for layer, name, stack, shared, copies, programs in kernels:
-        assert stack <= STACK_BYTES, f"{name} for {layer} spills {stack} bytes a thread"
-        assert shared < shared_kib * 1024, f"{name} for {layer} takes {shared} bytes of shared memory"
-        if name in drawing:
-            assert stack <= DRAW_STACK_BYTES, f"{name} for {layer} spills {stack} bytes a thread"
-        if name == "attention_kernel" and layer != "float32":
-            assert copies, f"{name} for {layer} does not fetch keys ahead, 16 bytes at a time"
+    drawing = ["filter_kernel", "draw_kernel", "join_kernel"]
+    expected = ["select_kernel"] if layer == SELECTION else drawing if layer in OTHERS else ["attention_kernel"]
+    assert [name for name, *_ in kernels] == expected
+    shared_kib = TARGETS[capability][0]
+    for name, stack, shared, copies, programs in kernels:
+        most = DRAW_STACK_BYTES if name in drawing else STACK_BYTES
+        assert stack <= most, f"{name} spills {stack} bytes a thread"
         # Programs are persistent: one that waits for another to end would have nothing left to do.
-        assert programs * (shared + 1024) <= shared_kib * 1024, f"{name} for {layer}: {programs} do not fit together"
+        assert programs * (shared + 1024) <= shared_kib * 1024, f"{programs} programs of {shared} bytes do not fit"
+        if name == "attention_kernel" and layer != "float32":
+            assert copies, f"{name} does not fetch keys ahead, 16 bytes at a time"
         if capability == 90 and layer.startswith("Qwen3-8B"):
             assert programs == {"Qwen3-8B": 2, "Qwen3-8B, single rows": 4, "Qwen3-8B, prefilling": 1}[layer]

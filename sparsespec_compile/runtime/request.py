@@ -82,7 +82,6 @@ class Request:
         pillars, recent_start: as far as results have been read, how many pillars its drafts read, and the position from
             which on they read everything.
         stats: what it took so far.
-        max_length: prompt and new tokens together, at most.
     """
 
     prompt: list[int]
@@ -105,15 +104,16 @@ class Request:
     pillars: int = 0
     recent_start: int = 0
     stats: RequestStats = field(default_factory=RequestStats)
-    max_length: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.max_length = len(self.prompt) + self.max_new_tokens
 
     @property
     def finished(self) -> bool:
         """Whether `output` is complete."""
         return self.finish_reason is not None
+
+    @property
+    def max_length(self) -> int:
+        """Prompt and new tokens together, at most."""
+        return len(self.prompt) + self.max_new_tokens
 
     @property
     def prefilling(self) -> bool:
@@ -128,9 +128,7 @@ class Request:
     @property
     def reach(self) -> int:
         """Upper bound of its verified length on the device once everything enqueued has run."""
-        # `cached` written out: asked several times for each request and iteration.
-        cached = len(self.prompt) + len(self.output) - 1 if self.output else self.prefilled
-        return min(cached + self.unread, self.max_length)
+        return min(self.cached + self.unread, self.max_length)
 
     def append(self, tokens: list[int], logprobs: list[float]) -> list[int]:
         """Add final tokens up to the text's end; returns those that were added, which may be fewer.

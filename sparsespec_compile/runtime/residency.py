@@ -149,7 +149,7 @@ class Residency:
         Its whole prompt, and some cycles more than it may hold now.
         """
         soon = max(request.reach, len(request.prompt)) + 3 * self._cycle_tokens
-        return max(0, -(-min(soon, request.max_length) // self._page_size) - len(request.pages))
+        return max(0, self.pages_for(min(soon, request.max_length)) - len(request.pages))
 
     def _send_away(self, request: Request) -> bool:
         transfer = self.tier.offload(request.pages)

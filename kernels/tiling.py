@@ -12,6 +12,12 @@ from .step_kind import StepKind
 _REGISTERS = 65536
 """Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""
 
+SMALL_JOIN_M, BIG_JOIN_M = 4, 16
+"""Pairs of small and of large tiles that are joined at a time: those of a row, and as few as warps can share."""
+
+_REGISTERS_OF_PARTS = 64
+"""Of a thread, for parts that it joins."""
+
 _RESERVED = 1024
 """Bytes of shared memory that a device takes for each program."""
 
@@ -103,7 +109,7 @@ def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
         programs_per_sm=max(1, min(4, fitting)),
         unit_overhead=8,
         scored_overhead=24,
-        part_cost=16,
+        part_cost=4,
     )
 
 
@@ -144,13 +150,10 @@ def _blocks_ahead(
     return small, big, scored
 
 
-def parts_ahead(layer: Layer, tiling: Tiling, limits: DeviceLimits) -> int:
-    """Parts of small tiles that are on their way as they are joined: as many as fit in place of keys and values.
-
-    They wait for memory one after the other otherwise; more than five gain nothing.
-    """
-    room = limits.shared_bytes // tiling.programs_per_sm - _RESERVED - _EXCHANGES
-    return max(2, min(5, room // (small_tile(layer.group) * padded(layer.value_dim) * 4)))
+def parts_together(pairs: int, layer: Layer, num_warps: int) -> int:
+    """Parts that are asked for at a time as so many pairs of them are joined: as many as registers hold, 8 at most."""
+    registers = -(-pairs * padded(layer.value_dim) // (32 * num_warps))
+    return max(1, min(8, _REGISTERS_OF_PARTS // registers))
 
 
 def padded(size: int) -> int:

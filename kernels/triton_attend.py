@@ -107,7 +107,10 @@ def attention_kernel(
     SMALL_AHEAD: tl.constexpr,
     BIG_AHEAD: tl.constexpr,
     SCORED_AHEAD: tl.constexpr,
-    PARTS: tl.constexpr,
+    SMALL_JOIN_M: tl.constexpr,
+    SMALL_JOIN_PARTS: tl.constexpr,
+    BIG_JOIN_M: tl.constexpr,
+    BIG_JOIN_PARTS: tl.constexpr,
     UNIT_OVERHEAD: tl.constexpr,
     SCORED_OVERHEAD: tl.constexpr,
     PART_COST: tl.constexpr,
@@ -124,9 +127,22 @@ def attention_kernel(
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
     # Described at attend_segment.
-    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, False, BLOCK_N, 0, PARTS)
-    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, False, BLOCK_N, 0, PARTS)
-    BIG_TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, PART_M, False, True, BLOCK_N, SCORED_AHEAD, 2)
+    JOIN: tl.constexpr = (SMALL_JOIN_M, SMALL_JOIN_PARTS)
+    BIG_JOIN: tl.constexpr = (BIG_JOIN_M, BIG_JOIN_PARTS)
+    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, False, BLOCK_N, 0, JOIN)
+    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, False, BLOCK_N, 0, JOIN)
+    BIG_TILE: tl.constexpr = (
+        BIG_M,
+        BIG_ROWS_PAD,
+        BIG_N,
+        BIG_AHEAD,
+        PART_M,
+        False,
+        True,
+        BLOCK_N,
+        SCORED_AHEAD,
+        BIG_JOIN,
+    )
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)

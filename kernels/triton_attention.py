@@ -15,7 +15,7 @@ from .checks import check_attention
 from .device import device_limits
 from .ops import STEP_TENSORS
 from .step_kind import kind_of_step
-from .tiling import Layer, Tiling, padded, parts_ahead, small_tile
+from .tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile
 from .triton_attend import attention_kernel
 from .triton_tiles import LOG2_E
 from .tuning import tiling_for
@@ -88,7 +88,10 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_AHEAD": tiling.small_ahead,
         "BIG_AHEAD": tiling.big_ahead,
         "SCORED_AHEAD": tiling.scored_ahead,
-        "PARTS": parts_ahead(layer, tiling, limits),
+        "SMALL_JOIN_M": SMALL_JOIN_M,
+        "SMALL_JOIN_PARTS": parts_together(SMALL_JOIN_M, layer, tiling.num_warps),
+        "BIG_JOIN_M": BIG_JOIN_M,
+        "BIG_JOIN_PARTS": parts_together(BIG_JOIN_M, layer, tiling.num_warps),
         "UNIT_OVERHEAD": tiling.unit_overhead,
         "SCORED_OVERHEAD": tiling.scored_overhead,
         "PART_COST": tiling.part_cost,

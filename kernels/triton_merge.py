@@ -22,10 +22,9 @@ def store_rows(target, sums, total, real, VALUE_DIM: tl.constexpr, VALUE_PAD: tl
 
 
 @triton.jit
-def _place_of_part(parts, number, PART_M: tl.constexpr, BLOCK_M: tl.constexpr, VALUE_DIM: tl.constexpr):
-    """Where a part keeps sums [BLOCK_M, VALUE_DIM], totals and largest logits [BLOCK_M]."""
+def _place_of_part(parts, number, pair, PART_M: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Where a part keeps sums [.., VALUE_DIM], totals and largest logits of its pairs."""
     base = parts + number.to(tl.int64) * (PART_M * (VALUE_DIM + 2))
-    pair = tl.arange(0, BLOCK_M)
     total = base + PART_M * VALUE_DIM + pair
     return base + pair * VALUE_DIM, total, total + PART_M
 
@@ -44,7 +43,7 @@ def store_part(
     VALUE_PAD: tl.constexpr,
 ):
     """Leave a part in the workspace."""
-    at_sums, at_total, at_largest = _place_of_part(parts, number, PART_M, BLOCK_M, VALUE_DIM)
+    at_sums, at_total, at_largest = _place_of_part(parts, number, tl.arange(0, BLOCK_M), PART_M, VALUE_DIM)
     dim = tl.arange(0, VALUE_PAD)[None, :]
     tl.store(at_sums[:, None] + dim, sums, mask=real[:, None] & (dim < VALUE_DIM))
     tl.store(at_total, total, mask=real)
@@ -67,32 +66,43 @@ def join_parts(
     parts,
     first,
     last,
-    real,
+    out,
+    pairs,
+    stride_row,
+    GROUP: tl.constexpr,
     PART_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    AHEAD: tl.constexpr,
+    JOIN: tl.constexpr,
 ):
-    """Sums and totals of a unit whose parts are all there; AHEAD of them are on their way at a time."""
+    """Write the rows of a unit whose parts are all there, ``out`` pointing to its first pair.
+
+    JOIN is (pairs taken at a time, parts asked for at a time). A program gets here once, with nothing of this code in
+    its caches: few pairs at a time make it short, and loads that stand side by side wait for memory once.
+    """
+    PAIRS: tl.constexpr = JOIN[0]
     dim = tl.arange(0, VALUE_PAD)[None, :]
-    sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for program in tl.range(first, last + 1, num_stages=AHEAD + 1):
-        number = 2 * program + tl.where(program == first, 1, 0)
-        at_sums, at_total, at_largest = _place_of_part(parts, number, PART_M, BLOCK_M, VALUE_DIM)
-        # Past the L1 cache, which other processors' stores do not reach.
-        part_largest = tl.load(at_largest, mask=real, other=float("-inf"), cache_modifier=".cg")
-        part_total = tl.load(at_total, mask=real, other=0.0, cache_modifier=".cg")
-        part_sums = tl.load(
-            at_sums[:, None] + dim, mask=real[:, None] & (dim < VALUE_DIM), other=0.0, cache_modifier=".cg"
-        )
-        raised = tl.maximum(largest, part_largest)
-        # A row that has seen nothing yet keeps -inf, from which 0 must be subtracted: -inf - -inf is not a number.
-        shift = tl.where(raised == float("-inf"), 0.0, raised)
-        fade, part_fade = tl.exp2(largest - shift), tl.exp2(part_largest - shift)
-        sums = sums * fade[:, None] + part_sums * part_fade[:, None]
-        total = total * fade + part_total * part_fade
-        largest = raised
-    return sums, total
+    for low in range(0, pairs, PAIRS):
+        pair = low + tl.arange(0, PAIRS)
+        real = pair < pairs
+        sums = tl.zeros((PAIRS, VALUE_PAD), tl.float32)
+        total = tl.zeros((PAIRS,), tl.float32)
+        largest = tl.full((PAIRS,), float("-inf"), tl.float32)
+        for program in tl.range(first, last + 1, num_stages=1, loop_unroll_factor=JOIN[1]):
+            number = 2 * program + tl.where(program == first, 1, 0)
+            at_sums, at_total, at_largest = _place_of_part(parts, number, pair, PART_M, VALUE_DIM)
+            # Past the L1 cache, which other processors' stores do not reach.
+            part_largest = tl.load(at_largest, mask=real, other=float("-inf"), cache_modifier=".cg")
+            part_total = tl.load(at_total, mask=real, other=0.0, cache_modifier=".cg")
+            part_sums = tl.load(
+                at_sums[:, None] + dim, mask=real[:, None] & (dim < VALUE_DIM), other=0.0, cache_modifier=".cg"
+            )
+            raised = tl.maximum(largest, part_largest)
+            # A row that has seen nothing yet keeps -inf, from which 0 must be subtracted: -inf - -inf is not a number.
+            shift = tl.where(raised == float("-inf"), 0.0, raised)
+            fade, part_fade = tl.exp2(largest - shift), tl.exp2(part_largest - shift)
+            sums = sums * fade[:, None] + part_sums * part_fade[:, None]
+            total = total * fade + part_total * part_fade
+            largest = raised
+        target = out + (pair // GROUP).to(tl.int64) * stride_row + pair % GROUP * VALUE_DIM
+        store_rows(target, sums, total, real, VALUE_DIM, VALUE_PAD)

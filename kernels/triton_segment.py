@@ -33,7 +33,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
     precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
     positions are looked up, whether rows may be read beside the pool, keys of a block as work is shared out and with
-    scores, how often ahead with scores: 0 if the tile never has any, parts on their way as they are joined).
+    scores, how often ahead with scores: 0 if the tile never has any, JOIN of join_parts).
     """
     packed, source, listed, measured, blocks, rows, own, score, workspace = unit
     VALUE_DIM: tl.constexpr = LAYER[2]
@@ -43,6 +43,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[2]
     PART_M: tl.constexpr = TILE[4]
+    JOIN: tl.constexpr = TILE[9]
     query_base, stride_q_row, stride_q_head, out_base, stride_out_row = packed
     first_block, end_block, all_blocks = blocks
     first, count = rows
@@ -101,10 +102,21 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         number = 2 * tl.program_id(0) + tl.where(first_block == 0, 1, 0)
         store_part(parts, number, sums, total, largest, real_pair, PART_M, BLOCK_M, VALUE_DIM, VALUE_PAD)
         if arrive_last(counters, first_program, last_program):
-            sums, total = join_parts(
-                parts, first_program, last_program, real_pair, PART_M, BLOCK_M, VALUE_DIM, VALUE_PAD, TILE[9]
+            pairs = tl.minimum(count - first, BLOCK_M // LAYER[0]) * LAYER[0]
+            out = out_base + first.to(tl.int64) * stride_out_row
+            join_parts(
+                parts,
+                first_program,
+                last_program,
+                out,
+                pairs,
+                stride_out_row,
+                LAYER[0],
+                PART_M,
+                VALUE_DIM,
+                VALUE_PAD,
+                JOIN,
             )
-            store_rows(target, sums, total, real_pair, VALUE_DIM, VALUE_PAD)
     return in_range
 
 

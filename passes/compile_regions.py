@@ -34,6 +34,9 @@ Region = Callable[..., Sequence[Tensor]]
 RegionCompiler = Callable[[GraphModule, list[Tensor]], Region]
 """Takes a region's graph, which it may change, and fake tensors for its inputs."""
 
+_OPTIONS = {"combo_kernels": True}
+"""On a GPU, what does not depend on each other in one launch, as norm and rotation of queries and of keys."""
+
 OnCompiled = Callable[[int, int], object]
 """Told how many regions are compiled, and of how many."""
 
@@ -41,7 +44,7 @@ OnCompiled = Callable[[int, int], object]
 def inductor(region: GraphModule, inputs: list[Tensor]) -> Region:
     """Compiles with TorchInductor, or takes from its cache on disk what another process has compiled."""
     with _cache_of_these_ops():
-        return torch._inductor.compile(region, [*inputs])
+        return torch._inductor.compile(region, [*inputs], options=_OPTIONS)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
 from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, single_rows
-from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_ahead
+from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_together
 from sparsespec_compile.kernels.workload import Heads
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
@@ -150,12 +150,13 @@ def test_programs_of_other_steps_fit_as_well_as_they_can() -> None:
     assert chosen == [(2, 64), (2, 32), (1, 64)]
 
 
-def test_parts_are_joined_in_the_room_of_keys_and_values() -> None:
-    wide = Layer(4, 256, 256, torch.bfloat16, 16)
-    for layer, kib, parts in ((LAYER, 228, 5), (LAYER, 164, 4), (wide, 228, 3), (wide, 100, 2)):
-        limits = DeviceLimits("NVIDIA Test", 90, 132, kib * 1024)
-        tiling = default_tiling(layer, StepKind.SINGLE_ROWS, limits)
-        assert parts_ahead(layer, tiling, limits) == parts
+@pytest.mark.parametrize(
+    ("pairs", "dim", "warps", "parts"),
+    [(4, 128, 2, 8), (4, 256, 2, 4), (16, 128, 4, 4), (16, 512, 4, 1), (16, 64, 8, 8)],
+)
+def test_as_many_parts_are_asked_for_at_a_time_as_registers_hold(pairs: int, dim: int, warps: int, parts: int) -> None:
+    """64 registers of a thread, 8 parts at most."""
+    assert parts_together(pairs, Layer(4, dim, dim, torch.bfloat16, 16), warps) == parts
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,14 @@ def test_the_search_for_copies_finds_one(compiled):
     _, codes = run_and_get_code(lambda: result.compile_regions(with_copy))
     assert len(codes) == 2
     assert all(uses_outside_attention(code) for code in codes)
+
+
+@pytest.mark.gpu
+def test_queries_and_keys_are_normed_and_rotated_in_one_launch():
+    result = compile_model(tiny("qwen3", num_hidden_layers=3).cuda(), page_size=16)
+    _, codes = run_and_get_code(result.compile_regions)
+    ahead = [code[code.index("def call(") : code.index(OP + "(")] for code in codes if OP + "(" in code]
+    assert len(ahead) == 2
+    for code in ahead:
+        _, behind_projection = code.rsplit("extern_kernels.", 1)
+        assert behind_projection.count(".run(") == 1, behind_projection

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from environment import environment
-from gpu_idle import Event, advance, busy_spans, gpu_events, idle_between_steps, idle_share
+from gpu_trace import Event, advance, busy_spans, gpu_events, idle_between_steps, idle_share
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +58,7 @@ def trace(model: PreTrainedModel, prompts: list[list[int]], *, overlap: bool) ->
         "host": "ahead" if overlap else "waits for results",
         "gpu_idle_share": round(idle_share(events), 5),
         "idle_between_steps": round(idle_between_steps(events), 5),
-        "ms_per_iteration": round((max(end for _, end, _ in events) - events[0][0]) / 1e3 / done, 4),
+        "ms_per_iteration": round((max(event.end for event in events) - events[0].start) / 1e3 / done, 4),
         "host_ms_per_iteration": round(1e3 * host / done, 4),
         "waited_ms_per_iteration": round(1e3 * waited / done, 4),
     }

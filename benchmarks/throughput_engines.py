@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_idle import NoTraceError, advance, gpu_events, idle_share
+from gpu_trace import NoTraceError, advance, gpu_events, idle_share
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 

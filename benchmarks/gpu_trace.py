@@ -1,9 +1,10 @@
-"""When a GPU runs nothing, from a profiler's trace of its kernels and copies."""
+"""What a GPU runs and when it runs nothing, from a profiler's trace of its kernels and copies."""
 
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,8 +14,15 @@ import sparsespec_compile as ss
 Span = tuple[float, float]
 """Start and end, microseconds."""
 
-Event = tuple[float, float, bool]
-"""Start and end of a kernel or a copy, microseconds, and whether it is a copy."""
+
+class Event(NamedTuple):
+    """A kernel or a copy: start and end, microseconds, whether it is a copy, and its name."""
+
+    start: float
+    end: float
+    is_copy: bool
+    name: str = ""
+
 
 _KERNELS, _COPIES = ("kernel", "gpu_memset"), ("gpu_memcpy",)
 """Categories of a trace's events that keep a GPU busy."""
@@ -49,13 +57,13 @@ def gpu_events(run: Callable[[], object]) -> list[Event]:
     ran = [one for one in events if one.get("cat") in _KERNELS + _COPIES]
     if not ran:
         raise NoTraceError("The profiler saw nothing run on the GPU; it needs access to the driver's tracing (CUPTI).")
-    return sorted((one["ts"], one["ts"] + one["dur"], one["cat"] in _COPIES) for one in ran)
+    return sorted(Event(one["ts"], one["ts"] + one["dur"], one["cat"] in _COPIES, one["name"]) for one in ran)
 
 
 def busy_spans(events: list[Event]) -> list[Span]:
     """Events in order of their start, joined where they overlap or touch."""
     merged: list[Span] = []
-    for start, end, _ in events:
+    for start, end, *_ in events:
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
@@ -76,10 +84,10 @@ def idle_between_steps(events: list[Event]) -> float:
     A step is one graph between the copy of its inputs and that of its results. What is idle beside copies waits for the
     host, or for the start of a graph; the rest is the GPU's own passing from kernel to kernel, some 0.5 us each.
     """
-    idle, last_end, last_copied = 0.0, events[0][1], events[0][2]
-    for start, end, copied in events[1:]:
+    idle, last_end, last_copied = 0.0, events[0].end, events[0].is_copy
+    for start, end, copied, _ in events[1:]:
         if start > last_end and (copied or last_copied):
             idle += start - last_end
         if end > last_end:
             last_end, last_copied = end, copied
-    return idle / (last_end - events[0][0])
+    return idle / (last_end - events[0].start)

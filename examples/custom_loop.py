@@ -69,7 +69,15 @@ def decode(step: ss.CapturedStep, prompts: list[list[int]], new_tokens: int, dra
 
 def main() -> None:
     arguments = parse_arguments()
-    console = Console()
+    if arguments.max_new_tokens < 1:
+        raise SystemExit(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    try:
+        run(arguments, Console())
+    except ss.SparseSpecError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
     tokenizer = AutoTokenizer.from_pretrained(COUNTDOWN)
     model = AutoModelForCausalLM.from_pretrained(COUNTDOWN, dtype=torch.float32).to(arguments.device).eval()
     fast = ss.optimize(model, ss.SpecConfig(draft_tokens=arguments.draft_tokens))

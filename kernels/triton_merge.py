@@ -5,8 +5,8 @@ are measured from, float32. Parts are joined in the order of their programs, who
 give equal bits. No program waits for another.
 
 A program leaves at most two parts: in its first place that of a unit which an earlier program began, in its second
-that of a unit which a later one continues. The counter of the program that began a unit counts the parts that are
-there; whoever joins them sets it back to 0, so that counters are 0 between launches.
+that of a unit which it begins and a later one continues. The counter of the program that began a unit counts the parts
+that are there; whoever joins them sets it back to 0, so that counters are 0 between launches.
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def store_rows(target, sums, total, real, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr):
-    """Write the softmax average of values of each pair to ``target`` [BLOCK_M]."""
+    """Write the softmax average of values of each pair to ``target`` [pairs]."""
     dim = tl.arange(0, VALUE_PAD)[None, :]
     result = (sums / total[:, None]).to(target.dtype.element_ty)
     tl.store(target[:, None] + dim, result, mask=real[:, None] & (dim < VALUE_DIM))

@@ -133,13 +133,18 @@ def advise(
     """
     config, dtype = _config(model_or_config)
     cost, ceilings, load = config_cost(config, dtype), ceilings_of(device), workload(lengths, batch)
-    ways = curves(acceptance)
+    ways, positions = curves(acceptance), config.to_dict()["max_position_embeddings"]
+    if load.length > positions:
+        raise AdviceError(
+            f"lengths are {load.length:,.0f} tokens on average, and the model has {positions:,} positions "
+            "(config.max_position_embeddings). Give lengths that its texts can have."
+        )
     return Advice(
         device=ceilings.name,
         workload=load,
         plain=_plain(cost, ceilings, load),
         speculative=_best(cost, ceilings, load, ways),
-        break_even_length=_break_even(cost, ceilings, batch, ways, config.to_dict()["max_position_embeddings"]),
+        break_even_length=_break_even(cost, ceilings, load.batch, ways, positions),
     )
 
 

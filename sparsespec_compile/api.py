@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, CopyError, PoolTooSmallError, SamplingError
+from sparsespec_compile.errors import ConfigError, CopyError, PoolTooSmallError, SamplingError, UnsupportedModelError
 from sparsespec_compile.explain import Explanation, explain
 from sparsespec_compile.generation import resolve_generation, token_ids
 from sparsespec_compile.passes.cost import graph_cost
@@ -59,6 +59,11 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
     config = SpecConfig() if config is None else config
     if not isinstance(config, SpecConfig):
         raise ConfigError(f"config must be a SpecConfig(name=value, ...), got {type(config).__name__}.")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"optimize takes a loaded transformers model, got {type(model).__name__}. Load it first: "
+            "AutoModelForCausalLM.from_pretrained(folder_or_hub_id, dtype=...)."
+        )
     return OptimizedModel(model, config)
 
 
@@ -253,7 +258,8 @@ class OptimizedModel:
             AdviceError: impossible lengths or batch.
         """
         cost = graph_cost(self._compiled.graph_module)
-        explanation = explain(cost, self.config, lengths, batch, device or self._engine.target.device)
+        device = self._engine.target.device if device is None else device
+        explanation = explain(cost, self.config, lengths, batch, device)
         rich.print(explanation)
         return explanation
 
@@ -267,6 +273,10 @@ class OptimizedModel:
         if streamer is not None:
             if len(requests) != 1:
                 raise SamplingError(f"A streamer follows one prompt, got {len(requests)}: generate one by one.")
+            if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+                raise SamplingError(
+                    f"streamer must have put(tokens) and end(), as transformers' do, got {type(streamer).__name__}."
+                )
             streamer.put(input_ids.cpu())
         with closing(self._engine.run(requests)) as results:
             for _, tokens in results:

@@ -73,7 +73,7 @@ class SpecConfig(Settings, error=ConfigError):
     ceilings: Ceilings | None = None
 
     def __post_init__(self) -> None:
-        if self.draft_tokens != "auto":
+        if not isinstance(self.draft_tokens, str) or self.draft_tokens != "auto":
             self._check_int("draft_tokens", 0, 64)
         self._check_int("max_draft_tokens", 1, 64)
         if self.ceilings is not None and not isinstance(self.ceilings, Ceilings):

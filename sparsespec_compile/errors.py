@@ -1,6 +1,11 @@
-"""Every named error of the project, in one place. All derive from `SparseSpecError`."""
+"""Every named error and warning of the project, in one place. All errors derive from `SparseSpecError`."""
 
-from sparsespec_compile.kernels.errors import KernelInputError, KernelUnavailableError, SparseSpecError
+from sparsespec_compile.kernels.errors import (
+    KernelInputError,
+    KernelUnavailableError,
+    SparseSpecError,
+    TuningCacheWarning,
+)
 from sparsespec_compile.passes.errors import (
     AttentionInterfaceError,
     CompileError,
@@ -12,6 +17,7 @@ from sparsespec_compile.passes.errors import (
     PositionError,
     RowMixingError,
     StaleParametersError,
+    UncompiledStepWarning,
     UnsupportedAttentionError,
     UnsupportedModelError,
     VersionError,
@@ -82,6 +88,8 @@ __all__ = [
     "SamplingError",
     "SparseSpecError",
     "StaleParametersError",
+    "TuningCacheWarning",
+    "UncompiledStepWarning",
     "UnsupportedAttentionError",
     "UnsupportedModelError",
     "VersionError",

@@ -66,7 +66,10 @@ class Prediction:
 def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Prediction:
     """The time of one iteration."""
     sizes = cost.evaluate(iteration)
-    times = [_term_time(term, *counts, ceilings) for term, counts in zip(cost.terms, sizes, strict=True)]
+    times = [
+        _term_time(term, size, flops, again, ceilings)
+        for term, (size, flops, again) in zip(cost.terms, sizes, strict=True)
+    ]
     times.append(TermTime(OVERHEAD, 0.0, 0.0, sum(_overhead(term, iteration, ceilings) for term in cost.terms)))
     total_bytes, total_flops, _ = (sum(column) for column in zip(*sizes, strict=True))
     light = max(total_bytes / ceilings.read_bytes_per_s, total_flops / ceilings.flops_per_s)

@@ -82,10 +82,10 @@ class RequestReader:
     def _requests(self, index: int, prompt: list[int], params: SamplingParams) -> list[Request]:
         check = None
         if params.stop_strings:
-            if self.tokenizer is None:
+            if self.tokenizer is None or not callable(getattr(self.tokenizer, "decode", None)):
                 raise SamplingError(
-                    f"Prompt {index} has stop_strings {list(params.stop_strings)}, which need a tokenizer: pass "
-                    "tokenizer=."
+                    f"Prompt {index} has stop_strings {list(params.stop_strings)}, which need a tokenizer with decode, "
+                    f"got {type(self.tokenizer).__name__}: pass tokenizer=."
                 )
             check = StopStrings(params.stop_strings, self.tokenizer)
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed

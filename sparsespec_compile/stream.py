@@ -33,20 +33,14 @@ class Tokens:
 class TokenStream:
     """An iterator over `Tokens` of many texts, as they become final. Get it from `OptimizedModel.stream`.
 
-    While it runs, prompts may be added and taken back. Closing it, by `close` or a `with` block, ends what is
-    unfinished and leaves the model usable; so does `OptimizedModel.stop`.
+    While it runs, prompts may be added and taken back. Closing it, by `close` or a `with` block, or dropping it ends
+    what is unfinished and leaves the model usable; so does `OptimizedModel.stop`.
     """
 
     def __init__(self, engine: Engine, reader: RequestReader, max_length: int | None, *, progress: bool) -> None:
-        self._engine = engine
-        self._reader = reader
-        self._max_length = max_length
-        self._progress = progress
-        self._names: dict[Request, tuple[int, int]] = {}
-        self._prompts = 0
-        self._session: Session | None = None
-        self._pieces = self._run()
-        self._ended = False
+        # Whoever runs does not know the stream: a stream that is dropped in the middle ends at once.
+        self._texts = _Texts(engine, reader, max_length, progress=progress)
+        self._pieces = self._texts.run()
 
     def __iter__(self) -> Iterator[Tokens]:
         return self
@@ -62,7 +56,7 @@ class TokenStream:
 
     def close(self) -> None:
         """End everything that is unfinished."""
-        self._ended = True
+        self._texts.ended = True
         self._pieces.close()
 
     def add(
@@ -75,7 +69,33 @@ class TokenStream:
             PoolTooSmallError: a text may become longer than the stream was opened for.
             As `OptimizedModel.generate_batch` for wrong prompts and settings.
         """
-        if self._ended or (self._session is not None and self._session.closed):
+        return self._texts.add(prompts, sampling)
+
+    def cancel(self, index: int) -> list[Completion]:
+        """End all texts of prompt `index`; returns them as they stand. Texts that are complete are left alone.
+
+        Raises:
+            PromptError: the stream has had no such prompt.
+        """
+        return self._texts.cancel(index)
+
+
+class _Texts:
+    """The texts of a stream, and what carries them on."""
+
+    def __init__(self, engine: Engine, reader: RequestReader, max_length: int | None, *, progress: bool) -> None:
+        self._engine = engine
+        self._reader = reader
+        self._max_length = max_length
+        self._progress = progress
+        self._names: dict[Request, tuple[int, int]] = {}
+        self._prompts = 0
+        self._session: Session | None = None
+        self.ended = False
+
+    def add(self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None) -> list[int]:
+        """`TokenStream.add`."""
+        if self.ended or (self._session is not None and self._session.closed):
             raise EngineBusyError("This stream has ended; open another one for more prompts.")
         read = self._reader.read(prompts, sampling)
         longest = max((request.max_length for texts in read for request in texts), default=0)
@@ -94,9 +114,9 @@ class TokenStream:
         return list(range(first, self._prompts))
 
     def cancel(self, index: int) -> list[Completion]:
-        """End all texts of prompt `index`; returns them as they stand. Texts that are complete are left alone."""
-        if not 0 <= index < self._prompts:
-            raise PromptError(f"There is no prompt {index}; this stream has had {self._prompts}, numbered from 0.")
+        """`TokenStream.cancel`."""
+        if type(index) is not int or not 0 <= index < self._prompts:
+            raise PromptError(f"There is no prompt {index!r}; this stream has had {self._prompts}, numbered from 0.")
         unfinished = [request for request, (number, _) in self._names.items() if number == index]
         completions = []
         for request in unfinished:
@@ -105,7 +125,8 @@ class TokenStream:
             completions.append(self._complete(request, request.finish_reason or FinishReason.CANCELLED))
         return completions
 
-    def _run(self) -> Generator[Tokens, None, None]:
+    def run(self) -> Generator[Tokens, None, None]:
+        """Pieces of all texts until none is left."""
         lengths = [request.max_length for request in self._names]
         if self._max_length is not None:
             lengths += [self._max_length] * self._engine.config.max_requests
@@ -117,7 +138,7 @@ class TokenStream:
                         session.add(request)
                     yield from self._advance(session, bar)
         finally:
-            self._ended, self._session = True, None
+            self.ended, self._session = True, None
 
     def _advance(self, session: Session, bar: "tqdm[None]") -> Iterator[Tokens]:
         while session.busy:

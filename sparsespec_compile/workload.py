@@ -1,7 +1,8 @@
 """The workload that a cost is asked for: how long the requests' caches are, and how many requests there are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from sparsespec_compile.errors import AdviceError
 
@@ -29,7 +30,7 @@ def workload(lengths: int | Sequence[int], batch: int) -> Workload:
     Raises:
         AdviceError: a length or the batch is not a positive integer, or there is no length.
     """
-    sample = [lengths] if isinstance(lengths, int) else list(lengths)
+    sample = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     if not sample or not all(_positive(length) for length in sample):
         raise AdviceError(f"lengths must be a positive integer or a sequence of such, got {lengths!r}.")
     if not _positive(batch):
@@ -38,4 +39,4 @@ def workload(lengths: int | Sequence[int], batch: int) -> Workload:
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

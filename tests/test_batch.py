@@ -1,5 +1,6 @@
 """Many ragged prompts: `generate_batch`, `as_completed`, `stream`."""
 
+import gc
 import itertools
 import math
 
@@ -226,11 +227,12 @@ def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):
         next(pieces)
 
     def interrupted():
-        for piece in fast.stream(prompts, GREEDY):
+        pieces = fast.stream(prompts, GREEDY)
+        for piece in pieces:
             if piece.completion is not None:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as kept:  # the traceback keeps the iterator alive, as a notebook does
+    with pytest.raises(KeyboardInterrupt) as kept:  # the traceback keeps the stream alive, as a notebook does
         interrupted()
     with pytest.raises(EngineBusyError, match=r"stop\(\)"):
         fast.generate_batch(prompts, GREEDY)
@@ -368,5 +370,23 @@ def test_sampling_that_does_not_fit_the_prompts(fast, prompts):
         fast.generate_batch(prompts, [GREEDY, GREEDY])
     with pytest.raises(SamplingError, match="need a tokenizer"):
         fast.generate_batch(prompts, ss.SamplingParams(stop_strings=["x"]))
+    with pytest.raises(SamplingError, match="got str"):
+        fast.generate_batch(prompts, ss.SamplingParams(stop_strings=["x"]), tokenizer="abc")
     with pytest.raises(SamplingError, match="sampling must be SamplingParams"):
         fast.generate_batch(prompts, {"temperature": 1})
+
+
+def test_a_stream_that_is_dropped_in_the_middle_leaves_the_model_usable(fast):
+    gc.disable()  # nothing is left for it to find
+    try:
+        for _ in fast.stream([[1, 2, 3], [4, 5]], GREEDY):
+            break
+        assert len(fast.generate_batch([[1, 2, 3]], GREEDY)) == 1
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("index", ["1", 1.0, True, None])
+def test_a_prompt_is_cancelled_by_its_number(fast, index):
+    with fast.stream([[1, 2, 3], [4, 5]], GREEDY) as pieces, pytest.raises(PromptError, match="There is no prompt"):
+        pieces.cancel(index)

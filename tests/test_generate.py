@@ -109,6 +109,8 @@ class TestAsHuggingFace:
         assert [token for piece in heard[:-1] for token in piece] == output[0].tolist()
         with pytest.raises(SamplingError, match="one prompt, got 3"):
             fast.generate(**batch, max_new_tokens=3, streamer=Streamer())
+        with pytest.raises(SamplingError, match=r"streamer must have put\(tokens\) and end\(\).*got object"):
+            fast.generate(input_ids, max_new_tokens=3, streamer=object())
 
 
 class TestSampling:
@@ -258,6 +260,11 @@ class TestRefusals:
     def test_config_of_a_wrong_type(self, model):
         with pytest.raises(ConfigError, match="got dict"):
             ss.optimize(model, {"draft_tokens": 4})
+
+    @pytest.mark.parametrize("given", ["Qwen/Qwen3-8B", None, torch.nn.Linear(2, 2)])
+    def test_what_is_no_transformers_model(self, given):
+        with pytest.raises(UnsupportedModelError, match=f"got {type(given).__name__}.*from_pretrained"):
+            ss.optimize(given)
 
     def test_model_on_no_device(self):
         with pytest.raises(UnsupportedModelError, match="meta"):

@@ -26,7 +26,7 @@ class SamplingParams(Settings, error=SamplingError):
         stop_token_ids: the text ends with the first of these. None: the model's own end-of-sequence tokens.
         stop_strings: the text ends with the token that completes one of these; needs a tokenizer.
         logprobs: whether the natural log-probability of each token, under the model itself, is wanted.
-        n: texts for this prompt, each with a seed of its own that is derived from `seed`.
+        n: texts for this prompt. A single one takes `seed` itself, several take seeds of their own, derived from it.
 
     Raises:
         SamplingError: for an unknown name or a value that is not allowed; the text gives both.

@@ -207,8 +207,9 @@ def test_a_step_that_the_compiled_code_does_not_hold_for_runs_uncompiled():
 def test_a_changed_fake_implementation_is_another_cache_entry(monkeypatch, tmp_path):
     tags = []
 
-    def record(region, inputs):
+    def record(region, inputs, options):
         tags.append(torch.compiler.config.cache_key_tag)
+        assert options == {"combo_kernels": True}
         return region
 
     monkeypatch.setattr(torch._inductor, "compile", record)

@@ -1,8 +1,8 @@
 """Selection of the pillars on the device: the exact k-th highest score by its bits, then one pass in order.
 
-A row of scores that fits is read once and kept in registers, where the k-th highest is found bit by bit: does the next
-bit still leave k scores at or above? Counting is a comparison and a sum. A longer row is found byte by byte, with four
-histograms over the scores that agree with the bytes found so far. No sorting, no atomics: equal inputs give equal bits.
+The k-th highest score is found two bits at a time: how many scores reach each of three bounds, and which is the highest
+that k of them reach? Counting is a comparison and a sum, and a row that is read again for each two bits comes out of
+the L1 cache. The search ends as soon as a bound leaves exactly k. No sorting, no atomics: equal inputs give equal bits.
 """
 
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor
 
 from .checks import check_select
 from .device import device_limits
-from .triton_bits import ordered_bits
 from .triton_plan import locate
 
-BLOCK = 8192
-"""Scores that a program holds in registers: 32 a thread."""
+CHUNK = 1024
+"""Scores that a program reads at a time: 8 a thread."""
 
-NUM_WARPS = 8
-PROGRAMS_PER_SM = 3
-REGISTERS = 80
-"""Of a thread, with which three programs of 8 warps share a multiprocessor."""
+NUM_WARPS = 4
+PROGRAMS_PER_SM = 8
+REGISTERS = 64
+"""Of a thread, with which eight programs share a multiprocessor: while some wait for a sum, others read."""
+
+MOST_CHUNKS = 1023
+"""Of a row: a lane counts in 10 bits."""
+
+_LOWEST = tl.constexpr(-(2**31))
+"""Below the keys of all numbers."""
 
 
 def select_pillars(
@@ -37,7 +42,6 @@ def select_pillars(
     requests, (_, heads, positions) = scored_length.shape[0], scores.shape
     if requests == 0 or heads == 0:
         return
-    block = min(BLOCK, max(128, triton.next_power_of_2(positions)))
     programs = min(device_limits(scores.device).multiprocessors * PROGRAMS_PER_SM, requests * heads)
     with torch.cuda.device_of(scores):
         select_kernel[(programs,)](
@@ -60,10 +64,15 @@ def select_pillars(
             pillar_index.stride(1),
             pillar_count.stride(0),
             REQUESTS=triton.next_power_of_2(requests),
-            BLOCK=block,
-            num_warps=NUM_WARPS if block == BLOCK else 4,
+            CHUNK=chunk_of(positions),
+            num_warps=NUM_WARPS,
             maxnreg=REGISTERS,
         )
+
+
+def chunk_of(positions: int) -> int:
+    """Scores to read at a time of rows of so many, a power of two: longer rows take longer chunks, not too many."""
+    return max(CHUNK, triton.next_power_of_2(triton.cdiv(positions, MOST_CHUNKS)))
 
 
 # A kernel is compiled anew for each pattern of divisible sizes and addresses; only those of scores make loads wider.
@@ -103,7 +112,7 @@ def select_kernel(
     stride_pillar_head,
     stride_count,
     REQUESTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Persistent: the heads of the requests with something to select, one after the other, dealt out in turn."""
     slot = tl.arange(0, REQUESTS)
@@ -122,83 +131,93 @@ def select_kernel(
         row_scores = scores + source * stride_score_slot + head * stride_score_head
         row_index = pillar_index + request * stride_pillar_request + head * stride_pillar_head
         if count > 0:
-            if length <= BLOCK:
-                _select_short(row_scores, row_index, length, count, BLOCK)
-            else:
-                _select_long(row_scores, row_index, length, count, BLOCK)
-        for start in range(count, capacity, BLOCK):
-            position = start + tl.arange(0, BLOCK)
-            tl.store(row_index + position, tl.full((BLOCK,), -1, tl.int32), mask=position < capacity)
+            _select(row_scores, row_index, length, count, CHUNK)
+        for start in range(count, capacity, CHUNK):
+            position = start + tl.arange(0, CHUNK)
+            tl.store(row_index + position, tl.full((CHUNK,), -1, tl.int32), mask=position < capacity)
 
 
 @triton.jit
-def _select_short(scores, pillar_index, length, count, BLOCK: tl.constexpr):
-    """Select from a row of at most BLOCK scores."""
-    position = tl.arange(0, BLOCK)
-    real = position < length
-    # Keys of lanes past the end are 0, and no bound that keys are compared with is.
-    key = tl.where(real, _ordered_bits(scores, position, real), 0)
-    bound = tl.full((), 0, tl.uint32)
-    at_least = length
-    bit = tl.full((), 1, tl.uint32) << 31
-    # Done as soon as exactly count scores reach the bound, or when it is the count-th highest and has ties.
-    while (bit != 0) & (at_least != count):
-        reached = tl.sum((key >= (bound | bit)).to(tl.int32), 0)
-        enough = reached >= count
-        bound = tl.where(enough, bound | bit, bound)
-        at_least = tl.where(enough, reached, at_least)
-        bit = bit >> 1
-    taken = real & (key >= bound)
-    if at_least > count:
-        equal = (real & (key == bound)).to(tl.int32)
-        room = count - at_least + tl.sum(equal, 0)
-        taken = taken & ((key > bound) | (tl.cumsum(equal, 0) <= room))
-    place = tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(pillar_index + place, position, mask=taken & (place < count))
-
-
-@triton.jit
-def _select_long(scores, pillar_index, length, count, BLOCK: tl.constexpr):
-    """Select from a row of any length, reading it once for each byte of a key and once more."""
-    last, room = _kth_highest(scores, length, count, BLOCK)
+def _select(scores, pillar_index, length, count, CHUNK: tl.constexpr):
+    """Write the positions of the ``count`` highest of ``length`` scores, in order."""
+    last, room, ties = _kth_highest(scores, length, count, CHUNK)
     kept = 0
     equal_seen = 0
-    for start in range(0, length, BLOCK):
-        position = start + tl.arange(0, BLOCK)
-        real = position < length
-        key = _ordered_bits(scores, position, real)
-        equal = (real & (key == last)).to(tl.int32)
-        rank = equal_seen + tl.cumsum(equal, 0)
-        taken = real & ((key > last) | ((equal == 1) & (rank <= room)))
-        place = kept + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(pillar_index + place, position, mask=taken & (place < count))
-        kept += tl.sum(taken.to(tl.int32), 0)
-        equal_seen += tl.sum(equal, 0)
+    for start in range(0, length, CHUNK):
+        key, position = _keys_of_chunk(scores, start, length, CHUNK)
+        taken = (key >= last).to(tl.int32)
+        if ties:
+            equal = (key == last).to(tl.int32)
+            rank, equal_seen = _count_on(equal, equal_seen)
+            taken = taken & ((key > last) | (rank <= room)).to(tl.int32)
+        place, kept = _count_on(taken, kept)
+        tl.store(pillar_index + place - 1, position, mask=taken > 0)
 
 
 @triton.jit
-def _kth_highest(scores, length, count, BLOCK: tl.constexpr):
-    """Key of the count-th highest score, and how many scores equal to it are among the count highest."""
-    digit = tl.arange(0, 256)
-    found = tl.full((), 0, tl.uint32)
-    known = tl.full((), 0, tl.uint32)
-    room = count
-    for shift in tl.static_range(24, -8, -8):
-        bins = tl.zeros((256,), tl.int32)
-        for start in range(0, length, BLOCK):
-            position = start + tl.arange(0, BLOCK)
-            real = position < length
-            key = _ordered_bits(scores, position, real)
-            bins += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), 256, mask=real & ((key & known) == found))
-        at_least = tl.sum(bins, 0) - tl.cumsum(bins, 0) + bins
-        chosen = tl.max(tl.where(at_least >= room, digit, 0), 0)
-        room -= tl.sum(tl.where(digit > chosen, bins, 0), 0)
-        found = found | (chosen.to(tl.uint32) << shift)
-        known = known | (tl.full((), 0xFF, tl.uint32) << shift)
-    return found, room
+def _count_on(flag, before):
+    """Of flags [n, 4] in order: how many there are up to each, and in all, ``before`` counted in."""
+    of_four = tl.sum(flag, 1)
+    up_to = tl.cumsum(of_four, 0)
+    return (before + up_to - of_four)[:, None] + tl.cumsum(flag, 1), before + tl.sum(of_four, 0)
 
 
 @triton.jit
-def _ordered_bits(scores, position, real):
-    """Keys of the scores at these positions."""
-    return ordered_bits(tl.load(scores + position, mask=real, other=0.0))
+def _kth_highest(scores, length, count, CHUNK: tl.constexpr):
+    """A key that the ``count`` highest scores reach, and no others if it has no ties: (key, room, ties).
+
+    With ties it is that of the count-th highest, and ``room`` is how many scores equal to it are among the highest.
+    """
+    bound = tl.full((), _LOWEST, tl.int32)
+    at_least, above = length, 0
+    # Two bits at a time, from the highest on. The sign counts downwards, hence the exclusive or.
+    step = tl.full((), 1 << 30, tl.int32)
+    while (step > 0) & (at_least != count):
+        low, middle, high = bound ^ step, bound ^ (step << 1), bound ^ (step * 3)
+        low_count, middle_count, high_count = _reaching(scores, length, low, middle, high, CHUNK)
+        # Of bounds that rise, those which enough scores reach come first.
+        if high_count >= count:
+            bound, at_least = high, high_count
+        elif middle_count >= count:
+            bound, at_least, above = middle, middle_count, high_count
+        elif low_count >= count:
+            bound, at_least, above = low, low_count, middle_count
+        else:
+            above = low_count
+        step = step >> 2
+    # All scores reach the lowest bound, but what is past the end must not.
+    return tl.maximum(bound, _LOWEST + 1), count - above, at_least > count
+
+
+@triton.jit
+def _reaching(scores, length, low, middle, high, CHUNK: tl.constexpr):
+    """How many scores reach each of three keys that rise, all above _LOWEST."""
+    # Each lane counts in 10 bits for each key: a choice and one sum instead of three.
+    tally = tl.zeros((CHUNK // 4, 4), tl.int32)
+    for start in range(0, length, CHUNK):
+        key = _keys_of_chunk(scores, start, length, CHUNK)[0]
+        tally += tl.where(key >= high, 0x100401, tl.where(key >= middle, 0x401, tl.where(key >= low, 1, 0)))
+    wide = tally.to(tl.int64)
+    sums = tl.sum(tl.sum((wide & 0x3FF) | ((wide & 0xFFC00) << 11) | ((wide >> 20) << 42), 1), 0)
+    return (sums & 0x1FFFFF).to(tl.int32), ((sums >> 21) & 0x1FFFFF).to(tl.int32), (sums >> 42).to(tl.int32)
+
+
+@triton.jit
+def _keys_of_chunk(scores, start, length, CHUNK: tl.constexpr):
+    """Keys of the scores from ``start`` on, _LOWEST past the end, and their positions."""
+    place = 4 * tl.arange(0, CHUNK // 4)[:, None] + tl.arange(0, 4)[None, :]
+    real = start + place < length
+    if start + CHUNK <= length:
+        # Without a mask, whose end may be anywhere, a thread loads four at a time.
+        key = _signed_key(tl.load(scores + start + place))
+    else:
+        key = tl.where(real, _signed_key(tl.load(scores + start + place, mask=real, other=0.0)), _LOWEST)
+    return key, start + place
+
+
+@triton.jit
+def _signed_key(value):
+    """float32 values as int32 of the same order, -0.0 like 0.0."""
+    bits = value.to(tl.int32, bitcast=True)
+    negative = bits >> 31
+    return ((bits & 0x7FFFFFFF) ^ negative) - negative

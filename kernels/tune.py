@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ STEPS: dict[StepKind, dict[str, list[Work]]] = {
     StepKind.MIXED: {
         "verify": [Work(Mode.VERIFY, 8192, 9, 410, True)] * 16,
         "mixed": [Work(Mode.DRAFT, 8192, pillars=410)] * 57 + [Work(Mode.VERIFY, 8192, 9, 410, True)] * 7,
+        "verify 1024": [Work(Mode.VERIFY, 1024, 9)] * 64,
         "mixed 1024": [Work(Mode.DRAFT, 1024, pillars=128)] * 43 + [Work(Mode.VERIFY, 1024, 9, 128, True)] * 21,
     },
     StepKind.PREFILL: {"prefill": [Work(Mode.PREFILL, 0, 8192)]},
@@ -89,19 +90,21 @@ def _tune(
     made = {name: _copies(heads, work, device) for name, work in steps.items()}
     console.print(entry_key(layer, kind, limits))
     timed: dict[Tiling, dict[str, float]] = {}
-    best, before = default_tiling(layer, kind, limits), math.inf
+    default = default_tiling(layer, kind, limits)
+    best, before = default, math.inf
     while True:
         candidates = [tiling for tiling in candidate_tilings(best, kind) if tiling not in timed]
         usable = _compile(heads, kind, candidates, options, console)
         timed |= {tiling: _times(made, tiling) for tiling in tqdm(usable, desc="timing")}
         best = min(timed, key=lambda tiling: math.prod(timed[tiling].values()))
+        console.print(_report(timed, default))
+        # After every round, so that who stops the search keeps what it has found.
+        save({entry_key(layer, kind, limits): best}, options.output)
+        console.print(f"wrote {options.output}")
         product = math.prod(timed[best].values())
         if product > (1 - _WORTH_GOING_ON) ** len(steps) * before:
             break
         before = product
-    console.print(_report(timed))
-    save({entry_key(layer, kind, limits): best}, options.output)
-    console.print(f"wrote {options.output}")
 
 
 def layer_of(heads: Heads) -> Layer:
@@ -167,12 +170,20 @@ def _call(step: Step, tiling: Tiling) -> Call:
     return partial(attend, *step.arguments())
 
 
-def _report(timed: dict[Tiling, dict[str, float]]) -> Table:
-    best_first = sorted(timed.items(), key=lambda entry: math.prod(entry[1].values()))
-    table = Table("tiles", *best_first[0][1], title="milliseconds, best first")
-    for tiling, times in best_first[:12]:
-        table.add_row(str(tiling).removeprefix("Tiling"), *(f"{ms:.4f}" for ms in times.values()))
+def _report(timed: dict[Tiling, dict[str, float]], default: Tiling) -> Table:
+    """The best tiles by what they change of the default ones, which stand last if they are not among them."""
+    best_first = sorted(timed, key=lambda tiling: math.prod(timed[tiling].values()))
+    table = Table("tiles", *timed[best_first[0]], title=f"milliseconds, best first; default: {default}")
+    shown = best_first[:12]
+    for tiling in shown + [default] * (default in timed and default not in shown):
+        table.add_row(_changes(tiling, default), *(f"{ms:.4f}" for ms in timed[tiling].values()))
     return table
+
+
+def _changes(tiling: Tiling, default: Tiling) -> str:
+    values = asdict(default)
+    changed = [f"{name} {value}" for name, value in asdict(tiling).items() if value != values[name]]
+    return ", ".join(changed) or "default"
 
 
 if __name__ == "__main__":

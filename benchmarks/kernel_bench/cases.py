@@ -144,6 +144,7 @@ CASES: list[Case | Selection | Draw] = [
     Case("one verifying 8192, scored", QWEN3_8B, verify(1, 8192, scored=True)),
     Case("verify 64 x 8192, scored", QWEN3_8B, verify(64, 8192, scored=True), Bar(against=("verify 64 x 8192", 1.12))),
     Selection("select 36 layers x 8 heads x 7 of 8192"),
+    Selection("select 36 layers x 8 heads x 16 of 8700", requests=16, length=8700, bar=Bar()),
     Draw("draw 122 x 151936, greedy", temperature=0.0),
     Draw("draw 122 x 151936"),
     Draw("draw 122 x 151936, top-k 20, top-p 0.95", top_k=20, top_p=0.95, bar=Bar(ms=0.3)),

@@ -96,19 +96,29 @@ def test_nothing_else_is_written() -> None:
     assert (index[..., CAPACITY:] == SENTINEL).all()
 
 
-@pytest.mark.parametrize(("capacity", "block"), [(CAPACITY, 8192), (0, 8192), (CAPACITY, 1024)])
-def test_triton_equals_reference(capacity: int, block: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that a program holds whole, and rows of up to 3 times that."""
+@pytest.mark.parametrize(("capacity", "chunk"), [(CAPACITY, 1024), (0, 1024), (CAPACITY, 256)])
+def test_triton_equals_reference(capacity: int, chunk: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one chunk and of several, the last one full or not."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     from sparsespec_compile.kernels import triton_select
 
-    monkeypatch.setattr(triton_select, "BLOCK", block)
+    monkeypatch.setattr(triton_select, "CHUNK", chunk)
     expected = _run(reference_select.select_pillars, capacity=capacity)
     actual = _run(triton_select.select_pillars, device, capacity)
     for name, *tensors in zip(CASES, *expected, *actual, strict=True):
         index, count, actual_index, actual_count = tensors
         assert torch.equal(actual_index, index), name
         assert actual_count == count, name
+
+
+@pytest.mark.parametrize("positions", [1, 8192, 1023 * 1024, 1023 * 1024 + 1, 3_000_000])
+def test_no_lane_counts_further_than_its_bits(positions: int) -> None:
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from sparsespec_compile.kernels import triton_select
+
+    chunk = triton_select.chunk_of(positions)
+    assert -(-positions // chunk) < 2**10
+    assert chunk & (chunk - 1) == 0
 
 
 def test_triton_with_nan_keeps_to_its_bounds(device: str) -> None:

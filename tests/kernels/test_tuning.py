@@ -4,8 +4,9 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -184,23 +185,45 @@ def test_candidates_differ_and_hold_the_default(kind: StepKind) -> None:
         tuning._checked(asdict(candidate))
 
 
-def test_the_search_goes_on_around_the_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two changes that pay only together, and the candidates differ from each other by one."""
+def _search(monkeypatch: pytest.MonkeyPatch, times: Callable[[Tiling], float], output: Path) -> str:
+    """What the search prints where tiles take so long; its file is ``output``."""
     from sparsespec_compile.kernels import tune
-
-    def times(made: object, tiling: Tiling) -> dict[str, float]:
-        return {"step": 1.0 - 0.1 * (tiling.block_n == 32) - 0.1 * (tiling.scored_overhead == 7)}
 
     monkeypatch.setattr(tune, "_compile", lambda heads, kind, candidates, options, console: candidates)
     monkeypatch.setattr(tune, "_copies", lambda *_: [])
-    monkeypatch.setattr(tune, "_times", times)
+    monkeypatch.setattr(tune, "_times", lambda made, tiling: {"step": times(tiling)})
     monkeypatch.setattr(tune, "device_limits", lambda _: LIMITS)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    options = argparse.Namespace(output=tmp_path / "tiles.json")
     heads = Heads(32, 8, 128, 128, torch.bfloat16, 16)
-    tune._tune(heads, StepKind.MIXED, {"step": []}, options, Console(quiet=True))
-    (found,) = json.loads(options.output.read_text())["entries"].values()
+    printed = StringIO()
+    console = Console(file=printed, width=200)
+    tune._tune(heads, StepKind.MIXED, {"step": []}, argparse.Namespace(output=output), console)
+    return printed.getvalue()
+
+
+def test_the_search_goes_on_around_the_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two changes that pay only together, and the candidates differ from each other by one."""
+
+    def times(tiling: Tiling) -> float:
+        return 1.0 - 0.1 * (tiling.block_n == 32) - 0.1 * (tiling.scored_overhead == 7)
+
+    printed = _search(monkeypatch, times, tmp_path / "tiles.json")
+    (found,) = json.loads((tmp_path / "tiles.json").read_text())["entries"].values()
     assert (found["block_n"], found["scored_overhead"]) == (32, 7)
+    assert re.search("block_n 32, scored_overhead 7 .* 0.8000", printed)
+    assert re.search("default +. 1.0000", printed)
+
+
+def test_a_search_that_is_stopped_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def times(tiling: Tiling) -> float:
+        if tiling.block_n == 32 and tiling.scored_overhead == 7:  # of the second round
+            raise KeyboardInterrupt
+        return 1.0 - 0.1 * (tiling.block_n == 32) - 0.1 * (tiling.scored_overhead == 7)
+
+    with pytest.raises(KeyboardInterrupt):
+        _search(monkeypatch, times, tmp_path / "tiles.json")
+    (found,) = json.loads((tmp_path / "tiles.json").read_text())["entries"].values()
+    assert (found["block_n"], found["scored_overhead"]) in [(32, 12), (64, 7)]
 
 
 def test_tuning_without_a_gpu_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,8 @@ def select_pillars(
             pillar_index.stride(0),
             pillar_index.stride(1),
             pillar_count.stride(0),
-            REQUESTS=triton.next_power_of_2(requests),
+            # Few numbers of slots deserve a kernel of their own.
+            REQUESTS=max(64, triton.next_power_of_2(requests)),
             CHUNK=chunk_of(positions),
             num_warps=NUM_WARPS,
             maxnreg=REGISTERS,

@@ -5,9 +5,10 @@ attention kernel that takes about ten seconds, nearly all of them outside of Pyt
 the model's steps will call it, on tensors laid out as the graph's own and without any work to do. Nothing is assumed
 about layouts: they are read from the compiled graph.
 
-What a generation decides is not known yet: the selection of pillars depends on the longest text, and for more slots
-than 64 attention depends on their number, which is taken for the largest. A pool that holds 2**31 keys or more takes
-wider offsets, but the first step runs before there is one. What differs from this is compiled when it is met.
+What a generation decides is not known yet: for more slots than 64 attention and the selection of pillars depend on
+their number, which is taken for the largest. The selection also depends on whether rows of scores begin at multiples of
+16 bytes, as the engine's do. A pool that holds 2**31 keys or more takes wider offsets, but the first step runs before
+there is one. What differs from this is compiled when it is met.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +22,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, dual_mode_attention
+from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, dual_mode_attention, select_pillars
 from sparsespec_compile.kernels.step_kind import kind_of_step, single_rows
 from sparsespec_compile.passes.base import find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
 from sparsespec_compile.runtime.build import most_rows
+from sparsespec_compile.runtime.drafters import choose_policy
 
 _ALIGNMENT = 16
 """Kernels differ by whether addresses and strides are multiples of 16."""
@@ -89,6 +91,22 @@ class Draw(NamedTuple):
         draw_tokens(logits, real, real.long(), real, real, real.long(), real.long())
 
 
+class Selection(NamedTuple):
+    """A call of `select_pillars` for so many slots of which none is scored."""
+
+    slots: int
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        scores = torch.zeros(1, 1, _ALIGNMENT, dtype=torch.float32, device=device)
+        slot, count = (torch.zeros(self.slots, dtype=torch.int32, device=device) for _ in range(2))
+        pillars = torch.zeros(self.slots, 1, 1, dtype=torch.int32, device=device)
+        select_pillars(scores, slot, torch.full_like(slot, -1), slot, pillars, count)
+
+
+Call = Attention | Draw | Selection
+
+
 @contextmanager
 def kernels_compiled_beside(compiled: CompiledModel, config: SpecConfig, device: torch.device) -> Iterator[None]:
     """Compile the kernels while the body runs, and wait for them at its end. Does nothing on a CPU.
@@ -117,13 +135,13 @@ def done_beside(jobs: Sequence[Callable[[], None]]) -> Iterator[None]:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Attention | Draw]:
+def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     """One call for each kernel that the model's steps need: for each kind of steps, each kind of layer once."""
     slots, kv_layout, regions = config.max_requests, compiled.layout, compiled.split
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
     nodes = (node for name in regions.calls for node in find_calls(regions.region(name).graph, dual_mode_attention))
-    calls: dict[Attention | Draw, None] = {}
+    calls: dict[Call, None] = {}
     for node, layer in zip(nodes, kv_layout.layers, strict=True):
         row_counts = (most_rows(config, slots), _FEW_ROWS)
         by_kind = {kind_of_step(rows, layer.q_heads, slots): rows for rows in row_counts}
@@ -132,6 +150,9 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Attention | Dr
             calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, single, *_alike(layer))] = None
     (logits,) = compiled.graph_module.graph.output_node().all_input_nodes
     calls[Draw(layout_of(logits, _FEW_ROWS))] = None
+    policy = choose_policy(config)
+    if policy is not None and policy.reads_scores:
+        calls[Selection(slots)] = None
     return list(calls)
 
 
@@ -165,7 +186,7 @@ def layout_of(node: Node, size: int) -> Layout:
     )
 
 
-def _run(call: Attention | Draw, device: torch.device) -> None:
+def _run(call: Call, device: torch.device) -> None:
     """On a stream of its own: whatever the main thread does on its stream neither waits nor is waited for."""
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         call.run(device)

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsespec_compile as ss
 from sparsespec_compile import target, warm_up
-from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention
+from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
 from sparsespec_compile.kernels.step_kind import kind_of_step
 from sparsespec_compile.runtime.work import Work
-from sparsespec_compile.warm_up import Attention, calls_of, done_beside
+from sparsespec_compile.warm_up import Attention, Selection, calls_of, done_beside
 
 from .passes.families import tiny
 
@@ -41,6 +41,8 @@ class Variants(TorchDispatchMode):
             self.seen.append(attention_variant(*args))
         elif func is draw_tokens:
             self.seen.append(("draw", *(pattern(tensor) for tensor in args), args[0].shape[1]))
+        elif func is select_pillars:
+            self.seen.append(("select", pattern(args[0]), max(64, args[1].shape[0])))
         return func(*args, **(kwargs or {}))
 
 
@@ -107,6 +109,12 @@ def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     )
     attention = [call for call in calls_of(fast._compiled, fast.config) if isinstance(call, Attention)]
     assert sorted(call.window for call in attention) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("settings", [{"drafter": "window"}, {"drafter": "full"}, {"draft_tokens": 0}])
+def test_what_selects_no_pillars_compiles_no_selection(settings):
+    fast = ss.optimize(tiny("qwen3"), ss.SpecConfig(**settings))
+    assert not any(isinstance(call, Selection) for call in calls_of(fast._compiled, fast.config))
 
 
 def test_the_default_dtype_does_not_matter():
@@ -205,8 +213,8 @@ def test_a_generation_compiles_no_kernel_of_the_first_steps(family, backend, mon
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
     model = tiny(family, num_attention_heads=8).cuda()
     fast = ss.optimize(model, ss.SpecConfig(page_size=128, backend=backend))  # no other test has pages of that size
-    assert compiled.count("attention_kernel") == len(calls_of(fast._compiled, fast.config)) - 1
+    assert compiled.count("attention_kernel") == len(calls_of(fast._compiled, fast.config)) - 2
     compiled.clear()
     fast.generate_batch([list(range(2, 40)), list(range(2, 90))], ss.SamplingParams(max_new_tokens=30))
-    ours = {"attention_kernel", "filter_kernel", "draw_kernel", "join_kernel"}
+    ours = {"attention_kernel", "filter_kernel", "draw_kernel", "join_kernel", "select_kernel"}
     assert not ours & set(compiled)

@@ -25,6 +25,9 @@ REGISTERS = 64
 MOST_CHUNKS = 1023
 """Of a row: a lane counts in 10 bits."""
 
+MOST_PACKED = 2**21 - 1
+"""Scores of a row of which three counts share a number of 64 bits."""
+
 _LOWEST = tl.constexpr(-(2**31))
 """Below the keys of all numbers."""
 
@@ -66,6 +69,7 @@ def select_pillars(
             # Few numbers of slots deserve a kernel of their own.
             REQUESTS=max(64, triton.next_power_of_2(requests)),
             CHUNK=chunk_of(positions),
+            PACKED=positions <= MOST_PACKED,
             num_warps=NUM_WARPS,
             maxnreg=REGISTERS,
         )
@@ -114,6 +118,7 @@ def select_kernel(
     stride_count,
     REQUESTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Persistent: the heads of the requests with something to select, one after the other, dealt out in turn."""
     slot = tl.arange(0, REQUESTS)
@@ -132,16 +137,16 @@ def select_kernel(
         row_scores = scores + source * stride_score_slot + head * stride_score_head
         row_index = pillar_index + request * stride_pillar_request + head * stride_pillar_head
         if count > 0:
-            _select(row_scores, row_index, length, count, CHUNK)
+            _select(row_scores, row_index, length, count, CHUNK, PACKED)
         for start in range(count, capacity, CHUNK):
             position = start + tl.arange(0, CHUNK)
             tl.store(row_index + position, tl.full((CHUNK,), -1, tl.int32), mask=position < capacity)
 
 
 @triton.jit
-def _select(scores, pillar_index, length, count, CHUNK: tl.constexpr):
+def _select(scores, pillar_index, length, count, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """Write the positions of the ``count`` highest of ``length`` scores, in order."""
-    last, room, ties = _kth_highest(scores, length, count, CHUNK)
+    last, room, ties = _kth_highest(scores, length, count, CHUNK, PACKED)
     kept = 0
     equal_seen = 0
     for start in range(0, length, CHUNK):
@@ -164,7 +169,7 @@ def _count_on(flag, before):
 
 
 @triton.jit
-def _kth_highest(scores, length, count, CHUNK: tl.constexpr):
+def _kth_highest(scores, length, count, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """A key that the ``count`` highest scores reach, and no others if it has no ties: (key, room, ties).
 
     With ties it is that of the count-th highest, and ``room`` is how many scores equal to it are among the highest.
@@ -175,7 +180,7 @@ def _kth_highest(scores, length, count, CHUNK: tl.constexpr):
     step = tl.full((), 1 << 30, tl.int32)
     while (step > 0) & (at_least != count):
         low, middle, high = bound ^ step, bound ^ (step << 1), bound ^ (step * 3)
-        low_count, middle_count, high_count = _reaching(scores, length, low, middle, high, CHUNK)
+        low_count, middle_count, high_count = _reaching(scores, length, low, middle, high, CHUNK, PACKED)
         # Of bounds that rise, those which enough scores reach come first.
         if high_count >= count:
             bound, at_least = high, high_count
@@ -191,16 +196,23 @@ def _kth_highest(scores, length, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _reaching(scores, length, low, middle, high, CHUNK: tl.constexpr):
+def _reaching(scores, length, low, middle, high, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """How many scores reach each of three keys that rise, all above _LOWEST."""
     # Each lane counts in 10 bits for each key: a choice and one sum instead of three.
     tally = tl.zeros((CHUNK // 4, 4), tl.int32)
     for start in range(0, length, CHUNK):
         key = _keys_of_chunk(scores, start, length, CHUNK)[0]
         tally += tl.where(key >= high, 0x100401, tl.where(key >= middle, 0x401, tl.where(key >= low, 1, 0)))
-    wide = tally.to(tl.int64)
-    sums = tl.sum(tl.sum((wide & 0x3FF) | ((wide & 0xFFC00) << 11) | ((wide >> 20) << 42), 1), 0)
-    return (sums & 0x1FFFFF).to(tl.int32), ((sums >> 21) & 0x1FFFFF).to(tl.int32), (sums >> 42).to(tl.int32)
+    if PACKED:
+        wide = tally.to(tl.int64)
+        sums = tl.sum(tl.sum((wide & 0x3FF) | ((wide & 0xFFC00) << 11) | ((wide >> 20) << 42), 1), 0)
+        return (sums & 0x1FFFFF).to(tl.int32), ((sums >> 21) & 0x1FFFFF).to(tl.int32), (sums >> 42).to(tl.int32)
+    return _sum(tally & 0x3FF), _sum((tally >> 10) & 0x3FF), _sum(tally >> 20)
+
+
+@triton.jit
+def _sum(tile):
+    return tl.sum(tl.sum(tile, 1), 0)
 
 
 @triton.jit

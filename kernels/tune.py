@@ -33,7 +33,7 @@ from .ops import Mode
 from .step_kind import LARGE_STEP_PAIRS, StepKind
 from .tiling import Layer, Tiling, default_tiling
 from .triton_attention import dual_mode_attention
-from .tuning import cache_path, entry_key, save
+from .tuning import cache_path, can_be_kept, entry_key, save
 from .workload import Heads, Step, Work, make_step
 
 STEPS: dict[StepKind, dict[str, list[Work]]] = {
@@ -90,11 +90,15 @@ def _tune(
     made = {name: _copies(heads, work, device) for name, work in steps.items()}
     console.print(entry_key(layer, kind, limits))
     timed: dict[Tiling, dict[str, float]] = {}
+    compiled: set[Tiling] = set()
     default = default_tiling(layer, kind, limits)
     best, before = default, math.inf
     while True:
-        candidates = [tiling for tiling in candidate_tilings(best, kind) if tiling not in timed]
+        candidates = [tiling for tiling in candidate_tilings(best, kind) if tiling not in compiled]
+        compiled.update(candidates)
         usable = _compile(heads, kind, candidates, options, console)
+        if not timed and not usable:
+            raise KernelUnavailableError("no tiles run on this GPU for these heads; the reasons stand above")
         timed |= {tiling: _times(made, tiling) for tiling in tqdm(usable, desc="timing")}
         best = min(timed, key=lambda tiling: math.prod(timed[tiling].values()))
         console.print(_report(timed, default))
@@ -128,7 +132,7 @@ def candidate_tilings(default: Tiling, kind: StepKind) -> list[Tiling]:
     found += [replace(default, num_warps=warps) for warps in (default.num_warps // 2, default.num_warps * 2) if warps]
     found += [replace(default, unit_overhead=default.unit_overhead * parts // 4) for parts in (2, 3, 6)]
     found += [replace(default, part_cost=default.part_cost * parts // 4) for parts in (1, 2, 8)]
-    return list(dict.fromkeys(found))
+    return [tiling for tiling in dict.fromkeys(found) if can_be_kept(tiling)]
 
 
 def _compile(
@@ -151,7 +155,8 @@ def obstacle(heads: Heads, kind: StepKind, tiling: Tiling) -> str | None:
         _call(step, tiling)()
         torch.cuda.synchronize()
     except (TritonError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+        first_line, *_ = str(error).split("\n")
+        return f"{type(error).__name__}: {first_line[:60]}"
     return None
 
 

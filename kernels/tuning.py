@@ -65,6 +65,15 @@ def cache_path() -> Path:
     return Path(folder) / "sparsespec_compile" / "tiles.json"
 
 
+def can_be_kept(tiling: Tiling) -> bool:
+    """Whether a file may hold these tiles."""
+    try:
+        _checked(asdict(tiling))
+    except ValueError:
+        return False
+    return True
+
+
 def save(measured: dict[str, Tiling], path: Path) -> None:
     """Add entries to a file, replacing it in one step, so that a reader sees the old or the new one."""
     entries = {key: asdict(tiling) for key, tiling in {**_read(path), **measured}.items()}
@@ -72,6 +81,7 @@ def save(measured: dict[str, Tiling], path: Path) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump({"version": VERSION, "entries": dict(sorted(entries.items()))}, file, indent=2)
         file.write("\n")
+    os.chmod(file.name, 0o644)  # a temporary file is for its owner alone
     os.replace(file.name, path)
     _entries.cache_clear()
 
@@ -108,7 +118,8 @@ def _checked(entry: dict[str, Any]) -> Tiling:
         low, high = _RANGES[name]
         power = name not in _POWERS_OF_TWO or (isinstance(value, int) and value & (value - 1) == 0)
         if type(value) is not int or not low <= value <= high or not power:
-            raise ValueError(f"{name} is {value!r}; allowed are {low} to {high}, {_POWERS_OF_TWO} powers of two")
+            powers = ", powers of two" if name in _POWERS_OF_TWO else ""
+            raise ValueError(f"{name} is {value!r}; allowed are {low} to {high}{powers}")
     if entry["block_n"] % entry["big_n"]:
         raise ValueError(f"big_n is {entry['big_n']} and block_n {entry['block_n']}; big_n may be as large at most")
     return Tiling(**entry)

@@ -225,8 +225,9 @@ class OptimizedModel:
         """
         self._compiled.parameters.require()
         _require_counts(max_requests=max_requests, max_length=max_length)
-        self._reader().check_length(max_length)
-        return self._engine.capture(max_requests, max_length)
+        reader = self._reader()
+        reader.check_length(max_length)
+        return self._engine.capture(max_requests, max_length, reader.vocabulary)
 
     @property
     def memory_plan(self) -> MemoryPlan | None:

@@ -11,6 +11,7 @@ from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.state import State
 from sparsespec_compile.runtime.step import Results, Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work, are_single_rows
+from sparsespec_compile.runtime.work_checks import Bounds
 
 
 class CapturedStep:
@@ -33,8 +34,9 @@ class CapturedStep:
         state: what outlives an iteration; see `State`.
     """
 
-    def __init__(self, runner: StepRunner) -> None:
+    def __init__(self, runner: StepRunner, vocabulary: int | None = None) -> None:
         self._runner = runner
+        self._longest: dict[int, int] = {}
         self._packer = InputPacker(runner.step.inputs.sizes)
         self._filled = (0, 0, Variant())
         self.inputs: StepInputs = runner.step.inputs
@@ -43,18 +45,33 @@ class CapturedStep:
         slots, pages = self.state.capacity.slots, self.inputs.sizes.request_pages
         own = torch.arange(slots * pages, dtype=torch.int32, device=self.state.device)
         self.state.page_table[:slots] = own.view(slots, pages)
+        capacity, cycle = self.state.capacity, self.results.logprobs.shape[1]
+        self._bounds = Bounds(slots, capacity.tokens, cycle, capacity.pages, pages, vocabulary)
 
     def begin(self, slot: int, max_length: int, params: DrawParams | None = None) -> None:
-        """Give `slot` to a new text of at most `max_length` tokens, prompt included; None draws greedily."""
+        """Give `slot` to a new text of at most `max_length` tokens, prompt included; None draws greedily.
+
+        Raises:
+            ConfigError: there is no such slot, it holds no text so long, or `params` are none.
+        """
+        self._bounds.check_slot(slot)
+        self._bounds.check_length(max_length)
+        if params is not None and not isinstance(params, DrawParams):
+            raise ConfigError(f"params must be DrawParams or None, got {type(params).__name__}.")
+        self._longest[slot] = max_length
         self._packer.admit(slot, max_length, DrawParams() if params is None else params)
 
     def fill(self, work: Sequence[Work], updates: Sequence[PageUpdate] = ()) -> None:
         """Write an iteration into `inputs`: what each slot does, at most one `Work` for each.
 
         Raises:
-            ConfigError: more packed rows, rows with logits, scored requests or page-table entries than fit.
+            ConfigError: more packed rows, rows with logits, scored requests or page-table entries than fit, or work
+                that a slot cannot do.
         """
+        self._bounds.check_slots(work, self._longest)
         self._check(work, updates)
+        self._bounds.check_work(work, self._longest)
+        self._bounds.check_updates(updates)
         self._filled = (*self._packer.pack(work, updates), Variant(single_rows=are_single_rows(work)))
         self.inputs.flat.copy_(torch.from_numpy(self._packer.flat), non_blocking=False)
 
@@ -84,7 +101,14 @@ class CapturedStep:
             rows: packed rows that were written into `inputs`, whatever they do; None: what the latest `fill` wrote. It
                 knows whether all are drafts or plain decoding, which take a computation of their own and less time.
             logits: rows with logits; likewise.
+
+        Raises:
+            ConfigError: more rows than the step holds.
         """
+        sizes = self.inputs.sizes
+        for name, got, most in (("rows", rows, sizes.rows), ("logits", logits, sizes.logits)):
+            if got is not None and not 0 <= got <= most:
+                raise ConfigError(f"{name} must be from 0 to {most}, which the step holds, got {got}.")
         filled_rows, filled_logits, variant = self._filled
         if rows is not None or logits is not None:
             variant = Variant()

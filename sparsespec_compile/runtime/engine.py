@@ -114,8 +114,8 @@ class Engine:
             self._active.close()
             self._active = None
 
-    def capture(self, max_requests: int, max_length: int) -> CapturedStep:
-        """A step with a state of its own, for a loop outside of this engine."""
+    def capture(self, max_requests: int, max_length: int, vocabulary: int | None = None) -> CapturedStep:
+        """A step with a state of its own, for a loop outside of this engine; see `CapturedStep`."""
         pages = max(max_requests, 2) * -(-max_length // self.config.page_size)
         capacity = capacity_for(self.config, self._policy, max_requests, max_length, pages)
         with torch.inference_mode(False):
@@ -126,7 +126,7 @@ class Engine:
                 f"device has room for {runner.step.state.capacity.pages}. Lower max_requests or max_length."
             )
         self.memory_plan = plan
-        return CapturedStep(runner)
+        return CapturedStep(runner, vocabulary)
 
     def needs(self, lengths: Sequence[int]) -> Needs:
         """The needs of requests with these prompt and new tokens together."""

@@ -97,12 +97,17 @@ def test_nothing_else_is_written() -> None:
 
 
 @pytest.mark.parametrize(("capacity", "chunk"), [(CAPACITY, 1024), (0, 1024), (CAPACITY, 256)])
-def test_triton_equals_reference(capacity: int, chunk: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one chunk and of several, the last one full or not."""
+@pytest.mark.parametrize("packed", [True, False])
+def test_triton_equals_reference(
+    capacity: int, chunk: int, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one chunk and of several, the last one full or not; counts that share a number, and that do not."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     from sparsespec_compile.kernels import triton_select
 
     monkeypatch.setattr(triton_select, "CHUNK", chunk)
+    if not packed:
+        monkeypatch.setattr(triton_select, "MOST_PACKED", 0)
     expected = _run(reference_select.select_pillars, capacity=capacity)
     actual = _run(triton_select.select_pillars, device, capacity)
     for name, *tensors in zip(CASES, *expected, *actual, strict=True):
@@ -119,6 +124,19 @@ def test_no_lane_counts_further_than_its_bits(positions: int) -> None:
     chunk = triton_select.chunk_of(positions)
     assert -(-positions // chunk) < 2**10
     assert chunk & (chunk - 1) == 0
+
+
+def test_triton_counts_more_scores_than_share_a_number(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from sparsespec_compile.kernels import triton_select
+
+    if device == "cpu":
+        monkeypatch.setattr(triton_select, "CHUNK", 2**17)  # the interpreter takes as long for any
+    scores = torch.arange(2**21 + 5, dtype=torch.float32)[None, None]
+    index = torch.zeros(1, 1, 3, dtype=torch.int32, device=device)
+    arguments = [torch.full((1,), value, dtype=torch.int32, device=device) for value in (0, scores.shape[2], 3, 0)]
+    triton_select.select_pillars(scores.to(device), *arguments[:3], index, arguments[3])
+    assert index.flatten().tolist() == [2**21 + 2, 2**21 + 3, 2**21 + 4]
 
 
 def test_triton_with_nan_keeps_to_its_bounds(device: str) -> None:

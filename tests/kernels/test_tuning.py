@@ -185,11 +185,13 @@ def test_candidates_differ_and_hold_the_default(kind: StepKind) -> None:
         tuning._checked(asdict(candidate))
 
 
-def _search(monkeypatch: pytest.MonkeyPatch, times: Callable[[Tiling], float], output: Path) -> str:
+def _search(
+    monkeypatch: pytest.MonkeyPatch, times: Callable[[Tiling], float], output: Path, *, compiles: bool = True
+) -> str:
     """What the search prints where tiles take so long; its file is ``output``."""
     from sparsespec_compile.kernels import tune
 
-    monkeypatch.setattr(tune, "_compile", lambda heads, kind, candidates, options, console: candidates)
+    monkeypatch.setattr(tune, "_compile", lambda heads, kind, candidates, *_: candidates if compiles else [])
     monkeypatch.setattr(tune, "_copies", lambda *_: [])
     monkeypatch.setattr(tune, "_times", lambda made, tiling: {"step": times(tiling)})
     monkeypatch.setattr(tune, "device_limits", lambda _: LIMITS)
@@ -224,6 +226,24 @@ def test_a_search_that_is_stopped_keeps_what_it_found(monkeypatch: pytest.Monkey
         _search(monkeypatch, times, tmp_path / "tiles.json")
     (found,) = json.loads((tmp_path / "tiles.json").read_text())["entries"].values()
     assert (found["block_n"], found["scored_overhead"]) in [(32, 12), (64, 7)]
+
+
+@pytest.mark.parametrize("kind", list(StepKind))
+def test_a_search_keeps_to_what_a_file_may_hold(kind: StepKind) -> None:
+    """Around the largest and the smallest that may be kept, which rounds of a search can reach."""
+    from sparsespec_compile.kernels.tune import candidate_tilings
+
+    for bound in (0, 1):
+        extreme = Tiling(**{name: tuning._RANGES[name][bound] for name in asdict(DEFAULT)})
+        for candidate in candidate_tilings(extreme, kind):
+            tuning._checked(asdict(candidate))
+
+
+def test_no_tiles_at_all_are_a_named_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sparsespec_compile.kernels.errors import KernelUnavailableError
+
+    with pytest.raises(KernelUnavailableError, match="no tiles run on this GPU"):
+        _search(monkeypatch, lambda tiling: 1.0, tmp_path / "tiles.json", compiles=False)
 
 
 def test_tuning_without_a_gpu_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.scheduler import Scheduler
 from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work
+from sparsespec_compile.sampling_params import SamplingParams
 
 from ..support.toy import Toy, requests_of, run
 
@@ -272,6 +273,8 @@ class TestCapturedStep:
 
     def test_what_filled_the_inputs_decides_on_the_variant(self, toy, monkeypatch):
         step, variants = toy.engine(draft_tokens=4, min_budget=4).capture(2, 64), []
+        for slot in range(2):
+            step.begin(slot, 64)
         monkeypatch.setattr(StepRunner, "__call__", lambda _, *given: variants.append(given[2].single_rows))
         single, rows = Work(0, Mode.DRAFT, rows=1, logits=1), Work(1, Mode.VERIFY, rows=5, logits=5, scored=5)
         for work in ([single], [single, rows], [], [single._replace(scored=1)]):
@@ -305,6 +308,8 @@ class TestCapturedStep:
 
     def test_more_than_fits_is_refused(self, toy):
         step = toy.engine(draft_tokens=8, min_budget=4).capture(40, 64)
+        for slot in range(40):
+            step.begin(slot, 64)
         prompt = [Work(slot, Mode.PREFILL, rows=2, tokens=[1, 2], logits=1, scored=2) for slot in range(40)]
         with pytest.raises(ConfigError, match="has 40 scored requests, the step holds 28"):
             step.fill(prompt)
@@ -312,7 +317,62 @@ class TestCapturedStep:
         with pytest.raises(ConfigError, match="packed rows"):
             step.fill([Work(0, Mode.PREFILL, rows=10_000, tokens=[1] * 10_000)])
         window = toy.engine(draft_tokens=8, drafter="window").capture(40, 64)
+        for slot in range(40):
+            window.begin(slot, 64)
         window.fill(prompt)
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (Work(2, Mode.DRAFT, 1), "slot must be an integer from 0 to 1, got 2"),
+            (Work(-1, Mode.DRAFT, 1), "slot must be an integer from 0 to 1, got -1"),
+            (Work(1, Mode.DRAFT, 1), r"Slot 1 holds no text yet. Call begin\(1, max_length\)"),
+            (Work(0, Mode.IDLE, 1), "mode must be one of Mode.DRAFT, Mode.VERIFY, Mode.PREFILL"),
+            (Work(0, 7, 1), "mode must be one of"),
+            (Work(0, Mode.DRAFT, 2), "rows must be an integer from 1 to 1, got 2"),
+            (Work(0, Mode.VERIFY, 6), "rows must be an integer from 1 to 5, got 6"),
+            (Work(0, Mode.VERIFY, 0), "rows must be an integer from 1 to 5, got 0"),
+            (Work(0, Mode.VERIFY, 2, logits=3), "logits must be an integer from 0 to 2, got 3"),
+            (Work(0, Mode.VERIFY, 2, scored=3), "scored must be an integer from 0 to 2, got 3"),
+            (Work(0, Mode.DRAFT, 1, offset=5), "offset must be an integer from 0 to 4, got 5"),
+            (Work(0, Mode.PREFILL, 2, offset=39, tokens=[1, 2]), "offset must be an integer from 0 to 38, got 39"),
+            (Work(0, Mode.PREFILL, 41, tokens=[1] * 41), "rows must be an integer from 1 to 40, got 41"),
+            (Work(0, Mode.PREFILL, 5, tokens=[1, 2, 3]), "tokens must be one for each of the 5 rows, got 3"),
+            (Work(0, Mode.DRAFT, 1, tokens=[1]), "tokens must be none: they are on the device, got 1"),
+            (Work(0, Mode.PREFILL, 1, tokens=[50]), "tokens must be an integer from 0 to 49, got 50"),
+            (Work(0, Mode.PREFILL, 1, tokens=[1.5]), "tokens must be an integer from 0 to 49, got 1.5"),
+            ("draft", "fill takes Work, got str"),
+        ],
+    )
+    def test_work_that_no_slot_can_do_is_refused(self, toy, wrong, message):
+        step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64, vocabulary=50)
+        step.begin(0, 40)
+        with pytest.raises(ConfigError, match=message):
+            step.fill([wrong])
+
+    def test_other_wrong_input_is_refused(self, toy):
+        step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)
+        with pytest.raises(ConfigError, match="slot must be an integer from 0 to 1, got 9"):
+            step.begin(9, 40)
+        with pytest.raises(ConfigError, match=r"from 1 to 64, got 65\. Capture a step with a larger max_length"):
+            step.begin(0, 65)
+        with pytest.raises(ConfigError, match="params must be DrawParams or None, got SamplingParams"):
+            step.begin(0, 40, SamplingParams())
+        step.begin(0, 40)
+        draft = Work(0, Mode.DRAFT, 1, logits=1)
+        with pytest.raises(ConfigError, match="Slot 0 has several Work"):
+            step.fill([draft, draft])
+        for update, message in (
+            (PageUpdate(2, 0, 0), "slot must"),
+            (PageUpdate(0, 16, 0), "page must be an integer from 0 to 15"),
+            (PageUpdate(0, 0, 32), "physical must be an integer from 0 to 31"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                step.fill([draft], [update])
+        with pytest.raises(ConfigError, match="rows must be from 0 to"):
+            step.replay(10**6, 1)
+        with pytest.raises(ConfigError, match="logits must be from 0 to"):
+            step.replay(1, 10**6)
 
     def test_it_does_not_disturb_the_engine(self, toy):
         engine = toy.engine(draft_tokens=4, min_budget=4)

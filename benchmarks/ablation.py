@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from countdown_model import held_out_prompts
-from environment import environment
+from environment import environment, usable_device
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pool-tokens", type=int, default=131_072, help="of the KV pool, for all stages but the last")
     parser.add_argument("--host-pool-tokens", type=int, default=262_144, help="of host memory, for its stage")
     parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 

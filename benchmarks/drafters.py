@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from countdown_model import held_out_prompts, load
-from environment import environment
+from environment import environment, usable_device
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         "--budgets", type=int, nargs="+", default=[64, 128], help="min_budget, beside 5%% of the length"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 

@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from environment import environment
+from environment import environment, usable_device
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
     parser.add_argument("--load", nargs="+", default=LOADS, help="requests x cached tokens")
     parser.add_argument("--max-draft-tokens", type=int, default=12)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 

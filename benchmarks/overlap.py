@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from environment import environment
+from environment import environment, require_gpu
 from gpu_trace import Event, advance, busy_spans, gpu_events, idle_between_steps, idle_share
 from inflated_shape import PRESETS
 from rich.console import Console
@@ -83,6 +83,7 @@ def draw(rows: list[dict], traces: list[list[Event]], path: Path) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    require_gpu()
     model, tokenizer = load_model(arguments.shape, "cuda")
     prompts = recorded_traces(tokenizer, arguments.requests, arguments.length)
     traced = [trace(model, prompts, overlap=overlap) for overlap in (True, False)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from countdown_model import held_out_prompts, load
-from environment import environment
+from environment import environment, usable_device
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=400, help="of the longest text; the others are shorter")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--png", type=Path, help="where to draw them")
     return parser.parse_args()

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import environment, usable_device
 from rich.console import Console
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import environment, usable_device
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--once", action="store_true", help="start here, and print the seconds as JSON")
     return parser.parse_args()

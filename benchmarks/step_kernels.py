@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from environment import environment
+from environment import environment, require_gpu
 from gpu_trace import Event, advance, gpu_events
 from inflated_shape import PRESETS
 from rich.console import Console
@@ -74,6 +74,7 @@ def by_kernel(events: list[Event], iterations: int) -> list[dict[str, str | floa
 
 def main() -> None:
     arguments = parse_arguments()
+    require_gpu()
     requests, length, _ = workload_size(arguments.workload)
     model, tokenizer = load_model(arguments.shape, "cuda")
     events, iterations = trace(model, recorded_traces(tokenizer, requests, length), arguments.draft_tokens)

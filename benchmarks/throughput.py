@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 from countdown_model import load as load_countdown
-from environment import environment
+from environment import environment, usable_device
 from inflate import inflated_model
 from inflated_shape import PRESETS, preset
 from report import label
@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--checkpoint", type=Path, help="the same model on disk (inflate.py), for vllm")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write, or add, the rows")
     return parser.parse_args()
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from countdown.device import usable_device
 from countdown.puzzles import check_answer, puzzles
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft-tokens", type=int, default=8)
     parser.add_argument("--drafter", default="pillar", choices=["pillar", "window", "full"])
     parser.add_argument("--min-budget", type=int, default=128)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 

@@ -12,7 +12,14 @@ from transformers import GenerationConfig, PreTrainedModel
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.ceilings import Ceilings
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, CopyError, PoolTooSmallError, SamplingError, UnsupportedModelError
+from sparsespec_compile.errors import (
+    ConfigError,
+    CopyError,
+    PoolTooSmallError,
+    SamplingError,
+    StoppedError,
+    UnsupportedModelError,
+)
 from sparsespec_compile.explain import Explanation, explain
 from sparsespec_compile.generation import resolve_generation, token_ids
 from sparsespec_compile.passes.cost import graph_cost
@@ -122,6 +129,7 @@ class OptimizedModel:
             PoolTooSmallError: a request does not fit the KV pool.
             EngineBusyError: a stream of this model is open.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
+            StoppedError: `stop` was called meanwhile.
         """
         self._compiled.parameters.require()
         reader = self._reader()
@@ -162,7 +170,9 @@ class OptimizedModel:
         Raises:
             As `generate`; a text that memory cannot hold any longer ends with `FinishReason.MEMORY` instead.
         """
-        completions = self.as_completed(prompts, sampling, tokenizer=tokenizer, progress=progress)
+        stream = self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress)
+        completions = list(_completions(stream))
+        _require_all(stream.unfinished, len(completions) + stream.unfinished)
         return sorted(completions, key=lambda completion: (completion.index, completion.sample))
 
     def as_completed(
@@ -173,7 +183,7 @@ class OptimizedModel:
         tokenizer: Decoder | None = None,
         progress: bool = False,
     ) -> Iterator[Completion]:
-        """`generate_batch`, each text as soon as it is complete."""
+        """`generate_batch`, each text as soon as it is complete; after `stop` there are no more."""
         return _completions(self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress))
 
     def stream(
@@ -207,7 +217,10 @@ class OptimizedModel:
         return stream
 
     def stop(self) -> None:
-        """End what this model is generating, if anything: for an iterator that was left without being closed."""
+        """End what this model is generating, if anything: for an iterator that was left without being closed.
+
+        A stream then gives out no more; `generate` and `generate_batch`, which owe whole texts, raise `StoppedError`.
+        """
         self._engine.stop()
 
     def capture(self, max_requests: int, max_length: int) -> CapturedStep:
@@ -301,8 +314,17 @@ def _require_counts(**values: object) -> None:
             raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
+def _require_all(unfinished: int, texts: int) -> None:
+    if unfinished:
+        raise StoppedError(
+            f"stop() ended {unfinished} of {texts} texts before they were whole. Use stream() or as_completed() to "
+            "keep what there is."
+        )
+
+
 def _require_complete(requests: list[Request]) -> None:
     """`generate` returns whole texts or none."""
+    _require_all(sum(request.finish_reason is None for request in requests), len(requests))
     ended = sum(request.finish_reason is FinishReason.MEMORY for request in requests)
     if ended:
         raise PoolTooSmallError(

@@ -64,6 +64,10 @@ class EngineBusyError(SparseSpecError, RuntimeError):
     """A generation was started while another one of the same model is unfinished, or added to after its end."""
 
 
+class StoppedError(SparseSpecError, RuntimeError):
+    """Whole texts were asked for, and `OptimizedModel.stop` ended them before."""
+
+
 __all__ = [
     "AdviceError",
     "AttentionInterfaceError",
@@ -88,6 +92,7 @@ __all__ = [
     "SamplingError",
     "SparseSpecError",
     "StaleParametersError",
+    "StoppedError",
     "TuningCacheWarning",
     "UncompiledStepWarning",
     "UnsupportedAttentionError",

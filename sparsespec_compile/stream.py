@@ -54,6 +54,11 @@ class TokenStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def unfinished(self) -> int:
+        """Texts that were neither given out whole nor cancelled."""
+        return len(self._texts.names)
+
     def close(self) -> None:
         """End everything that is unfinished."""
         self._texts.ended = True
@@ -88,7 +93,7 @@ class _Texts:
         self._reader = reader
         self._max_length = max_length
         self._progress = progress
-        self._names: dict[Request, tuple[int, int]] = {}
+        self.names: dict[Request, tuple[int, int]] = {}
         self._prompts = 0
         self._session: Session | None = None
         self.ended = False
@@ -108,7 +113,7 @@ class _Texts:
         self._prompts += len(read)
         for index, texts in enumerate(read, first):
             for sample, request in enumerate(texts):
-                self._names[request] = (index, sample)
+                self.names[request] = (index, sample)
                 if self._session is not None:
                     self._session.add(request)
         return list(range(first, self._prompts))
@@ -117,7 +122,7 @@ class _Texts:
         """`TokenStream.cancel`."""
         if type(index) is not int or not 0 <= index < self._prompts:
             raise PromptError(f"There is no prompt {index!r}; this stream has had {self._prompts}, numbered from 0.")
-        unfinished = [request for request, (number, _) in self._names.items() if number == index]
+        unfinished = [request for request, (number, _) in self.names.items() if number == index]
         completions = []
         for request in unfinished:
             if self._session is not None:  # before the first piece there is nobody to tell
@@ -127,14 +132,14 @@ class _Texts:
 
     def run(self) -> Generator[Tokens, None, None]:
         """Pieces of all texts until none is left."""
-        lengths = [request.max_length for request in self._names]
+        lengths = [request.max_length for request in self.names]
         if self._max_length is not None:
             lengths += [self._max_length] * self._engine.config.max_requests
         try:
-            if self._names:
+            if self.names:
                 with self._engine.session(self._engine.needs(lengths)) as session, self._bar() as bar:
                     self._session = session
-                    for request in self._names:
+                    for request in self.names:
                         session.add(request)
                     yield from self._advance(session, bar)
         finally:
@@ -145,21 +150,21 @@ class _Texts:
             for request, tokens in session.advance():
                 if session.closed:
                     return
-                if request in self._names:  # `cancel` gave the others out
+                if request in self.names:  # `cancel` gave the others out
                     yield self._piece(request, tokens)
                 self._show(bar, session)
 
     def _piece(self, request: Request, tokens: list[int]) -> Tokens:
-        index, sample = self._names[request]
+        index, sample = self.names[request]
         reason = request.finish_reason
         return Tokens(index, sample, tokens, None if reason is None else self._complete(request, reason))
 
     def _complete(self, request: Request, reason: FinishReason) -> Completion:
-        index, sample = self._names.pop(request)
+        index, sample = self.names.pop(request)
         return Completion(index, sample, request.output, reason, request.output_logprobs, request.stats)
 
     def _bar(self) -> "tqdm[None]":
-        return tqdm(total=len(self._names), unit="text", disable=not self._progress)
+        return tqdm(total=len(self.names), unit="text", disable=not self._progress)
 
     def _show(self, bar: "tqdm[None]", session: Session) -> None:
         if bar.disable:
@@ -169,6 +174,6 @@ class _Texts:
         postfix = {"tokens/s": f"{stats.tokens / seconds:,.0f}", "pool": f"{session.pool_share:.0%}"}
         if stats.cycles:
             postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.draft_tokens}"
-        bar.total = max(bar.total, bar.n + len(self._names))
+        bar.total = max(bar.total, bar.n + len(self.names))
         bar.set_postfix(postfix, refresh=False)
-        bar.update(bar.total - len(self._names) - bar.n)
+        bar.update(bar.total - len(self.names) - bar.n)

@@ -15,6 +15,7 @@ from sparsespec_compile.errors import (
     PoolTooSmallError,
     PromptError,
     SamplingError,
+    StoppedError,
 )
 from sparsespec_compile.runtime.host_tier import HostTier
 
@@ -247,6 +248,34 @@ def test_a_dropped_iterator_of_texts_leaves_the_model_usable(fast, prompts, text
         assert completion.token_ids == texts[completion.index]
         break
     assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
+
+
+class Stopping(Letters):
+    """A tokenizer whose owner has had enough."""
+
+    def __init__(self, fast):
+        self.fast = fast
+
+    def decode(self, token_ids):
+        self.fast.stop()
+        return super().decode(token_ids)
+
+
+def test_whole_texts_that_are_stopped_are_an_error(fast, prompts, texts):
+    sampling = ss.SamplingParams(max_new_tokens=NEW, stop_strings=("never",))
+    with pytest.raises(StoppedError, match=f"of {len(prompts)} texts before they were whole"):
+        fast.generate_batch(prompts, sampling, tokenizer=Stopping(fast))
+    assert len(list(fast.as_completed(prompts, sampling, tokenizer=Stopping(fast)))) < len(prompts)
+    assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
+
+
+def test_a_stream_counts_the_texts_that_it_still_owes(fast, prompts):
+    with fast.stream(prompts, GREEDY) as pieces:
+        assert pieces.unfinished == len(prompts)
+        pieces.cancel(0)
+        completed = sum(piece.completion is not None for piece in itertools.islice(pieces, 40))
+        assert pieces.unfinished == len(prompts) - 1 - completed
+    assert pieces.unfinished > 0
 
 
 def test_a_stopped_stream_cannot_be_revived(fast, prompts, texts):

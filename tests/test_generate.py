@@ -16,6 +16,7 @@ from sparsespec_compile.errors import (
     PromptError,
     SamplingError,
     StaleParametersError,
+    StoppedError,
     UnsupportedModelError,
 )
 
@@ -92,6 +93,18 @@ class TestAsHuggingFace:
         with torch.inference_mode():
             inside = fast.generate(**batch, max_new_tokens=NEW)
         assert torch.equal(fast.generate(**batch, max_new_tokens=NEW), inside)
+
+    def test_a_stopped_text_is_an_error(self, fast, batch):
+        class Stopping:
+            def put(self, tokens):
+                if tokens.ndim < 2:  # not the prompt
+                    fast.stop()
+
+            def end(self):
+                pass
+
+        with pytest.raises(StoppedError, match="1 of 1 texts before they were whole"):
+            fast.generate(batch["input_ids"][1:2], max_new_tokens=NEW, streamer=Stopping())
 
     def test_streamer_hears_every_token_in_order(self, fast, batch):
         heard = []

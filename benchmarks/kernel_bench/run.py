@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from environment import environment
+from environment import environment, usable_device
 from rich.console import Console
 
 from sparsespec_compile.kernels.measure import Call, replay_ms
@@ -53,7 +53,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kernels beside their bytes and beside other libraries' kernels.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", type=usable_device, choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
     parser.add_argument("--only", default="", help="regular expression that names of cases must contain")
     parser.add_argument("--repeats", type=int, default=30)

@@ -84,5 +84,5 @@ class Bounds:
 
 
 def _require_range(name: str, value: Any, low: int, high: int, advice: str = "", where: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}{where}. {advice}".rstrip())

@@ -60,9 +60,12 @@ class TokenStream:
         return len(self._texts.names)
 
     def close(self) -> None:
-        """End everything that is unfinished."""
+        """End everything that is unfinished; also from what the stream calls, or from another thread."""
         self._texts.ended = True
-        self._pieces.close()
+        if self._pieces.gi_running:
+            self._texts.stop()
+        else:
+            self._pieces.close()
 
     def add(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
@@ -77,7 +80,9 @@ class TokenStream:
         return self._texts.add(prompts, sampling)
 
     def cancel(self, index: int) -> list[Completion]:
-        """End all texts of prompt `index`; returns them as they stand. Texts that are complete are left alone.
+        """End all texts of prompt `index`; returns them as they stand, tokens that were not given out yet included.
+
+        Texts that are complete are left alone.
 
         Raises:
             PromptError: the stream has had no such prompt.
@@ -129,6 +134,11 @@ class _Texts:
                 self._session.cancel(request)
             completions.append(self._complete(request, request.finish_reason or FinishReason.CANCELLED))
         return completions
+
+    def stop(self) -> None:
+        """End the session, while `run` is at work."""
+        if self._session is not None:
+            self._session.close()
 
     def run(self) -> Generator[Tokens, None, None]:
         """Pieces of all texts until none is left."""

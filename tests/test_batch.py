@@ -269,6 +269,20 @@ def test_whole_texts_that_are_stopped_are_an_error(fast, prompts, texts):
     assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
 
 
+def test_a_stream_may_be_closed_by_what_it_calls(fast, prompts, texts):
+    class Closing(Letters):
+        def decode(self, token_ids):
+            pieces.close()
+            return super().decode(token_ids)
+
+    sampling = ss.SamplingParams(max_new_tokens=NEW, stop_strings=("never",))
+    pieces = fast.stream(prompts, sampling, tokenizer=Closing())
+    assert sum(piece.completion is not None for piece in pieces) < len(prompts)
+    with pytest.raises(EngineBusyError, match="ended"):
+        pieces.add(prompts)
+    assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
+
+
 def test_a_stream_counts_the_texts_that_it_still_owes(fast, prompts):
     with fast.stream(prompts, GREEDY) as pieces:
         assert pieces.unfinished == len(prompts)

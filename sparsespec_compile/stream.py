@@ -1,5 +1,6 @@
 """Many texts at once: as they finish, or token by token."""
 
+import inspect
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -62,7 +63,7 @@ class TokenStream:
     def close(self) -> None:
         """End everything that is unfinished; also from what the stream calls, or from another thread."""
         self._texts.ended = True
-        if self._pieces.gi_running:
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
             self._texts.stop()
         else:
             self._pieces.close()

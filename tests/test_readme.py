@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3Config
+
+from sparsespec_compile.ceilings import H200
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.config_cost import config_cost
+from sparsespec_compile.prediction import cycle, drafted_positions, predict_mean
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from drafters import markdown  # noqa: E402
+from inflated_shape import preset  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 
@@ -68,6 +76,27 @@ def test_throughput_table_is_the_committed_result() -> None:
     for drafts in (8, 12):
         accepted = by_name["Qwen3-8B 64x8192", "sparsespec", drafts]["accepted_per_cycle"]
         assert f"{drafts} drafts {accepted:.2f}" in README
+
+
+def test_how_far_from_the_speed_of_light_is_the_committed_result() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/h200-throughput.json").read_text())
+    row = next(r for r in rows if r["workload"] == "Qwen3-8B 64x8192" and r["settings"].get("draft_tokens") == 12)
+    shape = preset("Qwen3-8B")
+    model = Qwen3Config(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.mlp,
+        vocab_size=shape.vocabulary,
+    )
+    config, length = SpecConfig(draft_tokens=12), 8192 + 128  # texts that have written half of their tokens
+    mean = cycle(64, 12, length, drafted_positions(config, length), config.schedule)
+    light = predict_mean(config_cost(model, torch.bfloat16), mean, H200).light_seconds
+    assert f"takes {row['ms_per_iteration'] / 1e3 / light:.1f} times as long as its bytes at 4.3 TB/s" in " ".join(
+        README.split()
+    )
 
 
 def test_what_auto_loses_is_the_committed_result() -> None:

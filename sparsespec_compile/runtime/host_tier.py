@@ -14,22 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsespec_compile.runtime.pinned import pinned
 from sparsespec_compile.runtime.pool import PageAllocator
 
 _BLOCK_BYTES = 2**24
-"""Host memory is pinned in blocks of about this size, which never move. While the driver pins one it enqueues no step,
-so a block must take no longer than what is enqueued already."""
+"""Host memory is taken in blocks of at most this size, or of one page, which never move."""
+
+_NO_MEMORY = (RuntimeError, MemoryError, OSError)
+"""What is raised for memory that cannot be had; CUDA's error for what it cannot pin is the first."""
 
 _COPIES_AT_ONCE = 64
 """Pages whose copies are enqueued between two steps: the host must get back to planning."""
-
-
-def _pages_of_block(page_bytes: int) -> int:
-    """Pages of a block. Torch pins powers of two: a block is one that its pages fill to seven eighths at least."""
-    block = _BLOCK_BYTES
-    while block // page_bytes * page_bytes < block * 7 // 8:
-        block *= 2
-    return block // page_bytes
 
 
 def available_host_bytes() -> int:
@@ -79,7 +74,7 @@ class HostTier:
     def __init__(self, pool: Tensor, pages: int) -> None:
         self.capacity = pages
         self._pool = pool
-        self._block_pages = max(1, min(pages, _pages_of_block(pool.shape[1] * pool.itemsize)))
+        self._block_pages = max(1, min(pages, _BLOCK_BYTES // (pool.shape[1] * pool.itemsize)))
         self._blocks: list[Tensor] = []
         self._coming: Future[Tensor] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -181,7 +176,7 @@ class HostTier:
             self._add_block(wait=False)
 
     def _beside(self) -> bool:
-        """Whether memory is had by a thread: pinning it would keep steps from being enqueued."""
+        """Whether memory is had by a thread: touching and pinning a block takes as long as a step."""
         return self._pool.is_cuda
 
     def _next_block(self) -> "Future[Tensor]":
@@ -192,7 +187,7 @@ class HostTier:
         done: Future[Tensor] = Future()
         try:
             done.set_result(self._allocate(pages))
-        except (RuntimeError, MemoryError) as error:
+        except _NO_MEMORY as error:
             done.set_exception(error)
         return done
 
@@ -202,7 +197,7 @@ class HostTier:
         coming, self._coming = self._coming, None
         try:
             block = coming.result()
-        except (RuntimeError, MemoryError):  # CUDA's error for memory that cannot be pinned is the former
+        except _NO_MEMORY:
             self.capacity = self._free.pages  # the system gives no more: live with what there is
             return
         self._blocks.append(block)
@@ -212,4 +207,6 @@ class HostTier:
         size = (pages, self._pool.shape[1])
         # It is written to in later calls too, inside of inference mode or not; and a thread begins on the first device.
         with torch.inference_mode(False), torch.cuda.device_of(self._pool):
-            return torch.empty(size, dtype=self._pool.dtype, device="cpu", pin_memory=self._pool.is_cuda)
+            if self._pool.is_cuda:
+                return pinned(size, self._pool.dtype)
+            return torch.empty(size, dtype=self._pool.dtype, device="cpu")

@@ -1,6 +1,6 @@
 """Tile sizes of the attention kernel: what they mean, and a choice for any layer and device that works untuned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -53,7 +53,8 @@ class Tiling:
         num_warps: warps of a program.
         small_ahead: blocks of keys and values that are on their way at a time, for tiles of drafts and plain decoding.
         big_ahead: the same for large tiles.
-        scored_ahead: the same for large tiles that give out scores, which take block_n keys at a time.
+        scored_ahead: the same for large tiles that give out scores, which take block_n keys at a time; 0 = no tile
+            does, scores take passes of their own, and the kernel is smaller and parks less outside its registers.
         programs_per_sm: programs that share a multiprocessor.
         unit_overhead: what starting a tile with a KV head costs, in blocks of keys.
         scored_overhead: what it costs besides where scores are given out.
@@ -88,7 +89,10 @@ def default_tiling(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling
     """Tiles within the registers of a program and the shared memory of a multiprocessor."""
     # Tiles of others take more registers than a thread of two warps has.
     light = layer.dtype != torch.float32 and small_tile(layer.group) == 16 and layer.token_bytes <= 1024
-    return _for_single_rows(layer, limits) if kind is StepKind.SINGLE_ROWS and light else _for_any(layer, kind, limits)
+    tiling = (
+        _for_single_rows(layer, limits) if kind is StepKind.SINGLE_ROWS and light else _for_any(layer, kind, limits)
+    )
+    return replace(tiling, scored_ahead=0) if kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED) else tiling
 
 
 def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
@@ -105,7 +109,7 @@ def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
         num_warps=2,
         small_ahead=2,
         big_ahead=2,
-        scored_ahead=2,
+        scored_ahead=0,
         programs_per_sm=max(1, min(4, fitting)),
         unit_overhead=8,
         scored_overhead=24,

@@ -143,11 +143,12 @@ def attention_kernel(
         SCORED_AHEAD,
         BIG_JOIN,
     )
+    EMITS: tl.constexpr = SCORED_AHEAD > 0
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
     line, whole, separate, sums = plan_requests(
-        step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, REQUESTS
+        step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, EMITS, REQUESTS
     )
     total, longest, whole_units, separate_units, real_rows, row_end = sums
     width = kv_heads * (GROUP * VALUE_DIM)
@@ -181,7 +182,7 @@ def attention_kernel(
         pillars = tl.load(pillar_count + request)
         recent = tl.load(recent_start + request)
         small, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
-        emits = emits_scores(kind, scored, tile_rows)
+        emits = emits_scores(kind, scored, tile_rows, EMITS)
         end = cached + count
         # In the line, every tile of a request reads the same blocks.
         read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)

@@ -63,12 +63,12 @@ def cost_of_unit(emits, pillars, recent, end, BLOCK_N: tl.constexpr, OVERHEADS: 
 
 
 @triton.jit
-def emits_scores(kind, scored, tile_rows):
+def emits_scores(kind, scored, tile_rows, EMITS: tl.constexpr):
     """Whether scores come out of the attention pass itself, of a request's last tile, which must hold all scored rows.
 
-    Of a verification alone: what measures its looks is known before.
+    Of a verification alone: what measures its looks is known before. Never without EMITS.
     """
-    return (kind == VERIFY) & (scored > 0) & (scored <= tile_rows)
+    return (kind == VERIFY) & (scored > 0) & (scored <= tile_rows) & EMITS
 
 
 @triton.jit
@@ -102,6 +102,7 @@ def plan_requests(
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     OVERHEADS: tl.constexpr,
+    EMITS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
     """Of each request [REQUESTS]: its cost in the line, its units outside of it, and its heads to be scored separately.
@@ -123,7 +124,7 @@ def plan_requests(
     _, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
     read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
     blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
-    emits = emits_scores(kind, scored, tile_rows)
+    emits = emits_scores(kind, scored, tile_rows, EMITS)
     cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, OVERHEADS)
     stands_out = (tiles > MAX_STREAM_TILES) & (kind != VERIFY)
     line = tl.where(stands_out, 0, tiles * cost) * kv_heads

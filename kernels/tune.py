@@ -42,10 +42,14 @@ STEPS: dict[StepKind, dict[str, list[Work]]] = {
         "decode 1024": [Work(Mode.VERIFY, 1024)] * 64,
         "draft": [Work(Mode.DRAFT, 8192, pillars=410)] * 57,
     },
+    StepKind.UNSCORED: {
+        "verify": [Work(Mode.VERIFY, 8192, 9)] * 16,
+        "mixed": [Work(Mode.DRAFT, 8192, pillars=410)] * 57 + [Work(Mode.VERIFY, 8192, 9)] * 7,
+        "verify 1024": [Work(Mode.VERIFY, 1024, 9)] * 64,
+    },
     StepKind.MIXED: {
         "verify": [Work(Mode.VERIFY, 8192, 9, 410, True)] * 16,
         "mixed": [Work(Mode.DRAFT, 8192, pillars=410)] * 57 + [Work(Mode.VERIFY, 8192, 9, 410, True)] * 7,
-        "verify 1024": [Work(Mode.VERIFY, 1024, 9)] * 64,
         "mixed 1024": [Work(Mode.DRAFT, 1024, pillars=128)] * 43 + [Work(Mode.VERIFY, 1024, 9, 128, True)] * 21,
     },
     StepKind.PREFILL: {"prefill": [Work(Mode.PREFILL, 0, 8192)]},
@@ -122,6 +126,7 @@ def candidate_tilings(default: Tiling, kind: StepKind) -> list[Tiling]:
     if kind is not StepKind.SINGLE_ROWS:
         for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
             found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
+    if default.scored_ahead:
         found += [replace(default, scored_ahead=ahead) for ahead in (1, 2, 3)]
         found += [replace(default, scored_overhead=overhead) for overhead in (7, 9, 16)]
     found += [replace(default, small_ahead=ahead) for ahead in (1, 2, 3)]

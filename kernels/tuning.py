@@ -32,7 +32,7 @@ _RANGES = {
     "num_warps": (1, 16),
     "small_ahead": (1, 16),
     "big_ahead": (1, 16),
-    "scored_ahead": (1, 16),
+    "scored_ahead": (0, 16),
     "programs_per_sm": (1, 16),
     "unit_overhead": (0, 1024),
     "scored_overhead": (0, 1024),

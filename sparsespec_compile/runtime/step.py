@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
-from sparsespec_compile.kernels.step_kind import single_rows
+from sparsespec_compile.kernels.step_kind import StepKind, promised
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import StepInputs
 from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
@@ -44,6 +44,13 @@ class Variant:
 
     logprobs: bool = False
     single_rows: bool = False
+
+
+def kind_of_steps(reads_scores: bool, single_rows: bool) -> StepKind:
+    """What attention may rely on in an iteration."""
+    if single_rows:
+        return StepKind.SINGLE_ROWS
+    return StepKind.MIXED if reads_scores else StepKind.UNSCORED
 
 
 class Results(NamedTuple):
@@ -118,7 +125,7 @@ class Step:
         state, inputs = self.state, self.inputs
         placed = self._place_rows(state, inputs, rows, self._score_rows)
         logit_rows = inputs.logit_rows[:logits]
-        with single_rows(variant.single_rows):
+        with promised(kind_of_steps(self.reads_scores, variant.single_rows)):
             out = self.forward(
                 placed.token[None],
                 placed.position[None],

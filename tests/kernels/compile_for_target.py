@@ -21,11 +21,12 @@ from triton.runtime.jit import JITFunction
 
 from sparsespec_compile.kernels import triton_attention, triton_draw, triton_select
 from sparsespec_compile.kernels.device import DeviceLimits
-from sparsespec_compile.kernels.step_kind import single_rows
+from sparsespec_compile.kernels.step_kind import StepKind, promised
 
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, single rows": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
+    "Qwen3-8B, unscored": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Gemma-2, single rows": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 1024),
     "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
@@ -35,14 +36,24 @@ LAYERS = {
 }
 """Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step.
 
-Where the name says so, single rows are promised."""
+What is promised stands in the name."""
+
+PROMISES = {"single rows": StepKind.SINGLE_ROWS, "unscored": StepKind.UNSCORED}
 
 TARGETS = {
     80: (164, ("Phi-3", "float32", "Qwen3-8B, single rows")),
     86: (100, ("Qwen3-8B",)),
     90: (
         228,
-        ("Qwen3-8B", "Qwen3-8B, single rows", "Qwen3-8B, prefilling", "Gemma-2", "Gemma-2, single rows", "71 heads"),
+        (
+            "Qwen3-8B",
+            "Qwen3-8B, unscored",
+            "Qwen3-8B, single rows",
+            "Qwen3-8B, prefilling",
+            "Gemma-2",
+            "Gemma-2, single rows",
+            "71 heads",
+        ),
     ),
 }
 """Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
@@ -80,7 +91,7 @@ def main() -> None:
 
     JITFunction.__getitem__ = note
     if layer in LAYERS:
-        with single_rows("single rows" in layer):
+        with promised(next((kind for name, kind in PROMISES.items() if name in layer), StepKind.MIXED)):
             _launch_attention(*LAYERS[layer])
     elif layer == SELECTION:
         _launch_select()

@@ -18,6 +18,11 @@ DRAW_STACK_BYTES = 32
 """A few values that the loop over tokens does not use, with some compilers."""
 
 
+UNSCORED_STACK_BYTES = 16
+"""Without scores everything fits."""
+
+PROGRAMS = {"Qwen3-8B": 2, "Qwen3-8B, unscored": 2, "Qwen3-8B, single rows": 4, "Qwen3-8B, prefilling": 1}
+
 CASES = [(capability, name) for capability, (_, layers) in TARGETS.items() for name in (*layers, *OTHERS)]
 
 
@@ -37,10 +42,12 @@ def test_kernels_compile_and_fit(capability: int, layer: str, tmp_path: Path) ->
     shared_kib = TARGETS[capability][0]
     for name, stack, shared, copies, programs in kernels:
         most = DRAW_STACK_BYTES if name in drawing else STACK_BYTES
+        if capability == 90 and layer in ("Qwen3-8B, unscored", "Qwen3-8B, single rows"):
+            most = UNSCORED_STACK_BYTES
         assert stack <= most, f"{name} spills {stack} bytes a thread"
         # Programs are persistent: one that waits for another to end would have nothing left to do.
         assert programs * (shared + 1024) <= shared_kib * 1024, f"{programs} programs of {shared} bytes do not fit"
         if name == "attention_kernel" and layer != "float32":
             assert copies, f"{name} does not fetch keys ahead, 16 bytes at a time"
         if capability == 90 and layer.startswith("Qwen3-8B"):
-            assert programs == {"Qwen3-8B": 2, "Qwen3-8B, single rows": 4, "Qwen3-8B, prefilling": 1}[layer]
+            assert programs == PROGRAMS[layer]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.errors import KernelInputError
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.step_kind import single_rows
+from sparsespec_compile.kernels.step_kind import StepKind, promised
 
 from .cases import Case, Request, Shape, build
 from .error_budget import Expected, assert_within, expect
@@ -84,8 +84,18 @@ SINGLE = [
 @pytest.mark.parametrize("shape", [Shape(), Shape(q_heads=7, kv_heads=1, page_size=16, window=33)])
 def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shape, device: str) -> None:
     """They take tiles of their own. A step that breaks the promise is right as well."""
-    with single_rows(True):
+    with promised(StepKind.SINGLE_ROWS):
         check(build(shape, requests, torch.bfloat16), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("requests", [LONG, MIXED], ids=["long", "short"])
+@pytest.mark.parametrize("window", [0, 33])
+def test_steps_promised_to_have_no_scores(requests: list[Request], window: int, device: str) -> None:
+    """Their kernel gives out none as it attends. Where some are asked for all the same, they are right."""
+    unscored = [dataclasses.replace(request, score_rows=0) for request in requests]
+    for asked in (unscored, requests):
+        with promised(StepKind.UNSCORED):
+            check(build(Shape(page_size=16, window=window), asked, torch.bfloat16), torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("window", [0, 150])

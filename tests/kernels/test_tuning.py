@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
-from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, single_rows
+from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, promised
 from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_together
 from sparsespec_compile.kernels.workload import Heads
 
@@ -55,7 +55,7 @@ def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
     assert choose() == OTHER
     tuning.save({key: DEFAULT}, files)
     assert choose() == DEFAULT
-    for kind in (StepKind.SINGLE_ROWS, StepKind.PREFILL):
+    for kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED, StepKind.PREFILL):
         assert choose(kind) == default_tiling(LAYER, kind, LIMITS) != DEFAULT
 
 
@@ -106,12 +106,13 @@ def test_kinds_of_steps() -> None:
         assert kind_of_step(rows, 32, requests) is StepKind.MIXED, "all slots may verify"
     for rows, requests in ((8192, 1), (2048, 64)):
         assert kind_of_step(rows, 32, requests) is StepKind.PREFILL
-    with single_rows(True):
+    with promised(StepKind.SINGLE_ROWS):
         assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
-        with single_rows(False):
-            assert kind_of_step(64, 32, 64) is StepKind.MIXED
+        with promised(StepKind.UNSCORED):
+            assert kind_of_step(64, 32, 64) is StepKind.UNSCORED
+            assert kind_of_step(8192, 32, 1) is StepKind.PREFILL
         assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
-    with pytest.raises(KeyboardInterrupt), single_rows(True):
+    with pytest.raises(KeyboardInterrupt), promised(StepKind.SINGLE_ROWS):
         raise KeyboardInterrupt
     assert kind_of_step(64, 32, 64) is StepKind.MIXED
 
@@ -169,7 +170,15 @@ def test_as_many_parts_are_asked_for_at_a_time_as_registers_hold(pairs: int, dim
     ],
 )
 def test_layers_with_no_registers_to_spare_take_one_kind_of_tiles(layer: Layer) -> None:
-    assert default_tiling(layer, StepKind.SINGLE_ROWS, LIMITS) == default_tiling(layer, StepKind.MIXED, LIMITS)
+    mixed = default_tiling(layer, StepKind.MIXED, LIMITS)
+    assert default_tiling(layer, StepKind.SINGLE_ROWS, LIMITS) == replace(mixed, scored_ahead=0)
+
+
+def test_only_kernels_of_steps_with_scores_can_give_them_out() -> None:
+    """The others are smaller by what that takes."""
+    for kind in StepKind:
+        unscored = kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED)
+        assert (default_tiling(LAYER, kind, LIMITS).scored_ahead == 0) == unscored
 
 
 @pytest.mark.parametrize("kind", list(StepKind))

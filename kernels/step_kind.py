@@ -1,13 +1,13 @@
-"""What kind of step a launch is for: it decides on tiles and on what a kernel can do, never on results.
+"""What kind of step a launch is for, and what its caller promises: it decides on tiles and on what a kernel can do.
 
 A launcher sees sizes and no values, which lie on the device. Sizes tell a step that prefills from others. That no
-request has more than one row, or that none gives out scores, they do not tell, so whoever knows it promises it.
+request has more than one row, or who gives out scores, they do not tell, so whoever knows it promises it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import Enum
+from enum import Enum, IntEnum
 
 LARGE_STEP_PAIRS = 16384
 LARGE_STEP_ROWS = 16
@@ -19,35 +19,52 @@ class StepKind(Enum):
     """Steps that deserve tiles of their own."""
 
     SINGLE_ROWS = "single-rows"
-    """One row of each request, drafting or decoding plainly, and no scores: promised by the caller."""
+    """One row of each request, drafting or decoding plainly, and no scores."""
     UNSCORED = "unscored"
-    """No scores, whatever else: promised by the caller."""
+    """Without scores, and neither of the others."""
     MIXED = "mixed"
-    """Whatever is neither of the others."""
+    """Whatever is none of the others."""
     PREFILL = "prefill"
     """Mostly rows of prompts, as far as sizes tell."""
 
 
-_promised: ContextVar[StepKind] = ContextVar("promised", default=StepKind.MIXED)
+class Promise(IntEnum):
+    """What a step does not need, each including the ones before it; kernels that need not do it are faster.
+
+    Rows of a step that breaks its promise are right, but take longer, and scores that it should not ask for are not
+    written.
+    """
+
+    NOTHING = 0
+    ONLY_VERIFICATIONS_SCORED = 1
+    """Prompts give out no scores, and verifications of ``ops.scored_rows_at_most`` rows at most."""
+    NO_SCORES = 2
+    SINGLE_ROWS = 3
+    """No request has more than one row."""
+
+
+_promised: ContextVar[Promise] = ContextVar("promised", default=Promise.NOTHING)
 
 
 @contextmanager
-def promised(kind: StepKind) -> Iterator[None]:
-    """Within, steps are of this kind; ``MIXED`` promises nothing.
-
-    A step that breaks the promise has the same results, and takes longer: it reads keys and values several times.
-    """
-    token = _promised.set(kind)
+def promised(promise: Promise) -> Iterator[None]:
+    """Within, steps keep this promise."""
+    token = _promised.set(promise)
     try:
         yield
     finally:
         _promised.reset(token)
 
 
+def present_promise() -> Promise:
+    """What is promised at the moment."""
+    return _promised.get()
+
+
 def kind_of_step(rows: int, q_heads: int, requests: int) -> StepKind:
     """The kind of a step of so many packed rows and request slots, which are all that a captured step may go by."""
-    if _promised.get() is StepKind.SINGLE_ROWS:
+    if present_promise() is Promise.SINGLE_ROWS:
         return StepKind.SINGLE_ROWS
     if rows * q_heads >= LARGE_STEP_PAIRS and rows >= LARGE_STEP_ROWS * requests:
         return StepKind.PREFILL
-    return _promised.get()
+    return StepKind.UNSCORED if present_promise() is Promise.NO_SCORES else StepKind.MIXED

@@ -1,8 +1,12 @@
-"""Triton kernel of the dual-mode attention: one launch writes K/V, attends rows of every mode and gives out scores."""
+"""Triton kernel of the dual-mode attention: one launch writes K/V, attends rows of every mode and gives out scores.
+
+Those of verifications, that is: for others see ``triton_scores``.
+"""
 
 import triton
 import triton.language as tl
 
+from .specialisation import ANY_ADDRESS, ANY_VALUE
 from .triton_plan import (
     cost_of_unit,
     emits_scores,
@@ -14,42 +18,12 @@ from .triton_plan import (
     share_of_line,
     tiles_of,
 )
-from .triton_scores import score_separately
 from .triton_segment import attend_segment, attend_segment_apart
 from .triton_tiles import DRAFT
 from .triton_write import clear_gaps, clear_rows
 
-# A kernel is compiled anew for each pattern of divisible sizes and addresses, which takes seconds. Those of q, k, v and
-# kv decide how wide loads are; the others change with every step or layer, and nothing hangs on them.
-_ANY_VALUE = (
-    "requests",
-    "rows",
-    "kv_heads",
-    "page_units",
-    "stride_table",
-    "stride_score_slot",
-    "stride_score_head",
-    "stride_pillar_request",
-    "stride_pillar_head",
-    "window",
-)
-_ANY_ADDRESS = (
-    "scores",
-    "counters",
-    "request_mode",
-    "row_start",
-    "row_count",
-    "cached_length",
-    "page_table",
-    "score_rows",
-    "score_slot",
-    "pillar_count",
-    "recent_start",
-    "pillar_index",
-)
 
-
-@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ADDRESS)
 def attention_kernel(
     q,
     k,
@@ -147,10 +121,10 @@ def attention_kernel(
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
-    line, whole, separate, sums = plan_requests(
+    line, whole, sums = plan_requests(
         step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, EMITS, REQUESTS
     )
-    total, longest, whole_units, separate_units, real_rows, row_end = sums
+    total, longest, whole_units, real_rows, row_end = sums
     width = kv_heads * (GROUP * VALUE_DIM)
     clear_rows(out, row_end, rows, width)
     line_ends = tl.cumsum(line, 0)
@@ -158,19 +132,14 @@ def attention_kernel(
     # Whole units are dealt out from the last program on, to which a short line gives nothing.
     dealt = tl.num_programs(0) - 1 - tl.program_id(0)
     again = False
-    while (at < line_end) | (dealt < separate_units + whole_units):
+    while (at < line_end) | (dealt < whole_units):
         in_line = at < line_end
-        scores_only = (at >= line_end) & (dealt < separate_units)
         if in_line:
             request, begin = locate(line_ends, at)
             unit = at - begin
         else:
-            if scores_only:
-                request, first_unit = locate(tl.cumsum(separate, 0), dealt)
-                unit = dealt - first_unit
-            else:
-                request, first_unit = locate(tl.cumsum(whole, 0), dealt - separate_units)
-                unit = dealt - separate_units - first_unit
+            request, first_unit = locate(tl.cumsum(whole, 0), dealt)
+            unit = dealt - first_unit
             begin = at
             dealt += tl.num_programs(0)
 
@@ -211,7 +180,7 @@ def attention_kernel(
         own_first, beside_pool = 0, False
         if not in_line:
             # The last tiles of a prompt read most and go first.
-            tile = tl.where(scores_only, 0, tiles - 1 - tile)
+            tile = tiles - 1 - tile
             first = tile * tile_rows
             end_row = tl.minimum(count, first + tile_rows)
             beside_pool = kind != DRAFT
@@ -244,22 +213,7 @@ def attention_kernel(
         index_base = pillar_index + wide_request * stride_pillar_request + wide_head * stride_pillar_head
         slot = tl.load(score_slot + request, mask=scored > 0, other=0).to(tl.int64)
         score_base = scores + slot * stride_score_slot + wide_head * stride_score_head
-        if scores_only:
-            score_separately(
-                packed,
-                source,
-                index_base,
-                score_base,
-                kind,
-                count,
-                scored,
-                measuring_pillars(pillars, recent, cached + count),
-                recent,
-                settings,
-                LAYER,
-                BIG_TILE,
-            )
-        elif (end_block > first_block) | (not in_line):
+        if (end_block > first_block) | (not in_line):
             listed = (index_base, read, start, end)
             measured_from = recent
             if HAS_WINDOW:

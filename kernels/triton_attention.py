@@ -1,4 +1,4 @@
-"""Launcher of the Triton attention: one kernel writes K/V, attends and gives out scores.
+"""Launcher of the Triton attention: one kernel writes K/V, attends and gives out scores; a second one some of these.
 
 The grid follows from the device and the tile sizes alone and nothing is read back, so a call can be captured in a CUDA
 graph and replayed with other lengths, modes and pages.
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .checks import check_attention
 from .device import device_limits
-from .ops import STEP_TENSORS
-from .step_kind import kind_of_step
+from .ops import STEP_TENSORS, scored_rows_at_most
+from .step_kind import Promise, kind_of_step, present_promise
 from .tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile
 from .triton_attend import attention_kernel
+from .triton_scores import score_kernel
 from .triton_tiles import LOG2_E
 from .tuning import tiling_for
 from .workspace import counters, parts
@@ -96,8 +97,16 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SCORED_OVERHEAD": tiling.scored_overhead,
         "PART_COST": tiling.part_cost,
     }
-    named = {name: arguments[name] for name in attention_kernel.arg_names}
-    attention_kernel[(programs,)](**named, num_warps=tiling.num_warps, maxnreg=tiling.registers)
+    options = {"num_warps": tiling.num_warps, "maxnreg": tiling.registers}
+    for kernel in (attention_kernel, score_kernel) if _leaves_scores(layer, tiling) else (attention_kernel,):
+        kernel[(programs,)](**{name: arguments[name] for name in kernel.arg_names}, **options)
+
+
+def _leaves_scores(layer: Layer, tiling: Tiling) -> bool:
+    """Whether a step may ask for scores that the attention kernel does not give out."""
+    if present_promise() is Promise.ONLY_VERIFICATIONS_SCORED:
+        return tiling.scored_ahead == 0 or tiling.big_m // layer.group < scored_rows_at_most(layer.group)
+    return present_promise() is Promise.NOTHING
 
 
 def _sizes(

@@ -79,15 +79,8 @@ def rows_of_tile(tile, tiles, tile_rows, count):
 
 
 @triton.jit
-def _combine(line, longest, whole, separate, count, end, line_2, longest_2, whole_2, separate_2, count_2, end_2):
-    return (
-        line + line_2,
-        tl.maximum(longest, longest_2),
-        whole + whole_2,
-        separate + separate_2,
-        count + count_2,
-        tl.maximum(end, end_2),
-    )
+def _combine(line, longest, whole, count, end, line_2, longest_2, whole_2, count_2, end_2):
+    return line + line_2, tl.maximum(longest, longest_2), whole + whole_2, count + count_2, tl.maximum(end, end_2)
 
 
 @triton.jit
@@ -105,10 +98,10 @@ def plan_requests(
     EMITS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
-    """Of each request [REQUESTS]: its cost in the line, its units outside of it, and its heads to be scored separately.
+    """Of each request [REQUESTS]: its cost in the line and its units outside of it, one of which is 0.
 
-    A request is in one of the first two; the last is 0 where the attention pass gives the scores. And over all requests
-    the cost, that of the longest unit, the units, the heads, the rows, and the row behind the last that has a request.
+    And over all requests the cost, that of the longest unit, the units outside, the rows, and the row behind the last
+    that has a request.
     """
     request_mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start = step
     slot = tl.arange(0, REQUESTS)
@@ -129,12 +122,11 @@ def plan_requests(
     stands_out = (tiles > MAX_STREAM_TILES) & (kind != VERIFY)
     line = tl.where(stands_out, 0, tiles * cost) * kv_heads
     whole = tl.where(stands_out, tiles * kv_heads, 0)
-    separate = tl.where((count > 0) & (scored > 0) & (kind != DRAFT) & (emits == 0), kv_heads, 0)
     row_end = tl.where(count > 0, first_row + count, 0)
     longest = tl.where(stands_out | (count == 0), 0, cost)
     # One exchange between warps for all of them.
-    sums = tl.reduce((line, longest, whole, separate, count, row_end), 0, _combine)
-    return line, whole, separate, sums
+    sums = tl.reduce((line, longest, whole, count, row_end), 0, _combine)
+    return line, whole, sums
 
 
 @triton.jit

@@ -1,10 +1,27 @@
-"""Scores of rows that the attention pass cannot give out, in a pass of their own, and of positions behind a window."""
+"""Scores that the attention pass cannot give out: a kernel of its own, and zeros for positions behind a window.
+
+Prompts have theirs from here, and verifications with more scored rows than a tile. It is launched wherever such scores
+may be asked for (``step_kind.Promise``), behind the attention: inside of that kernel its code would cost every step
+registers.
+"""
 
 import triton
 import triton.language as tl
 
+from .specialisation import ANY_ADDRESS, ANY_VALUE
+from .triton_plan import emits_scores, locate, measuring_pillars, tiles_of
 from .triton_scored import key_pointers, log_sum_of_list
-from .triton_tiles import PREFILL, load_queries, load_tokens, pages_of, pairs_of_tile, products, scale_of_products
+from .triton_tiles import (
+    DRAFT,
+    IDLE,
+    PREFILL,
+    load_queries,
+    load_tokens,
+    pages_of,
+    pairs_of_tile,
+    products,
+    scale_of_products,
+)
 
 
 @triton.jit
@@ -16,32 +33,31 @@ def clear_scores(scores, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def score_separately(
-    packed,
+def score_rows_of(
+    query_base,
     source,
     pillar_index,
     scores,
-    kind,
-    count,
-    scored,
-    pillars,
-    recent,
+    request,
     settings,
+    stride_q_row,
+    stride_q_head,
     LAYER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Scores of one request and KV head in a pass of its own: twice over the keys for each tile of scored rows.
+    """Scores of one request and KV head: twice over the keys for each tile of scored rows.
 
-    For prompts, once each, and for verifications with more scored rows than a tile has.
+    ``request`` is (mode, rows, scored rows, pillars that measure, first recent position); for the others see
+    ``triton_segment``. TILE is (pairs, rows padded, keys taken at a time, how often ahead).
     """
+    kind, count, scored, pillars, recent = request
     GROUP: tl.constexpr = LAYER[0]
     KEY_DIM: tl.constexpr = LAYER[1]
     KEY_PAD: tl.constexpr = LAYER[3]
     HAS_WINDOW: tl.constexpr = LAYER[6]
     BLOCK_M: tl.constexpr = TILE[0]
-    BLOCK_N: tl.constexpr = TILE[7]
-    LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], BLOCK_N, TILE[8], TILE[4], True)
-    query_base, stride_q_row, stride_q_head = packed[0], packed[1], packed[2]
+    BLOCK_N: tl.constexpr = TILE[2]
+    LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], BLOCK_N, TILE[3], BLOCK_M, True)
     window, logit_scale, cap = settings
     cached = source[7]
     unscored = count - scored
@@ -64,7 +80,7 @@ def score_separately(
         query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, KEY_DIM, KEY_PAD)
         row_position = cached + place
         measure = log_sum_of_list(query, row_position, source, listed, settings, LAYER, LIST_TILE, True)
-        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE[8] + 1):
+        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE[3] + 1):
             position = block * BLOCK_N + tl.arange(0, BLOCK_N)
             reached = tl.minimum(position, scored_end - 1)
             page = pages_of(source, reached, LAYER[5])
@@ -84,3 +100,103 @@ def score_separately(
             tl.store(scores + position, result, mask=inside)
         # The next tile adds to what other threads may have stored.
         tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ADDRESS)
+def score_kernel(
+    q,
+    k,
+    kv,
+    scores,
+    request_mode,
+    row_start,
+    row_count,
+    cached_length,
+    page_table,
+    score_rows,
+    score_slot,
+    pillar_count,
+    recent_start,
+    pillar_index,
+    requests,
+    kv_heads,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_head,
+    page_units,
+    stride_table,
+    stride_score_slot,
+    stride_score_head,
+    stride_pillar_request,
+    stride_pillar_head,
+    window,
+    logit_scale,
+    cap,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    TOKEN_UNITS: tl.constexpr,
+    WIDE_UNITS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    SMALL_M: tl.constexpr,
+    BIG_M: tl.constexpr,
+    BIG_ROWS_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCORED_AHEAD: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Persistent: any number of programs deals out the heads of requests whose scores the attention kernel leaves."""
+    settings = (window, logit_scale, cap)
+    POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
+    LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
+    TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BLOCK_N, SCORED_AHEAD)
+    slot = tl.arange(0, REQUESTS)
+    inside = slot < requests
+    kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
+    count = tl.load(row_count + slot, mask=inside & (kind != IDLE), other=0)
+    scored = tl.load(score_rows + slot, mask=inside, other=0)
+    _, tile_rows, _ = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
+    left = (count > 0) & (scored > 0) & (kind != DRAFT)
+    left = left & (emits_scores(kind, scored, tile_rows, SCORED_AHEAD > 0) == 0)
+    ends = tl.cumsum(tl.where(left, kv_heads, 0), 0)
+    for unit in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        request, first_unit = locate(ends, unit)
+        wide_request, head = request.to(tl.int64), (unit - first_unit).to(tl.int64)
+        first_row = tl.load(row_start + request).to(tl.int64)
+        cached = tl.load(cached_length + request)
+        count_here = tl.load(row_count + request)
+        recent = tl.load(recent_start + request)
+        pillars = measuring_pillars(tl.load(pillar_count + request), recent, cached + count_here)
+        own_keys = k + first_row * stride_k_row + head * stride_k_head
+        # Nobody reads values here.
+        source = (
+            kv + head * stride_head,
+            own_keys,
+            own_keys,
+            page_table + wide_request * stride_table,
+            page_units,
+            stride_k_row,
+            stride_k_row,
+            cached,
+        )
+        asked = (tl.load(request_mode + request), count_here, tl.load(score_rows + request), pillars, recent)
+        score_rows_of(
+            q + first_row * stride_q_row + head * (GROUP * stride_q_head),
+            source,
+            pillar_index + wide_request * stride_pillar_request + head * stride_pillar_head,
+            scores + tl.load(score_slot + request).to(tl.int64) * stride_score_slot + head * stride_score_head,
+            asked,
+            settings,
+            stride_q_row,
+            stride_q_head,
+            LAYER,
+            TILE,
+        )

@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +29,7 @@ from .device import device_limits
 from .errors import KernelUnavailableError
 from .measure import Call, replay_ms
 from .ops import Mode
-from .step_kind import LARGE_STEP_PAIRS, StepKind
+from .step_kind import LARGE_STEP_PAIRS, StepKind, promised
 from .tiling import Layer, Tiling, default_tiling
 from .triton_attention import dual_mode_attention
 from .tuning import cache_path, can_be_kept, entry_key, save
@@ -176,8 +175,11 @@ def _times(made: dict[str, list[Step]], tiling: Tiling) -> dict[str, float]:
 
 
 def _call(step: Step, tiling: Tiling) -> Call:
-    attend: Callable[..., object] = partial(dual_mode_attention, tiling=tiling)
-    return partial(attend, *step.arguments())
+    def attend() -> object:
+        with promised(step.promise()):
+            return dual_mode_attention(*step.arguments(), tiling=tiling)
+
+    return attend
 
 
 def _report(timed: dict[Tiling, dict[str, float]], default: Tiling) -> Table:

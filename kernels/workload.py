@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .ops import STEP_TENSORS, Mode
+from .step_kind import Promise
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Step:
         """The op's arguments, in order."""
         names = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index")
         return (*(self.tensors[name] for name in names), self.heads.key_dim**-0.5, 0, 0.0)
+
+    def promise(self) -> Promise:
+        """What an engine would promise of such a step."""
+        if any(item.scored for item in self.work):
+            return Promise.ONLY_VERIFICATIONS_SCORED
+        return Promise.SINGLE_ROWS if all(item.rows == 1 for item in self.work) else Promise.NO_SCORES
 
     def fewest_bytes(self) -> int:
         """Bytes that no kernel can avoid to move: each key and value read once, the step's own rows in and out."""

@@ -23,13 +23,12 @@ from torch.fx import Node
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, dual_mode_attention, select_pillars
-from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, promised
+from sparsespec_compile.kernels.step_kind import Promise, kind_of_step, promised
 from sparsespec_compile.passes.base import find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
 from sparsespec_compile.runtime.build import most_rows
 from sparsespec_compile.runtime.drafters import choose_policy
-from sparsespec_compile.runtime.step import kind_of_steps
 
 _ALIGNMENT = 16
 """Kernels differ by whether addresses and strides are multiples of 16."""
@@ -63,7 +62,7 @@ class Attention(NamedTuple):
     v: Layout
     kv: Layout
     requests: int
-    kind: StepKind
+    promise: Promise
     scale: float
     window: int
     softcap: float
@@ -76,7 +75,7 @@ class Attention(NamedTuple):
         step = [idle[:, None] if name == "page_table" else idle for name in STEP_TENSORS]
         scores = torch.zeros(1, heads, 1, dtype=torch.float32, device=device)
         pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
-        with promised(self.kind):
+        with promised(self.promise):
             dual_mode_attention(*packed, scores, *step, pillars, self.scale, self.window, self.softcap)
 
 
@@ -141,7 +140,7 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     slots, kv_layout, regions = config.max_requests, compiled.layout, compiled.split
     policy = choose_policy(config)
     reads_scores = policy is not None and policy.reads_scores
-    several, single = (kind_of_steps(reads_scores, single_rows) for single_rows in (False, True))
+    any_work = Promise.NOTHING if reads_scores else Promise.NO_SCORES
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
     nodes = (node for name in regions.calls for node in find_calls(regions.region(name).graph, dual_mode_attention))
@@ -149,9 +148,9 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     for node, layer in zip(nodes, kv_layout.layers, strict=True):
         row_counts = (most_rows(config, slots), _FEW_ROWS)
         by_kind = {kind_of_step(rows, layer.q_heads, slots): rows for rows in row_counts}
-        for rows, kind in (*((rows, several) for rows in by_kind.values()), (_FEW_ROWS, single)):
+        for rows, promise in (*((rows, any_work) for rows in by_kind.values()), (_FEW_ROWS, Promise.SINGLE_ROWS)):
             q, k, v = (layout_of(input_node(node, index), rows) for index in range(3))
-            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, kind, *_alike(layer))] = None
+            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, promise, *_alike(layer))] = None
     (logits,) = compiled.graph_module.graph.output_node().all_input_nodes
     calls[Draw(layout_of(logits, _FEW_ROWS))] = None
     if reads_scores:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sparsespec_compile.kernels.measure import Call, replay_ms
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
-from sparsespec_compile.kernels.step_kind import StepKind, promised
+from sparsespec_compile.kernels.step_kind import promised
 from sparsespec_compile.kernels.workload import Step, make_step
 
 from .cases import CASES, Case, Draw, Selection, shrunk
@@ -80,15 +80,8 @@ def _run(case: Case | Selection | Draw, device: torch.device, repeats: int) -> R
 
 
 def _attend(step: Step) -> object:
-    with promised(_kind(step)):
+    with promised(step.promise()):
         return dual_mode_attention(*step.arguments())
-
-
-def _kind(step: Step) -> StepKind:
-    """What the engine would promise."""
-    if any(item.scored for item in step.work):
-        return StepKind.MIXED
-    return StepKind.SINGLE_ROWS if all(item.rows == 1 for item in step.work) else StepKind.UNSCORED
 
 
 def _in_turn(case: Case, device: torch.device, sets: int, repeats: int) -> float:

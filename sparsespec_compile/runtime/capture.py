@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from sparsespec_compile.errors import PoolTooSmallError
+from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.runtime.inputs import MIN_ROWS
 from sparsespec_compile.runtime.step import Step, Variant
 
@@ -50,13 +51,15 @@ class StepRunner:
         """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later.
 
         Where `rows` are no more than there are slots, nobody is expected to have more than one, but for prompts.
+        Iterations in which a prompt ends are captured as they come, the largest aside.
         """
         if not self._sizes:
             return
-        any_rows, single = Variant(), Variant(single_rows=True)
+        any_work, single = self.step.any_work, Variant(promise=Promise.SINGLE_ROWS)
+        several = Variant(promise=max(any_work.promise, Promise.ONLY_VERIFICATIONS_SCORED))
         slots = self.step.state.capacity.slots
-        asked = [(self._sizes[-1], any_rows)]
-        asked += [(size, any_rows) for size in self._sizes if rows > slots and size <= self._padded(rows)]
+        asked = [(self._sizes[-1], any_work)]
+        asked += [(size, several) for size in self._sizes if rows > slots and size <= self._padded(rows)]
         asked += [(size, single) for size in self._sizes if size <= self._padded(slots)]
         missing = [key for key in dict.fromkeys(asked) if key not in self._graphs]
         with torch.cuda.device_of(self.step.inputs.flat):
@@ -72,7 +75,7 @@ class StepRunner:
         with torch.cuda.device_of(self.step.inputs.flat):
             if not self._graphs:
                 # The largest first: the others fit into its memory.
-                self._capture(self._sizes[-1], replace(variant, single_rows=False))
+                self._capture(self._sizes[-1], replace(variant, promise=self.step.any_work.promise))
             if (padded, variant) not in self._graphs:
                 self._capture(padded, variant)
             self._graphs[padded, variant].replay()

@@ -10,7 +10,7 @@ from sparsespec_compile.runtime.inputs import InputPacker, StepInputs
 from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.state import State
 from sparsespec_compile.runtime.step import Results, Variant
-from sparsespec_compile.runtime.work import PageUpdate, Work, are_single_rows
+from sparsespec_compile.runtime.work import PageUpdate, Work, promise_of
 from sparsespec_compile.runtime.work_checks import Bounds
 
 
@@ -38,7 +38,7 @@ class CapturedStep:
         self._runner = runner
         self._longest: dict[int, int] = {}
         self._packer = InputPacker(runner.step.inputs.sizes)
-        self._filled = (0, 0, Variant())
+        self._filled = (0, 0, runner.step.any_work)
         self.inputs: StepInputs = runner.step.inputs
         self.results: Results = runner.step.results
         self.state: State = runner.step.state
@@ -72,7 +72,8 @@ class CapturedStep:
         self._check(work, updates)
         self._bounds.check_work(work, self._longest)
         self._bounds.check_updates(updates)
-        self._filled = (*self._packer.pack(work, updates), Variant(single_rows=are_single_rows(work)))
+        promise = promise_of(work, self._runner.step.reads_scores)
+        self._filled = (*self._packer.pack(work, updates), Variant(promise=promise))
         self.inputs.flat.copy_(torch.from_numpy(self._packer.flat), non_blocking=False)
 
     def _check(self, work: Sequence[Work], updates: Sequence[PageUpdate]) -> None:
@@ -111,6 +112,6 @@ class CapturedStep:
                 raise ConfigError(f"{name} must be from 0 to {most}, which the step holds, got {got}.")
         filled_rows, filled_logits, variant = self._filled
         if rows is not None or logits is not None:
-            variant = Variant()
+            variant = self._runner.step.any_work
         self._runner(filled_rows if rows is None else rows, filled_logits if logits is None else logits, variant)
         return self.results

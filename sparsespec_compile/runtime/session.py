@@ -18,7 +18,7 @@ from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.scheduler import Scheduler
 from sparsespec_compile.runtime.stats import StatsRecorder
 from sparsespec_compile.runtime.step import Variant
-from sparsespec_compile.runtime.work import Work, are_single_rows
+from sparsespec_compile.runtime.work import Work, promise_of
 
 _CHOICE_EVERY = 16
 """Iterations between two choices of the number of drafts."""
@@ -121,7 +121,8 @@ class Session:
         self._scheduler.clear()
 
     def _enqueue(self, work: list[tuple[Request, Work]]) -> None:
-        variant = Variant(_wants_logprobs(work), are_single_rows(item for _, item in work))
+        promise = promise_of((item for _, item in work), self._runner.step.reads_scores)
+        variant = Variant(_wants_logprobs(work), promise)
         rows, logits = self._packer.pack([item for _, item in work], self._scheduler.residency.updates)
         frame = self._flight.take()
         frame.work = work

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
-from sparsespec_compile.kernels.step_kind import StepKind, promised
+from sparsespec_compile.kernels.step_kind import Promise, promised
 from sparsespec_compile.runtime.drafters import Policy
 from sparsespec_compile.runtime.inputs import StepInputs
 from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
@@ -39,18 +39,12 @@ class Variant:
 
     Attributes:
         logprobs: some request wants the log-probabilities of its tokens.
-        single_rows: no request has more than one row, and none is scored, so that attention may take tiles of its own.
+        promise: what attention need not do, so that it may take kernels that cannot. `SINGLE_ROWS` also says that no
+            pillars are renewed.
     """
 
     logprobs: bool = False
-    single_rows: bool = False
-
-
-def kind_of_steps(reads_scores: bool, single_rows: bool) -> StepKind:
-    """What attention may rely on in an iteration."""
-    if single_rows:
-        return StepKind.SINGLE_ROWS
-    return StepKind.MIXED if reads_scores else StepKind.UNSCORED
+    promise: Promise = Promise.NOTHING
 
 
 class Results(NamedTuple):
@@ -94,6 +88,9 @@ class Step:
         policy: renews the pillars after a verification; None = drafts read everything.
         draft_tokens: drafts of a full cycle, k.
         compiler: applied to the functions around the graph, such as `torch.compile`.
+
+    Attributes:
+        any_work: the variant that does whatever an iteration can ask for, but for log-probabilities.
     """
 
     def __init__(
@@ -109,6 +106,7 @@ class Step:
         self.state = state
         self.inputs = inputs
         self.reads_scores = policy is not None and policy.reads_scores
+        self.any_work = Variant(promise=Promise.NOTHING if self.reads_scores else Promise.NO_SCORES)
         self._score_rows = scored_rows_at_most(state.layout.largest_group) if self.reads_scores else 0
         slots = state.capacity.slots
         self.results = Results(
@@ -125,7 +123,7 @@ class Step:
         state, inputs = self.state, self.inputs
         placed = self._place_rows(state, inputs, rows, self._score_rows)
         logit_rows = inputs.logit_rows[:logits]
-        with promised(kind_of_steps(self.reads_scores, variant.single_rows)):
+        with promised(variant.promise):
             out = self.forward(
                 placed.token[None],
                 placed.position[None],
@@ -143,7 +141,7 @@ class Step:
                 state.pillar_count,
                 state.recent_start,
             )[0]
-        if self._renew is not None and not variant.single_rows:
+        if self._renew is not None and variant.promise is not Promise.SINGLE_ROWS:
             self._renew(state, inputs.score_slot, placed.scored_length)
         self._accept(state, inputs, placed, out, logit_rows, self.results, variant.logprobs)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.step_kind import Promise
 
 
 class Work(NamedTuple):
@@ -40,6 +41,15 @@ class PageUpdate(NamedTuple):
     physical: int
 
 
-def are_single_rows(work: Iterable[Work]) -> bool:
-    """Whether nobody has more than one row, nor rows before which new pillars stand: drafts and plain decoding."""
-    return all(item.rows == 1 and item.scored == 0 for item in work)
+def promise_of(work: Iterable[Work], reads_scores: bool) -> Promise:
+    """What attention need not do for an iteration; `reads_scores`: whether anybody reads the scores of scored rows."""
+    rows, scored, prompts_scored = 0, False, False
+    for item in work:
+        rows = max(rows, item.rows)
+        scored = scored or item.scored > 0
+        prompts_scored = prompts_scored or (item.scored > 0 and item.mode == Mode.PREFILL)
+    if rows <= 1 and not scored:
+        return Promise.SINGLE_ROWS
+    if not reads_scores:
+        return Promise.NO_SCORES
+    return Promise.NOTHING if prompts_scored else Promise.ONLY_VERIFICATIONS_SCORED

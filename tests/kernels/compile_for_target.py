@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsespec_compile.kernels import triton_attention, triton_draw, triton_select
 from sparsespec_compile.kernels.device import DeviceLimits
-from sparsespec_compile.kernels.step_kind import StepKind, promised
+from sparsespec_compile.kernels.step_kind import Promise, promised
 
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
@@ -38,7 +38,7 @@ LAYERS = {
 
 What is promised stands in the name."""
 
-PROMISES = {"single rows": StepKind.SINGLE_ROWS, "unscored": StepKind.UNSCORED}
+PROMISES = {"single rows": Promise.SINGLE_ROWS, "unscored": Promise.NO_SCORES}
 
 TARGETS = {
     80: (164, ("Phi-3", "float32", "Qwen3-8B, single rows")),
@@ -91,7 +91,7 @@ def main() -> None:
 
     JITFunction.__getitem__ = note
     if layer in LAYERS:
-        with promised(next((kind for name, kind in PROMISES.items() if name in layer), StepKind.MIXED)):
+        with promised(next((kind for name, kind in PROMISES.items() if name in layer), Promise.NOTHING)):
             _launch_attention(*LAYERS[layer])
     elif layer == SELECTION:
         _launch_select()

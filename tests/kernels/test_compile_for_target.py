@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .compile_for_target import OTHERS, SELECTION, TARGETS
+from .compile_for_target import OTHERS, PROMISES, SELECTION, TARGETS
 
 STACK_BYTES = 2048
 """A program parks what it knows of its unit of work outside registers while it attends, a few loads for each block of
@@ -37,7 +37,10 @@ def test_kernels_compile_and_fit(capability: int, layer: str, tmp_path: Path) ->
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout)
     drawing = ["filter_kernel", "draw_kernel", "join_kernel"]
-    expected = ["select_kernel"] if layer == SELECTION else drawing if layer in OTHERS else ["attention_kernel"]
+    attending = (
+        ["attention_kernel"] if any(name in layer for name in PROMISES) else ["attention_kernel", "score_kernel"]
+    )
+    expected = ["select_kernel"] if layer == SELECTION else drawing if layer in OTHERS else attending
     assert [name for name, *_ in kernels] == expected
     shared_kib = TARGETS[capability][0]
     for name, stack, shared, copies, programs in kernels:

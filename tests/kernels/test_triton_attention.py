@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.errors import KernelInputError
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.step_kind import StepKind, promised
+from sparsespec_compile.kernels.step_kind import Promise, promised
 
 from .cases import Case, Request, Shape, build
 from .error_budget import Expected, assert_within, expect
@@ -80,22 +80,36 @@ SINGLE = [
 ]
 
 
-@pytest.mark.parametrize("requests", [SINGLE, LONG, MIXED], ids=["kept", "broken", "broken, short"])
+def unscored(requests: list[Request]) -> list[Request]:
+    return [dataclasses.replace(request, score_rows=0) for request in requests]
+
+
+@pytest.mark.parametrize("requests", [SINGLE, unscored(LONG), unscored(MIXED)], ids=["kept", "broken", "broken, short"])
 @pytest.mark.parametrize("shape", [Shape(), Shape(q_heads=7, kv_heads=1, page_size=16, window=33)])
 def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shape, device: str) -> None:
     """They take tiles of their own. A step that breaks the promise is right as well."""
-    with promised(StepKind.SINGLE_ROWS):
+    with promised(Promise.SINGLE_ROWS):
         check(build(shape, requests, torch.bfloat16), torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("requests", [LONG, MIXED], ids=["long", "short"])
+@pytest.mark.parametrize("requests", [unscored(LONG), unscored(MIXED)], ids=["long", "short"])
 @pytest.mark.parametrize("window", [0, 33])
 def test_steps_promised_to_have_no_scores(requests: list[Request], window: int, device: str) -> None:
-    """Their kernel gives out none as it attends. Where some are asked for all the same, they are right."""
-    unscored = [dataclasses.replace(request, score_rows=0) for request in requests]
-    for asked in (unscored, requests):
-        with promised(StepKind.UNSCORED):
-            check(build(Shape(page_size=16, window=window), asked, torch.bfloat16), torch.bfloat16, device)
+    with promised(Promise.NO_SCORES):
+        check(build(Shape(page_size=16, window=window), requests, torch.bfloat16), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("promise", [Promise.NO_SCORES, Promise.SINGLE_ROWS])
+def test_scores_that_a_step_promised_not_to_ask_for_are_not_written(promise: Promise, device: str) -> None:
+    """Its rows are right, and so are the pool and everything else in the scores."""
+    case = build(Shape(page_size=16), LONG, torch.bfloat16)
+    expected = expect(case, torch.bfloat16, device)
+    actual = case.to(torch.bfloat16, device)
+    scores = actual.tensors["scores"].clone()
+    with promised(promise):
+        output = launch(actual)
+    assert_within(output, expected.output, expected.output_error)
+    assert torch.equal(actual.tensors["scores"].view(torch.int32), scores.view(torch.int32))
 
 
 @pytest.mark.parametrize("window", [0, 150])
@@ -111,12 +125,17 @@ def test_verifications_of_several_tiles_give_scores_as_they_attend(
         Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
     ]
     case = build(Shape(q_heads=2 * group, page_size=16, window=window), requests, torch.bfloat16)
-    if device == "cpu":
-        from sparsespec_compile.kernels import triton_attend
+    with promised(Promise.ONLY_VERIFICATIONS_SCORED), monkeypatch.context() as patches:
+        patches.setattr("sparsespec_compile.kernels.triton_attention.score_kernel", None)
+        check(case, torch.bfloat16, device)
 
-        # Nothing is scored in its place.
-        monkeypatch.setattr(triton_attend, "score_separately", lambda *arguments: None)
-    check(case, torch.bfloat16, device)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verifications_of_more_scored_rows_than_a_tile_holds(dtype: torch.dtype, device: str) -> None:
+    """As 9 rows in float32, where tiles are small: in passes of their own, whatever a step promises of others."""
+    requests = [Request(Mode.VERIFY, cached=70, rows=9, score_rows=9, pillars=9, recent=64)]
+    with promised(Promise.ONLY_VERIFICATIONS_SCORED):
+        check(build(Shape(), requests, dtype), dtype, device)
 
 
 @pytest.mark.usefixtures("device")

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
-from sparsespec_compile.kernels.step_kind import StepKind, kind_of_step, promised
+from sparsespec_compile.kernels.step_kind import Promise, StepKind, kind_of_step, promised
 from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_together
 from sparsespec_compile.kernels.workload import Heads
 
@@ -106,13 +106,15 @@ def test_kinds_of_steps() -> None:
         assert kind_of_step(rows, 32, requests) is StepKind.MIXED, "all slots may verify"
     for rows, requests in ((8192, 1), (2048, 64)):
         assert kind_of_step(rows, 32, requests) is StepKind.PREFILL
-    with promised(StepKind.SINGLE_ROWS):
+    with promised(Promise.SINGLE_ROWS):
         assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
-        with promised(StepKind.UNSCORED):
+        with promised(Promise.ONLY_VERIFICATIONS_SCORED):
+            assert kind_of_step(64, 32, 64) is StepKind.MIXED
+        with promised(Promise.NO_SCORES):
             assert kind_of_step(64, 32, 64) is StepKind.UNSCORED
             assert kind_of_step(8192, 32, 1) is StepKind.PREFILL
         assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
-    with pytest.raises(KeyboardInterrupt), promised(StepKind.SINGLE_ROWS):
+    with pytest.raises(KeyboardInterrupt), promised(Promise.SINGLE_ROWS):
         raise KeyboardInterrupt
     assert kind_of_step(64, 32, 64) is StepKind.MIXED
 

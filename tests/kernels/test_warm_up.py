@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsespec_compile import warm_up
-from sparsespec_compile.kernels.step_kind import StepKind
+from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.warm_up import Attention, Draw, Layout
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
@@ -14,8 +14,8 @@ def packed(heads: int, row: int, offset: int = 0) -> Layout:
     return Layout((16, heads, 8), (row, 8, 1), offset, torch.float32)
 
 
-@pytest.mark.parametrize("kind", [StepKind.SINGLE_ROWS, StepKind.UNSCORED, StepKind.MIXED])
-def test_attention_without_work(kind: StepKind, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("promise", list(Promise))
+def test_attention_without_work(promise: Promise, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsespec_compile.kernels import triton_attention
 
     pools = []
@@ -27,7 +27,7 @@ def test_attention_without_work(kind: StepKind, device: str, monkeypatch: pytest
 
     monkeypatch.setattr(warm_up, "dual_mode_attention", launch)
     kv = Layout((2, 2, 4, 16), (256, 64, 16, 1), 8, torch.float32)
-    call = Attention(packed(4, 64), packed(2, 64, 32), packed(2, 64, 48), kv, 3, kind, 1.0, 1, 0.0)
+    call = Attention(packed(4, 64), packed(2, 64, 32), packed(2, 64, 48), kv, 3, promise, 1.0, 1, 0.0)
     call.run(torch.device(device))
     assert len(pools) == 1
     assert (pools[0] == 7.0).all()

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import ConfigError, MemoryPlanError, PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.capture import StepRunner, row_counts
 from sparsespec_compile.runtime.engine import Engine, _decoding_rows
@@ -91,25 +92,43 @@ def test_padded_row_counts():
 
 
 def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
-    """The largest first, for the others fit into its memory; none twice; one row of each slot in steps of their own."""
+    """The largest first, for the others fit into its memory; none twice; one row of each slot in steps of their own.
+
+    In the largest a prompt may end.
+    """
     runner = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
     runner._sizes, captured = row_counts(100), []
 
     def capture(rows, variant):
-        captured.append((rows, variant.single_rows))
+        captured.append((rows, variant.promise))
         runner._graphs[rows, variant] = None
 
     monkeypatch.setattr(runner, "_capture", capture)
     runner.prepare(10)
-    assert captured == [(100, False), (2, False), (16, False), (2, True)]
+    several = Promise.ONLY_VERIFICATIONS_SCORED
+    assert captured == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SINGLE_ROWS)]
     runner.prepare(33)
-    assert captured[4:] == [(64, False)]
+    assert captured[4:] == [(64, several)]
     plain = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
     plain._sizes = row_counts(100)
     captured.clear()
-    monkeypatch.setattr(plain, "_capture", lambda rows, variant: captured.append((rows, variant.single_rows)))
+    monkeypatch.setattr(plain, "_capture", lambda rows, variant: captured.append((rows, variant.promise)))
     plain.prepare(2)
-    assert captured == [(100, False), (2, True)]
+    assert captured == [(100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)]
+
+
+def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
+    step = toy.engine(drafter="window").capture(2, 64)._runner.step
+    runner = StepRunner(step, capture=False)
+    runner._sizes, captured = row_counts(100), []
+    monkeypatch.setattr(runner, "_capture", lambda rows, variant: captured.append((rows, variant.promise)))
+    runner.prepare(10)
+    assert captured == [
+        (100, Promise.NO_SCORES),
+        (2, Promise.NO_SCORES),
+        (16, Promise.NO_SCORES),
+        (2, Promise.SINGLE_ROWS),
+    ]
 
 
 def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
@@ -122,13 +141,14 @@ def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
             events.append("replay")
 
     def capture(rows, variant):
-        events.append((rows, variant.single_rows))
+        events.append((rows, variant.promise))
         runner._graphs[rows, variant] = Graph()
 
     monkeypatch.setattr(runner, "_capture", capture)
-    for rows, variant in ((2, Variant(single_rows=True)), (60, Variant())):
+    for rows, variant in ((2, Variant(promise=Promise.SINGLE_ROWS)), (60, Variant())):
         runner(rows, rows, variant)
-    assert events == [(100, False), (2, True), "replay", (64, False), "replay"]
+    largest, few = (100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)
+    assert events == [largest, few, "replay", (64, Promise.NOTHING), "replay"]
 
 
 def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeypatch):
@@ -155,7 +175,11 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
     engine = toy.engine(draft_tokens=4, min_budget=4, schedule="in_phase")
     assert run(engine, requests) == list(map(toy.decode, requests))
     single = [all(item.rows == 1 and not item.scored for item in work) for work in planned]
-    assert [variant.single_rows for variant in variants] == single
+    prompts = [any(item.scored and item.mode == Mode.PREFILL for item in work) for work in planned]
+    for variant, alone, prompt_ends in zip(variants, single, prompts, strict=True):
+        several = Promise.NOTHING if prompt_ends else Promise.ONLY_VERIFICATIONS_SCORED
+        assert variant.promise is (Promise.SINGLE_ROWS if alone else several)
+    assert len(variants) > sum(single) + sum(prompts) > sum(single)
     assert len(single) > sum(single) > len(single) // 2
     assert renewed == [place for place, alone in enumerate(single) if not alone]
 
@@ -275,15 +299,18 @@ class TestCapturedStep:
         step, variants = toy.engine(draft_tokens=4, min_budget=4).capture(2, 64), []
         for slot in range(2):
             step.begin(slot, 64)
-        monkeypatch.setattr(StepRunner, "__call__", lambda _, *given: variants.append(given[2].single_rows))
+        monkeypatch.setattr(StepRunner, "__call__", lambda _, *given: variants.append(given[2].promise))
         single, rows = Work(0, Mode.DRAFT, rows=1, logits=1), Work(1, Mode.VERIFY, rows=5, logits=5, scored=5)
-        for work in ([single], [single, rows], [], [single._replace(scored=1)]):
+        prompt = Work(0, Mode.PREFILL, rows=2, tokens=(3, 4), logits=1, scored=2)
+        for work in ([single], [single, rows], [], [single._replace(scored=1)], [prompt, rows]):
             step.fill(work)
             step.replay()
         for counts in ((1, 1), (1, None), (None, 1)):  # as if written by hand
             step.fill([single])
             step.replay(*counts)
-        assert variants == [True, False, True, False, False, False, False]
+        several = Promise.ONLY_VERIFICATIONS_SCORED
+        filled = [Promise.SINGLE_ROWS, several, Promise.SINGLE_ROWS, several, Promise.NOTHING]
+        assert variants == [*filled, *[Promise.NOTHING] * 3]
 
     def test_pages_may_lie_anywhere(self, toy):
         step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)

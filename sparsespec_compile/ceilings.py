@@ -59,7 +59,7 @@ H200 = Ceilings(
     gemm_overhead_s=9.5e-6,
     attention_overhead_s=6e-6,
     request_overhead_s=0.05e-6,
-    scoring_overhead_s=34e-6,
+    scoring_overhead_s=20e-6,
 )
 """One H200 SXM, bf16, torch 2.11, triton 3.6.
 

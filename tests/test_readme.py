@@ -139,23 +139,41 @@ def test_ablation_table_is_the_committed_result() -> None:
             f"{row['ms_per_iteration']:.2f}",
             f"{accepted:.2f}" if accepted else "-",
         ]
+    assert f"cost {_lost_to_the_host_tier(rows):.1%} there beside a pool" in README
+
+
+def test_what_the_host_tier_costs_is_the_committed_result() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/h200-ablation-host-tier.json").read_text())["rows"]
+    tier, pool = (row["tokens_per_second"] for row in rows)
+    assert f"[costs {_lost_to_the_host_tier(rows):.1%}]" in README
+    assert f"({tier:,.0f} and {pool:,.0f} tokens a second)" in " ".join(README.split())
+
+
+def _lost_to_the_host_tier(rows: list[dict]) -> float:
     speeds = {row["stage"]: row["tokens_per_second"] for row in rows}
-    assert f"costs {1 - speeds['+ host tier'] / speeds['pool for all']:.1%} beside a pool" in README
+    return 1 - speeds["+ host tier"] / speeds["pool for all"]
 
 
 def test_flashinfer_s_times_are_the_committed_result() -> None:
     cases = json.loads((ROOT / "benchmarks/results/h200-kernels-flashinfer.json").read_text())["cases"]
     words = " ".join(README.split())
-    names = [name for row, name in KERNEL_ROWS.items() if "scores" not in row] + ["verify 256 x 1024"]
+    names = [name for row, name in KERNEL_ROWS.items() if "scores" not in row]
     measured = [next(case for case in cases if case["name"] == name) for name in names]
-    theirs = [next(ms for name, ms in case["peers"].items() if "flashinfer" in name) for case in measured]
-    decode, verify, draft, mixed, short = theirs
+    decode, verify, draft, mixed = (_flashinfer(case) for case in measured)
     assert (
         f"took {decode:.3f}, {verify:.3f}, {draft:.4f} (one list of pillars for all heads) and {mixed:.3f} ms" in words
     )
-    decode, verify, draft, mixed, ours = (case["ms"] for case in measured)
-    assert f"took {decode:.3f}, {verify:.3f}, {draft:.4f} and {mixed:.3f}; for 256" in words
-    assert f"{short:.3f} and {ours:.3f}" in words
+    decode, verify, draft, mixed = (case["ms"] for case in measured)
+    assert f"took {decode:.3f}, {verify:.3f}, {draft:.4f} and {mixed:.3f}." in words
+    present = json.loads((ROOT / "benchmarks/results/h200-kernels.json").read_text())["cases"]
+    for name, digits in (("verify 256 x 1024", 3), ("draft 57 x 410 of 8192, Qwen2.5-7B", 4)):
+        then, now = (next(case for case in each if case["name"] == name) for each in (cases, present))
+        theirs, ours, ours_now = (f"{ms:.{digits}f}" for ms in (_flashinfer(then), then["ms"], now["ms"]))
+        assert f"{theirs} then, ours {ours}, and {ours_now} now" in words
+
+
+def _flashinfer(case: dict) -> float:
+    return next(ms for name, ms in case["peers"].items() if "flashinfer" in name)
 
 
 def test_idle_and_start_up_are_the_committed_results() -> None:

@@ -4,8 +4,8 @@
     python -m sparsespec_compile.kernels.tune --heads 28 4 128 --dtype float16 --output tiles.json
 
 Candidates are compiled first, in several processes, then timed one after the other on steps of this project, for each
-kind of step its own: plain decoding and drafting, verifying and a mix, a prompt. The best has the smallest product of
-times. The search goes on around it until nothing there is better by a percent.
+kind of step its own: plain decoding and drafting, verifying and a mix with scores and without, a prompt. The best has
+the smallest product of times. The search goes on around it until nothing there is better by a percent.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -175,11 +176,13 @@ def _times(made: dict[str, list[Step]], tiling: Tiling) -> dict[str, float]:
 
 
 def _call(step: Step, tiling: Tiling) -> Call:
-    def attend() -> object:
-        with promised(step.promise()):
-            return dual_mode_attention(*step.arguments(), tiling=tiling)
+    attend: Callable[..., object] = partial(dual_mode_attention, tiling=tiling)
 
-    return attend
+    def call() -> object:
+        with promised(step.promise()):
+            return attend(*step.arguments())
+
+    return call
 
 
 def _report(timed: dict[Tiling, dict[str, float]], default: Tiling) -> Table:

@@ -19,6 +19,7 @@ from .triton_plan import (
     tiles_of,
 )
 from .triton_segment import attend_segment, attend_segment_apart
+from .triton_shapes import JoinShape, LayerShape, Listed, PoolShape, Source, TileShape
 from .triton_tiles import DRAFT
 from .triton_write import clear_gaps, clear_rows
 
@@ -100,27 +101,23 @@ def attention_kernel(
     step = (request_mode, row_start, row_count, cached_length, score_rows, pillar_count, recent_start)
     settings = (window, logit_scale, cap)
     PART_M: tl.constexpr = max(SMALL_M, BIG_M)
-    # Described at attend_segment.
-    JOIN: tl.constexpr = (SMALL_JOIN_M, SMALL_JOIN_PARTS)
-    BIG_JOIN: tl.constexpr = (BIG_JOIN_M, BIG_JOIN_PARTS)
-    DRAFT_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, True, False, BLOCK_N, 0, JOIN)
-    SMALL_TILE: tl.constexpr = (SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, PART_M, False, False, BLOCK_N, 0, JOIN)
-    BIG_TILE: tl.constexpr = (
-        BIG_M,
-        BIG_ROWS_PAD,
-        BIG_N,
-        BIG_AHEAD,
-        PART_M,
-        False,
-        True,
-        BLOCK_N,
-        SCORED_AHEAD,
-        BIG_JOIN,
+    JOIN: tl.constexpr = JoinShape(SMALL_JOIN_M, SMALL_JOIN_PARTS)
+    BIG_JOIN: tl.constexpr = JoinShape(BIG_JOIN_M, BIG_JOIN_PARTS)
+    DRAFT_TILE: tl.constexpr = TileShape(
+        SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, True, PART_M, False, BLOCK_N, 0, JOIN
+    )
+    SMALL_TILE: tl.constexpr = TileShape(
+        SMALL_M, SMALL_ROWS_PAD, BLOCK_N, SMALL_AHEAD, False, PART_M, False, BLOCK_N, 0, JOIN
+    )
+    BIG_TILE: tl.constexpr = TileShape(
+        BIG_M, BIG_ROWS_PAD, BIG_N, BIG_AHEAD, False, PART_M, True, BLOCK_N, SCORED_AHEAD, BIG_JOIN
     )
     EMITS: tl.constexpr = SCORED_AHEAD > 0
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
-    POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
-    LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
+    POOL: tl.constexpr = PoolShape(PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
+    LAYER: tl.constexpr = LayerShape(
+        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+    )
     line, whole, sums = plan_requests(
         step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, EMITS, REQUESTS
     )
@@ -200,7 +197,7 @@ def attention_kernel(
         stride_out_row = kv_heads * (GROUP * VALUE_DIM)
         out_base = out + first_row * stride_out_row + wide_head * (GROUP * VALUE_DIM)
         packed = (q_base, stride_q_row, stride_q_head, out_base, stride_out_row)
-        source = (
+        source = Source(
             kv + wide_head * stride_head,
             k + first_row * stride_k_row + wide_head * stride_k_head,
             v + first_row * stride_v_row + wide_head * stride_v_head,
@@ -214,11 +211,11 @@ def attention_kernel(
         slot = tl.load(score_slot + request, mask=scored > 0, other=0).to(tl.int64)
         score_base = scores + slot * stride_score_slot + wide_head * stride_score_head
         if (end_block > first_block) | (not in_line):
-            listed = (index_base, read, start, end)
+            listed = Listed(index_base, read, start, end)
             measured_from = recent
             if HAS_WINDOW:
                 measured_from = tl.maximum(recent, cached - window + 1)
-            measured = (index_base, measuring_pillars(pillars, recent, end), measured_from, end)
+            measured = Listed(index_base, measuring_pillars(pillars, recent, end), measured_from, end)
             blocks = (first_block, end_block, all_blocks)
             own = (own_first, end_row, beside_pool)
             score = (emits & (not again), score_base, scored)

@@ -26,11 +26,11 @@ from .triton_tiles import (
 @triton.jit
 def places_of(listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """Positions of a block, and the positions to be read in their place: (position, reached)."""
-    position = positions_of(listed, block, pillar, TILE[2], TILE[5])
+    position = positions_of(listed, block, pillar, TILE.keys, TILE.listed)
     reached = position
-    if LAYER[6]:
+    if LAYER.has_window:
         # A weight of 0 would still spread a NaN from before the window. Some row sees the last of the list.
-        reached = tl.where(position > rows[1] - settings[0], position, listed[3] - 1)
+        reached = tl.where(position > rows[1] - settings[0], position, listed.end - 1)
     return position, reached
 
 
@@ -38,15 +38,15 @@ def places_of(listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: 
 def find_block(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """``places_of`` a block and their pages: (position, reached, page)."""
     position, reached = places_of(listed, block, pillar, rows, settings, LAYER, TILE)
-    return position, reached, pages_of(source, reached, LAYER[5])
+    return position, reached, pages_of(source, reached, LAYER.pool)
 
 
 @triton.jit
 def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """What ``find_block`` finds, and pillars of the block behind."""
     position, reached, page = find_block(source, listed, block, pillar, rows, settings, LAYER, TILE)
-    if TILE[5]:
-        pillar = load_pillars(listed, block + 1, TILE[2])
+    if TILE.listed:
+        pillar = load_pillars(listed, block + 1, TILE.keys)
     return position, reached, page, pillar
 
 
@@ -54,8 +54,8 @@ def look_up(source, listed, block, pillar, rows, settings, LAYER: tl.constexpr, 
 def first_look_up(source, listed, block, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """``look_up`` where nothing has been loaded ahead. Call it before anything else has to be waited for."""
     pillar, following = 0, 0
-    if TILE[5]:
-        both = load_two_blocks(listed, block, TILE[2])
+    if TILE.listed:
+        both = load_two_blocks(listed, block, TILE.keys)
         # ptxas moves nothing over a barrier. Without one it waits for pillars first, and then loads what stands above.
         tl.debug_barrier()
         pillar, following = tl.split(both)
@@ -81,15 +81,19 @@ def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.co
     ``rows`` is (position of each pair's row, position of the tile's first, first block that some row does not see all
     of even without a window); ``found`` see look_up.
     """
-    HAS_WINDOW: tl.constexpr = LAYER[6]
+    HAS_WINDOW: tl.constexpr = LAYER.has_window
     window, logit_scale, cap = settings
     position, reached, page = found[0], found[1], found[2]
-    keys = load_tokens(pool_pointers(source, reached, page, 0, LAYER[3], LAYER[5]), LAYER[1], LAYER[3])
-    values = load_tokens(pool_pointers(source, reached, page, LAYER[1], LAYER[4], LAYER[5]), LAYER[2], LAYER[4])
+    keys = load_tokens(pool_pointers(source, reached, page, 0, LAYER.key_pad, LAYER.pool), LAYER.key_dim, LAYER.key_pad)
+    values = load_tokens(
+        pool_pointers(source, reached, page, LAYER.key_dim, LAYER.value_pad, LAYER.pool),
+        LAYER.value_dim,
+        LAYER.value_pad,
+    )
     product = products(query, keys, logit_scale, cap, LAYER)
     if HAS_WINDOW or block >= rows[2]:
-        order = order_of(listed, block, TILE[2])
-        product = where_seen(product, position, order, rows[0], listed[3], window, -2, HAS_WINDOW)
+        order = order_of(listed, block, TILE.keys)
+        product = where_seen(product, position, order, rows[0], listed.end, window, -2, HAS_WINDOW)
     return product, values
 
 
@@ -107,43 +111,49 @@ def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexp
 @triton.jit
 def attend_blocks(query, source, listed, first, end, found, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """(Largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
-    BLOCK_M: tl.constexpr = TILE[0]
-    VALUE_PAD: tl.constexpr = LAYER[4]
+    BLOCK_M: tl.constexpr = TILE.pairs
+    VALUE_PAD: tl.constexpr = LAYER.value_pad
     factor = scale_of_products(settings[1], LAYER)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
-    for block in tl.range(first, end, num_stages=TILE[3] + 1):
+    for block in tl.range(first, end, num_stages=TILE.ahead + 1):
         following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
         product, values = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
         found = following
-        largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER[8])
+        largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER.precision)
     return largest, total, sums
 
 
 @triton.jit
 def attend_own(query, source, place, first, count, state, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     """Carry the state over the request's own rows of the step, up to the end of the tile, read where they are."""
-    KEY_DIM: tl.constexpr = LAYER[1]
-    VALUE_DIM: tl.constexpr = LAYER[2]
-    HAS_WINDOW: tl.constexpr = LAYER[6]
-    BLOCK_N: tl.constexpr = TILE[2]
+    KEY_DIM: tl.constexpr = LAYER.key_dim
+    VALUE_DIM: tl.constexpr = LAYER.value_dim
+    HAS_WINDOW: tl.constexpr = LAYER.has_window
+    BLOCK_N: tl.constexpr = TILE.keys
     window, logit_scale, cap = settings
     factor = scale_of_products(logit_scale, LAYER)
     largest, total, sums = state
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-    for low in tl.range(begin, tl.minimum(count, first + TILE[0] // LAYER[0]), BLOCK_N, num_stages=TILE[3] + 1):
+    for low in tl.range(
+        begin, tl.minimum(count, first + TILE.pairs // LAYER.group), BLOCK_N, num_stages=TILE.ahead + 1
+    ):
         row = low + tl.arange(0, BLOCK_N)
         real = tl.minimum(row, count - 1)
-        keys = load_tokens(row_pointers(source[1], real, source[5], LAYER[3]), KEY_DIM, LAYER[3])
-        values = load_tokens(row_pointers(source[2], real, source[6], LAYER[4]), VALUE_DIM, LAYER[4])
+        keys = load_tokens(
+            row_pointers(source.own_keys, real, source.stride_key_row, LAYER.key_pad), KEY_DIM, LAYER.key_pad
+        )
+        values = load_tokens(
+            row_pointers(source.own_values, real, source.stride_value_row, LAYER.value_pad), VALUE_DIM, LAYER.value_pad
+        )
         product = products(query, keys, logit_scale, cap, LAYER)
         if HAS_WINDOW:
             visible = (row[None, :] <= place[:, None]) & (row[None, :] > place[:, None] - window)
             product = tl.where(visible, product, float("-inf"))
         elif low + BLOCK_N > first:
             product = tl.where(row[None, :] <= place[:, None], product, float("-inf"))
-        largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER[8])
+        largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER.precision)
     return largest, total, sums

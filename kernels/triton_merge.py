@@ -77,10 +77,10 @@ def join_parts(
 ):
     """Write the rows of a unit whose parts are all there, ``out`` pointing to its first pair.
 
-    JOIN is (pairs taken at a time, parts asked for at a time). A program gets here once, with nothing of this code in
-    its caches: few pairs at a time make it short, and loads that stand side by side wait for memory once.
+    A program gets here once, with nothing of this code in its caches: few pairs at a time make it short, and loads that
+    stand side by side wait for memory once.
     """
-    PAIRS: tl.constexpr = JOIN[0]
+    PAIRS: tl.constexpr = JOIN.pairs
     dim = tl.arange(0, VALUE_PAD)[None, :]
     for low in range(0, pairs, PAIRS):
         pair = low + tl.arange(0, PAIRS)
@@ -88,7 +88,7 @@ def join_parts(
         sums = tl.zeros((PAIRS, VALUE_PAD), tl.float32)
         total = tl.zeros((PAIRS,), tl.float32)
         largest = tl.full((PAIRS,), float("-inf"), tl.float32)
-        for program in tl.range(first, last + 1, num_stages=1, loop_unroll_factor=JOIN[1]):
+        for program in tl.range(first, last + 1, num_stages=1, loop_unroll_factor=JOIN.parts):
             number = 2 * program + tl.where(program == first, 1, 0)
             at_sums, at_total, at_largest = _place_of_part(parts, number, pair, PART_M, VALUE_DIM)
             # Past the L1 cache, which other processors' stores do not reach.

@@ -48,8 +48,8 @@ def key_pointers(source, position, page, PAD: tl.constexpr, POOL: tl.constexpr, 
     """Addresses [N, PAD] of keys: in the pool, or, BESIDE_POOL, those of the step's own tokens in k."""
     pointers = pool_pointers(source, position, page, 0, PAD, POOL)
     if BESIDE_POOL:
-        cached = source[7]
-        own = row_pointers(source[1], tl.maximum(position - cached, 0), source[5], PAD)
+        cached = source.cached
+        own = row_pointers(source.own_keys, tl.maximum(position - cached, 0), source.stride_key_row, PAD)
         pointers = tl.where((position >= cached)[:, None], own, pointers)
     return pointers
 
@@ -62,24 +62,26 @@ def log_sum_of_list(
 
     Every thread carries a running softmax of its own over its keys; they meet once, behind the last block.
     """
-    BLOCK_M: tl.constexpr = TILE[0]
-    BLOCK_N: tl.constexpr = TILE[2]
+    BLOCK_M: tl.constexpr = TILE.pairs
+    BLOCK_N: tl.constexpr = TILE.keys
     window, logit_scale, cap = settings
     factor = scale_of_products(logit_scale, LAYER)
     largest = tl.full((BLOCK_N // 16, 8, BLOCK_M), FAR_BELOW, tl.float32)
     total = tl.zeros((BLOCK_N // 16, 8, BLOCK_M), tl.float32)
     rows = (row_position, tl.min(row_position, 0), 0)
-    blocks = (listed[1] + listed[3] - listed[2] + BLOCK_N - 1) // BLOCK_N
+    blocks = (listed.pillar_count + listed.end - listed.start + BLOCK_N - 1) // BLOCK_N
     found = first_look_up(source, listed, 0, rows, settings, LAYER, TILE)
-    for block in tl.range(0, blocks, num_stages=TILE[3] + 1):
+    for block in tl.range(0, blocks, num_stages=TILE.ahead + 1):
         following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
         position, reached, page = found[0], found[1], found[2]
         found = following
-        keys = load_tokens(key_pointers(source, reached, page, LAYER[3], LAYER[5], BESIDE_POOL), LAYER[1], LAYER[3])
+        keys = load_tokens(
+            key_pointers(source, reached, page, LAYER.key_pad, LAYER.pool, BESIDE_POOL), LAYER.key_dim, LAYER.key_pad
+        )
         product = products(keys, query, logit_scale, cap, LAYER)
         order = order_of(listed, block, BLOCK_N)
-        if LAYER[6] or (block + 1) * BLOCK_N > listed[1]:
-            product = where_seen(product, position, order, row_position, listed[3], window, -1, LAYER[6])
+        if LAYER.has_window or (block + 1) * BLOCK_N > listed.pillar_count:
+            product = where_seen(product, position, order, row_position, listed.end, window, -1, LAYER.has_window)
         logit = _per_thread(product * factor, BLOCK_N, BLOCK_M)
         raised = tl.maximum(largest, tl.max(logit, 1))
         total = total * tl.exp2(largest - raised) + tl.sum(tl.exp2(logit - raised[:, None, :, :]), 1)
@@ -98,33 +100,39 @@ def attend_scored(
     positions, measure, share), with the base-2 logits [BLOCK_M] that weights are measured from, infinite for what is no
     pair.
     """
-    BLOCK_M: tl.constexpr = TILE[0]
-    BLOCK_N: tl.constexpr = TILE[2]
+    BLOCK_M: tl.constexpr = TILE.pairs
+    BLOCK_N: tl.constexpr = TILE.keys
     factor = scale_of_products(settings[1], LAYER)
     scores, scored_end, measure, share = looks
     total = tl.zeros((BLOCK_N // 16, 8, BLOCK_M), tl.float32)
-    sums = tl.zeros((LAYER[4], BLOCK_M), tl.float32)
-    for block in tl.range(first, end, num_stages=TILE[3] + 1):
+    sums = tl.zeros((LAYER.value_pad, BLOCK_M), tl.float32)
+    for block in tl.range(first, end, num_stages=TILE.ahead + 1):
         following = find_block(source, listed, block + 1, 0, rows, settings, LAYER, TILE)[2]
         # Counted again rather than kept: a thread has no register to spare here.
         position, reached = places_of(listed, block, 0, rows, settings, LAYER, TILE)
         page = found
         found = following
-        values = load_tokens(pool_pointers(source, reached, page, LAYER[1], LAYER[4], LAYER[5]), LAYER[2], LAYER[4])
-        keys = pool_pointers(source, reached, page, 0, LAYER[3], LAYER[5])
+        values = load_tokens(
+            pool_pointers(source, reached, page, LAYER.key_dim, LAYER.value_pad, LAYER.pool),
+            LAYER.value_dim,
+            LAYER.value_pad,
+        )
+        keys = pool_pointers(source, reached, page, 0, LAYER.key_pad, LAYER.pool)
         if query.dtype.primitive_bitwidth == 16:
             # The compiler hands loaded keys to tensor cores in shared memory, and then keeps one more block of them
             # there than fits. What it has to convert, even to the same bits, it hands over in registers.
-            keys = load_tokens(keys.to(tl.pointer_type(tl.int16)), LAYER[1], LAYER[3]).to(query.dtype, bitcast=True)
+            keys = load_tokens(keys.to(tl.pointer_type(tl.int16)), LAYER.key_dim, LAYER.key_pad).to(
+                query.dtype, bitcast=True
+            )
         else:
-            keys = load_tokens(keys, LAYER[1], LAYER[3])
+            keys = load_tokens(keys, LAYER.key_dim, LAYER.key_pad)
         product = products(keys, query, settings[1], settings[2], LAYER)
         order = order_of(listed, block, BLOCK_N)
-        if LAYER[6] or block >= rows[2]:
-            product = where_seen(product, position, order, rows[0], listed[3], settings[0], -1, LAYER[6])
+        if LAYER.has_window or block >= rows[2]:
+            product = where_seen(product, position, order, rows[0], listed.end, settings[0], -1, LAYER.has_window)
         weight = tl.exp2(product * factor - measure)
         looked = tl.sum(tl.minimum(weight, 1.0), 1) * share
         tl.store(scores + order, looked, mask=order < scored_end)
         total += tl.sum(_per_thread(weight, BLOCK_N, BLOCK_M), 1)
-        sums = tl.dot(tl.trans(values), weight.to(values.dtype), sums, input_precision=LAYER[8])
+        sums = tl.dot(tl.trans(values), weight.to(values.dtype), sums, input_precision=LAYER.precision)
     return _over_keys(total), tl.trans(sums)

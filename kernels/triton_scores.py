@@ -11,6 +11,7 @@ import triton.language as tl
 from .specialisation import ANY_ADDRESS, ANY_VALUE
 from .triton_plan import emits_scores, locate, measuring_pillars, tiles_of
 from .triton_scored import key_pointers, log_sum_of_list
+from .triton_shapes import LayerShape, Listed, LoopShape, PoolShape, Source
 from .triton_tiles import (
     DRAFT,
     IDLE,
@@ -48,18 +49,18 @@ def score_rows_of(
     """Scores of one request and KV head: twice over the keys for each tile of scored rows.
 
     ``request`` is (mode, rows, scored rows, pillars that measure, first recent position); for the others see
-    ``triton_segment``. TILE is (pairs, rows padded, keys taken at a time, how often ahead).
+    ``triton_segment``. TILE is a `LoopShape`.
     """
     kind, count, scored, pillars, recent = request
-    GROUP: tl.constexpr = LAYER[0]
-    KEY_DIM: tl.constexpr = LAYER[1]
-    KEY_PAD: tl.constexpr = LAYER[3]
-    HAS_WINDOW: tl.constexpr = LAYER[6]
-    BLOCK_M: tl.constexpr = TILE[0]
-    BLOCK_N: tl.constexpr = TILE[2]
-    LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], BLOCK_N, TILE[3], BLOCK_M, True)
+    GROUP: tl.constexpr = LAYER.group
+    KEY_DIM: tl.constexpr = LAYER.key_dim
+    KEY_PAD: tl.constexpr = LAYER.key_pad
+    HAS_WINDOW: tl.constexpr = LAYER.has_window
+    BLOCK_M: tl.constexpr = TILE.pairs
+    BLOCK_N: tl.constexpr = TILE.keys
+    LIST_TILE: tl.constexpr = LoopShape(BLOCK_M, BLOCK_N, TILE.ahead, True)
     window, logit_scale, cap = settings
-    cached = source[7]
+    cached = source.cached
     unscored = count - scored
     scored_end = cached + unscored
     everything = kind == PREFILL
@@ -69,7 +70,7 @@ def score_rows_of(
         seen = tl.maximum(scored_end - window + 1, 0)
         low = seen // BLOCK_N * BLOCK_N
         clear_scores(scores, tl.minimum(low, scored_end), BLOCK_N)
-    listed = (
+    listed = Listed(
         pillar_index,
         tl.where(everything, 0, pillars),
         tl.where(everything, seen, tl.maximum(recent, seen)),
@@ -80,11 +81,11 @@ def score_rows_of(
         query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, KEY_DIM, KEY_PAD)
         row_position = cached + place
         measure = log_sum_of_list(query, row_position, source, listed, settings, LAYER, LIST_TILE, True)
-        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE[3] + 1):
+        for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE.ahead + 1):
             position = block * BLOCK_N + tl.arange(0, BLOCK_N)
             reached = tl.minimum(position, scored_end - 1)
-            page = pages_of(source, reached, LAYER[5])
-            keys = load_tokens(key_pointers(source, reached, page, KEY_PAD, LAYER[5], True), KEY_DIM, KEY_PAD)
+            page = pages_of(source, reached, LAYER.pool)
+            keys = load_tokens(key_pointers(source, reached, page, KEY_PAD, LAYER.pool, True), KEY_DIM, KEY_PAD)
             real = position < scored_end
             if HAS_WINDOW:
                 real = real & (position >= seen)
@@ -146,7 +147,6 @@ def score_kernel(
     REQUESTS: tl.constexpr,
     SMALL_M: tl.constexpr,
     BIG_M: tl.constexpr,
-    BIG_ROWS_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCORED_AHEAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -155,9 +155,11 @@ def score_kernel(
 ):
     """Persistent: any number of programs deals out the heads of requests whose scores the attention kernel leaves."""
     settings = (window, logit_scale, cap)
-    POOL: tl.constexpr = (PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
-    LAYER: tl.constexpr = (GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
-    TILE: tl.constexpr = (BIG_M, BIG_ROWS_PAD, BLOCK_N, SCORED_AHEAD)
+    POOL: tl.constexpr = PoolShape(PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
+    LAYER: tl.constexpr = LayerShape(
+        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+    )
+    TILE: tl.constexpr = LoopShape(BIG_M, BLOCK_N, SCORED_AHEAD, False)
     slot = tl.arange(0, REQUESTS)
     inside = slot < requests
     kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
@@ -177,7 +179,7 @@ def score_kernel(
         pillars = measuring_pillars(tl.load(pillar_count + request), recent, cached + count_here)
         own_keys = k + first_row * stride_k_row + head * stride_k_head
         # Nobody reads values here.
-        source = (
+        source = Source(
             kv + head * stride_head,
             own_keys,
             own_keys,

@@ -12,6 +12,7 @@ from .triton_blocks import attend_blocks, attend_own, first_look_up
 from .triton_merge import arrive_last, join_parts, store_part, store_rows
 from .triton_scored import attend_scored, log_sum_of_list
 from .triton_scores import clear_scores
+from .triton_shapes import LoopShape
 from .triton_tiles import load_queries, pairs_of_tile
 from .triton_write import load_rows, store_tokens
 
@@ -24,63 +25,59 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     a row looks at most by more than the range of numbers. The scores are right; attend again without.
 
     ``unit`` is (packed, source, listed, measured, blocks, rows, own, score, workspace): ``packed`` (q, its strides of a
-    row and a head, out, its stride of a row), at the request and KV head; ``source`` see pool_pointers; ``listed``
-    what of the pool the tile reads (see positions_of) and ``measured`` what measures its scores; ``blocks``
+    row and a head, out, its stride of a row), at the request and KV head; ``source`` a `Source`; ``listed`` and
+    ``measured`` `Listed`, what of the pool the tile reads and what measures its scores; ``blocks``
     (first, end, all) which blocks of it; ``rows`` (first, count): the tile's first row, and how many the request has up
     to the tile's last, which are all of them where scores are given out; ``own`` (first, end) of the request's rows to
     be written, and whether the tile reads them beside the pool; ``score`` (emits, scores, scored) with scores at the
     request's slot and head; ``workspace`` (parts, counters, first program, last program).
-    LAYER is (query heads of a KV head, dims of keys and values, both padded, POOL, has a window, has a soft-cap,
-    precision of products), TILE (pairs, rows padded, keys taken at a time, how often ahead, pairs of a part, whether
-    positions are looked up, whether rows may be read beside the pool, keys of a block as work is shared out and with
-    scores, how often ahead with scores: 0 if the tile never has any, JOIN of join_parts).
     """
     packed, source, listed, measured, blocks, rows, own, score, workspace = unit
-    VALUE_DIM: tl.constexpr = LAYER[2]
-    KEY_PAD: tl.constexpr = LAYER[3]
-    VALUE_PAD: tl.constexpr = LAYER[4]
-    HAS_WINDOW: tl.constexpr = LAYER[6]
-    BLOCK_M: tl.constexpr = TILE[0]
-    BLOCK_N: tl.constexpr = TILE[2]
-    PART_M: tl.constexpr = TILE[4]
-    JOIN: tl.constexpr = TILE[9]
+    VALUE_DIM: tl.constexpr = LAYER.value_dim
+    KEY_PAD: tl.constexpr = LAYER.key_pad
+    VALUE_PAD: tl.constexpr = LAYER.value_pad
+    HAS_WINDOW: tl.constexpr = LAYER.has_window
+    BLOCK_M: tl.constexpr = TILE.pairs
+    BLOCK_N: tl.constexpr = TILE.keys
+    PART_M: tl.constexpr = TILE.part_pairs
+    JOIN: tl.constexpr = TILE.join
     query_base, stride_q_row, stride_q_head, out_base, stride_out_row = packed
     first_block, end_block, all_blocks = blocks
     first, count = rows
     emits, scores, scored = score
     parts, counters, first_program, last_program = workspace
-    cached = source[7]
+    cached = source.cached
 
-    place, member, real_pair = pairs_of_tile(first, count, LAYER[0], BLOCK_M)
+    place, member, real_pair = pairs_of_tile(first, count, LAYER.group, BLOCK_M)
     # Earlier keys hold nothing that a row must not see, unless there is a window.
-    ragged_key = listed[1] + tl.minimum(cached, listed[3]) - listed[2]
-    STEPS: tl.constexpr = TILE[7] // BLOCK_N
+    ragged_key = listed.pillar_count + tl.minimum(cached, listed.end) - listed.start
+    STEPS: tl.constexpr = TILE.block // BLOCK_N
     unscored_rows = (cached + place, cached + first, ragged_key // BLOCK_N)
     begin, stop = first_block * STEPS, end_block * STEPS
     # Four loads wait for each other from here to the first key; everything else is asked for beside the first of them.
-    loaded = load_rows(source, own[0], own[1], TILE[1], LAYER)
-    query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, LAYER[1], KEY_PAD)
+    loaded = load_rows(source, own[0], own[1], TILE.rows_pad, LAYER)
+    query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, LAYER.key_dim, KEY_PAD)
     found = first_look_up(source, listed, begin, unscored_rows, settings, LAYER, TILE)
     store_tokens(source, loaded, LAYER)
-    for low in range(own[0] + TILE[1], own[1], TILE[1]):
-        store_tokens(source, load_rows(source, low, own[1], TILE[1], LAYER), LAYER)
+    for low in range(own[0] + TILE.rows_pad, own[1], TILE.rows_pad):
+        store_tokens(source, load_rows(source, low, own[1], TILE.rows_pad, LAYER), LAYER)
     # Other threads read what one has written.
     tl.debug_barrier()
 
     in_range = True
     # One or the other: in turn, ptxas would serialise all products of the kernel on tensor cores (its note C7515).
-    if TILE[8] > 0 and emits:
-        SCORED_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[7], TILE[8], PART_M, False)
-        LIST_TILE: tl.constexpr = (BLOCK_M, TILE[1], TILE[7], TILE[8], PART_M, True)
+    if TILE.scored_ahead > 0 and emits:
+        SCORED_TILE: tl.constexpr = LoopShape(BLOCK_M, TILE.block, TILE.scored_ahead, False)
+        LIST_TILE: tl.constexpr = LoopShape(BLOCK_M, TILE.block, TILE.scored_ahead, True)
         scored_end = cached + count - scored
         if HAS_WINDOW:
-            clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed[2], scored_end), 0), TILE[7])
-        seen_by = (cached + place, cached + first, ragged_key // TILE[7])
+            clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed.start, scored_end), 0), TILE.block)
+        seen_by = (cached + place, cached + first, ragged_key // TILE.block)
         ahead = first_look_up(source, listed, first_block, seen_by, settings, LAYER, SCORED_TILE)[2]
         largest = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, LIST_TILE, False)
         # What is no row looks at nothing.
         largest = tl.where(real_pair, largest, float("inf"))
-        looks = (scores, scored_end, largest, 1.0 / (scored * LAYER[0]))
+        looks = (scores, scored_end, largest, 1.0 / (scored * LAYER.group))
         total, sums = attend_scored(
             query, source, listed, first_block, end_block, ahead, seen_by, looks, settings, LAYER, SCORED_TILE
         )
@@ -90,7 +87,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         largest, total, sums = attend_blocks(
             query, source, listed, begin, stop, found, unscored_rows, settings, LAYER, TILE
         )
-        if TILE[6]:  # noqa: SIM102 (the first is known to the compiler, the second is not)
+        if TILE.beside_pool:  # noqa: SIM102 (the first is known to the compiler, the second is not)
             if own[2]:
                 state = (largest, total, sums)
                 largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)
@@ -102,7 +99,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         number = 2 * tl.program_id(0) + tl.where(first_block == 0, 1, 0)
         store_part(parts, number, sums, total, largest, real_pair, PART_M, BLOCK_M, VALUE_DIM, VALUE_PAD)
         if arrive_last(counters, first_program, last_program):
-            pairs = tl.minimum(count - first, BLOCK_M // LAYER[0]) * LAYER[0]
+            pairs = tl.minimum(count - first, BLOCK_M // LAYER.group) * LAYER.group
             out = out_base + first.to(tl.int64) * stride_out_row
             join_parts(
                 parts,
@@ -111,7 +108,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
                 out,
                 pairs,
                 stride_out_row,
-                LAYER[0],
+                LAYER.group,
                 PART_M,
                 VALUE_DIM,
                 VALUE_PAD,

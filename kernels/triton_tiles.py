@@ -36,19 +36,16 @@ def load_queries(query, stride_row, stride_head, place, member, real, KEY_DIM: t
 
 @triton.jit
 def load_pillars(listed, block, BLOCK_N: tl.constexpr):
-    """The pillars among the entries of a block of a list, anything in place of other entries. Reads one even of none.
-
-    ``listed`` is (pillars, pillar_count, start, end): pillar_count positions at ``pillars``, then start .. end - 1.
-    """
-    entry = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N), tl.maximum(listed[1] - 1, 0))
-    return tl.load(listed[0] + entry.to(tl.uint32))
+    """The pillars among the entries of a block of a list, anything in place of others. Reads one even of none."""
+    entry = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N), tl.maximum(listed.pillar_count - 1, 0))
+    return tl.load(listed.pillars + entry.to(tl.uint32))
 
 
 @triton.jit
 def load_two_blocks(listed, block, BLOCK_N: tl.constexpr):
     """``load_pillars`` of a block and of the one behind it [BLOCK_N, 2], each entry loaded by one thread only."""
-    entry = tl.minimum(block * BLOCK_N + tl.arange(0, 2 * BLOCK_N), tl.maximum(listed[1] - 1, 0))
-    pillars = tl.load(listed[0] + entry.to(tl.uint32))
+    entry = tl.minimum(block * BLOCK_N + tl.arange(0, 2 * BLOCK_N), tl.maximum(listed.pillar_count - 1, 0))
+    pillars = tl.load(listed.pillars + entry.to(tl.uint32))
     return tl.permute(tl.reshape(pillars, (2, BLOCK_N)), (1, 0))
 
 
@@ -58,7 +55,7 @@ def positions_of(listed, block, pillar, BLOCK_N: tl.constexpr, LISTED: tl.conste
 
     Without LISTED there are no pillars.
     """
-    pillar_count, start, end = listed[1], listed[2], listed[3]
+    pillar_count, start, end = listed.pillar_count, listed.start, listed.end
     position = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N) + (start - pillar_count), end - 1)
     if LISTED:
         position = tl.where(position < start, pillar, position)
@@ -68,32 +65,29 @@ def positions_of(listed, block, pillar, BLOCK_N: tl.constexpr, LISTED: tl.conste
 @triton.jit
 def pages_of(source, position, POOL: tl.constexpr):
     """Physical pages of positions."""
-    return tl.load(source[3] + position.to(tl.uint32) // POOL[0])
+    return tl.load(source.table + position.to(tl.uint32) // POOL.page_size)
 
 
 @triton.jit
 def order_of(listed, block, BLOCK_N: tl.constexpr):
     """What to compare rows' positions with: the positions of a block of a list, pillars below start."""
-    return listed[2] - listed[1] + block * BLOCK_N + tl.arange(0, BLOCK_N)
+    return listed.start - listed.pillar_count + block * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
 def pool_pointers(source, position, page, first_dim, PAD: tl.constexpr, POOL: tl.constexpr):
     """Addresses [N, PAD] in the pool of what tokens keep from ``first_dim`` on: their keys, then their values.
 
-    ``source`` is (pool, keys, values, table, page_units, stride_key_row, stride_value_row, cached): the pool at a KV
-    head, k and v at that head and at the request's first row, the request's row of the page table. POOL is (page size,
-    elements of a unit, units of a token, whether units need 64 bits): every page and token begins at a multiple of a
-    unit, and counting in units takes one multiplication of 32 bits where offsets in elements need one of 64. A loop
-    spends as many instructions on addresses as on products, so this counts.
+    Counting in units takes one multiplication of 32 bits where offsets in elements need one of 64. A loop spends as
+    many instructions on addresses as on products, so this counts.
     """
-    pool, page_units = source[0], source[4]
-    slot = (position.to(tl.uint32) % POOL[0]).to(tl.int32)
-    if POOL[3]:
-        unit = page.to(tl.int64) * page_units + slot * POOL[2]
+    pool, page_units = source.pool, source.page_units
+    slot = (position.to(tl.uint32) % POOL.page_size).to(tl.int32)
+    if POOL.wide:
+        unit = page.to(tl.int64) * page_units + slot * POOL.token_units
     else:
-        unit = (page * page_units + slot * POOL[2]).to(tl.int64)
-    return (pool + first_dim + tl.arange(0, PAD)) + (unit * POOL[1])[:, None]
+        unit = (page * page_units + slot * POOL.token_units).to(tl.int64)
+    return (pool + first_dim + tl.arange(0, PAD)) + (unit * POOL.unit)[:, None]
 
 
 @triton.jit
@@ -115,8 +109,8 @@ def products(q, k, logit_scale, cap, LAYER: tl.constexpr):
     ``logit_scale`` is scale * log2(e) > 0 and ``cap`` 0; with a soft-cap c they are 2 * scale * log2(e) / c, the factor
     of exp2's argument, and c * log2(e).
     """
-    product = tl.dot(q, tl.trans(k), input_precision=LAYER[8])
-    if LAYER[7]:
+    product = tl.dot(q, tl.trans(k), input_precision=LAYER.precision)
+    if LAYER.has_softcap:
         # tanh(x) = 1 - 2 / (exp(2x) + 1): right at both ends, where exp overflows or vanishes.
         product = cap - 2.0 * cap / (tl.exp2(product * logit_scale) + 1.0)
     return product
@@ -126,7 +120,7 @@ def products(q, k, logit_scale, cap, LAYER: tl.constexpr):
 def scale_of_products(logit_scale, LAYER: tl.constexpr):
     """The factor that ``products`` leaves to be multiplied where the largest one is subtracted, in one operation."""
     factor = logit_scale
-    if LAYER[7]:
+    if LAYER.has_softcap:
         factor = 1.0
     return factor
 

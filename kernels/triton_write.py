@@ -12,12 +12,12 @@ def load_rows(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
     row = first + tl.arange(0, ROWS)
     mine = (row < end)[:, None]
     row = tl.minimum(row, end - 1)
-    position = source[7] + row
-    page = pages_of(source, position, LAYER[5])
-    key_mask = mine & (tl.arange(0, LAYER[3]) < LAYER[1])[None, :]
-    value_mask = mine & (tl.arange(0, LAYER[4]) < LAYER[2])[None, :]
-    keys = tl.load(row_pointers(source[1], row, source[5], LAYER[3]), mask=key_mask)
-    values = tl.load(row_pointers(source[2], row, source[6], LAYER[4]), mask=value_mask)
+    position = source.cached + row
+    page = pages_of(source, position, LAYER.pool)
+    key_mask = mine & (tl.arange(0, LAYER.key_pad) < LAYER.key_dim)[None, :]
+    value_mask = mine & (tl.arange(0, LAYER.value_pad) < LAYER.value_dim)[None, :]
+    keys = tl.load(row_pointers(source.own_keys, row, source.stride_key_row, LAYER.key_pad), mask=key_mask)
+    values = tl.load(row_pointers(source.own_values, row, source.stride_value_row, LAYER.value_pad), mask=value_mask)
     return position, page, keys, values, key_mask, value_mask
 
 
@@ -25,8 +25,8 @@ def load_rows(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
 def store_tokens(source, loaded, LAYER: tl.constexpr):
     """Write keys and values of tokens to their positions in the pool; ``loaded`` is what ``load_rows`` gave."""
     position, page, keys, values, key_mask, value_mask = loaded
-    tl.store(pool_pointers(source, position, page, 0, LAYER[3], LAYER[5]), keys, mask=key_mask)
-    tl.store(pool_pointers(source, position, page, LAYER[1], LAYER[4], LAYER[5]), values, mask=value_mask)
+    tl.store(pool_pointers(source, position, page, 0, LAYER.key_pad, LAYER.pool), keys, mask=key_mask)
+    tl.store(pool_pointers(source, position, page, LAYER.key_dim, LAYER.value_pad, LAYER.pool), values, mask=value_mask)
 
 
 @triton.jit

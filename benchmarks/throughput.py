@@ -78,6 +78,9 @@ def workload_size(name: str) -> tuple[int, int, bool]:
 
 
 def load_model(shape: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The Countdown model, inflated to a shape if that is another one, which takes a GPU."""
+    if shape != "countdown" and not device.startswith("cuda"):
+        raise SystemExit(f"--shape {shape} takes a GPU, got --device {device}: there, use --shape countdown.")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model, tokenizer = load_countdown(device, dtype)
     return (model if shape == "countdown" else inflated_model(preset(shape), device, dtype)), tokenizer

@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from report import FIELDS  # noqa: E402
+from throughput import load_model  # noqa: E402
 from throughput_engines import Clock, Load, TooShortError, _difference  # noqa: E402
 from traces import recorded_traces  # noqa: E402
 
@@ -137,3 +138,8 @@ def test_recorded_traces_are_unfinished_searches_of_that_length():
     assert [len(trace) for trace in traces] == [700] * 3
     assert len({tuple(trace) for trace in traces}) == 3
     assert not any("answer" in trace for trace in traces)
+
+
+def test_a_large_shape_without_a_gpu_is_refused() -> None:
+    with pytest.raises(SystemExit, match="Qwen3-8B takes a GPU, got --device cpu"):
+        load_model("Qwen3-8B", "cpu")

@@ -14,7 +14,7 @@ from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.phases import GROUPED_ROWS, most_together
 from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
-from sparsespec_compile.runtime.step import Compiler, Forward, Step, Variant, as_it_is
+from sparsespec_compile.runtime.step import Compiler, Forward, Step, as_it_is
 
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
@@ -130,7 +130,7 @@ def _workspace_bytes(step: Step) -> int:
     device = step.state.device
     if device.type != "cuda":
         return 0
-    sizes, largest = step.inputs.sizes, Variant(logprobs=True)
+    sizes, largest = step.inputs.sizes, replace(step.any_work, logprobs=True)
     step(sizes.rows, sizes.logits, largest)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)

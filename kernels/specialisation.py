@@ -1,7 +1,8 @@
 """Arguments that attention and scoring are not compiled anew for.
 
 A kernel is compiled for each pattern of divisible sizes and addresses, which takes seconds. Those of q, k, v and kv
-decide how wide loads are; the others change with every step or layer, and nothing hangs on them.
+decide how wide loads are; the others change with every step or layer, and nothing hangs on them. Names that a kernel
+does not have are ignored.
 """
 
 ANY_VALUE = (

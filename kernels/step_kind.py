@@ -39,8 +39,9 @@ class Promise(IntEnum):
     ONLY_VERIFICATIONS_SCORED = 1
     """Prompts give out no scores, and verifications of ``ops.scored_rows_at_most`` rows at most."""
     NO_SCORES = 2
+    """Nobody gives out scores."""
     SINGLE_ROWS = 3
-    """No request has more than one row."""
+    """Nor has any request more than one row."""
 
 
 _promised: ContextVar[Promise] = ContextVar("promised", default=Promise.NOTHING)
@@ -62,7 +63,7 @@ def present_promise() -> Promise:
 
 
 def kind_of_step(rows: int, q_heads: int, requests: int) -> StepKind:
-    """The kind of a step of so many packed rows and request slots, which are all that a captured step may go by."""
+    """The kind of a step of so many packed rows and request slots: all that a captured step may go by but promises."""
     if present_promise() is Promise.SINGLE_ROWS:
         return StepKind.SINGLE_ROWS
     if rows * q_heads >= LARGE_STEP_PAIRS and rows >= LARGE_STEP_ROWS * requests:

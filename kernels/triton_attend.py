@@ -1,6 +1,6 @@
-"""Triton kernel of the dual-mode attention: one launch writes K/V, attends rows of every mode and gives out scores.
+"""Triton kernel of the dual-mode attention: writes K/V, attends rows of every mode, gives out scores of verifications.
 
-Those of verifications, that is: for others see ``triton_scores``.
+For other scores see ``triton_scores``.
 """
 
 import triton

@@ -1,10 +1,12 @@
-"""Launcher of the Triton attention: one kernel writes K/V, attends and gives out scores; a second one some of these.
+"""Launcher of the Triton attention: a kernel that writes K/V, attends and gives out scores of verifications, and one
+for other scores, which follows where a step may ask for them.
 
 The grid follows from the device and the tile sizes alone and nothing is read back, so a call can be captured in a CUDA
 graph and replayed with other lengths, modes and pages.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +70,10 @@ def dual_mode_attention(
     layer = Layer(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, kv.shape[2])
     kind = kind_of_step(q.shape[0], q.shape[1], request_mode.shape[0])
     with torch.cuda.device_of(q):
-        _launch(arguments, layer, tiling or tiling_for(layer, kind, device_limits(q.device)))
+        tiling = tiling or tiling_for(layer, kind, device_limits(q.device))
+        if present_promise() >= Promise.NO_SCORES:
+            tiling = replace(tiling, scored_ahead=0)
+        _launch(arguments, layer, tiling)
     return out
 
 

@@ -65,7 +65,7 @@ class JoinShape(NamedTuple):
 
 
 class TileShape(NamedTuple):
-    """A tile of rows of a request, with all that a `LoopShape` has.
+    """A tile of rows of a request. Stands for a `LoopShape` too, whose attributes it has.
 
     Attributes:
         rows_pad: rows, padded.

@@ -126,7 +126,7 @@ def candidate_tilings(default: Tiling, kind: StepKind) -> list[Tiling]:
     if kind is not StepKind.SINGLE_ROWS:
         for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
             found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
-    if default.scored_ahead:
+    if kind is StepKind.MIXED:
         found += [replace(default, scored_ahead=ahead) for ahead in (1, 2, 3)]
         found += [replace(default, scored_overhead=overhead) for overhead in (7, 9, 16)]
     found += [replace(default, small_ahead=ahead) for ahead in (1, 2, 3)]

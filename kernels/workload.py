@@ -59,8 +59,9 @@ class Step:
 
     def promise(self) -> Promise:
         """What an engine would promise of such a step."""
-        if any(item.scored for item in self.work):
-            return Promise.ONLY_VERIFICATIONS_SCORED
+        scored = {item.mode for item in self.work if item.scored}
+        if scored:
+            return Promise.NOTHING if Mode.PREFILL in scored else Promise.ONLY_VERIFICATIONS_SCORED
         return Promise.SINGLE_ROWS if all(item.rows == 1 for item in self.work) else Promise.NO_SCORES
 
     def fewest_bytes(self) -> int:

@@ -29,6 +29,7 @@ KERNEL_ROWS = {
     "the same, giving out scores": "verify 64 x 8192, scored",
     "57 of them drafting, 410 pillars a head": "draft 57 x 410 of 8192",
     "57 drafting, 7 verifying, one launch": "mixed 57 drafts + 7 verify",
+    "57 drafting, 7 verifying and giving out scores": "mixed, scored",
 }
 
 

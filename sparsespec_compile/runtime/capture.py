@@ -1,6 +1,7 @@
-"""Runs a step: as it is, or captured in CUDA graphs, one for each padded number of rows.
+"""Runs a step: as it is, or captured in CUDA graphs, one for each padded number of rows and variant of the step.
 
-What a request does is data, so a graph serves every mix of drafts, verifications and prompts that fits its rows.
+What a request does is data, so a graph serves every mix of drafts, verifications and prompts that fits its rows and
+keeps the variant's promise.
 """
 
 from dataclasses import replace
@@ -50,8 +51,8 @@ class StepRunner:
     def prepare(self, rows: int) -> None:
         """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later.
 
-        Where `rows` are no more than there are slots, nobody is expected to have more than one, but for prompts.
-        Iterations in which a prompt ends are captured as they come, the largest aside.
+        Where `rows` are no more than there are slots, nobody is expected to have more than one, but for prompts. Steps
+        in which a prompt ends are captured when they are first needed, the largest aside.
         """
         if not self._sizes:
             return

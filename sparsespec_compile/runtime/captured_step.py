@@ -100,7 +100,8 @@ class CapturedStep:
 
         Args:
             rows: packed rows that were written into `inputs`, whatever they do; None: what the latest `fill` wrote. It
-                knows whether all are drafts or plain decoding, which take a computation of their own and less time.
+                knows what nobody asks for, such as scores of prompts, and takes a computation that leaves it out, so
+                give `rows` and `logits` if you change `inputs` behind a `fill`.
             logits: rows with logits; likewise.
 
         Raises:

@@ -140,6 +140,8 @@ class Engine:
         capacity = self._capacity(needs)
         present = self._asked  # what the state was built for; its pool may have got fewer pages
         if self._runner is None or self._tier is None or present is None or not present.covers(capacity):
+            if self._tier is not None:
+                self._tier.wait()  # its memory is unpinned with it
             self._runner = self._tier = self._asked = None  # the old ones make room before the new ones are allocated
             with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
                 larger = capacity if present is None else capacity.union(present)

@@ -138,6 +138,21 @@ def test_verifications_of_more_scored_rows_than_a_tile_holds(dtype: torch.dtype,
         check(build(Shape(), requests, dtype), dtype, device)
 
 
+@pytest.mark.parametrize("promise", [Promise.NOTHING, Promise.ONLY_VERIFICATIONS_SCORED])
+@pytest.mark.parametrize("changed", [{"scored_ahead": 0}, {"big_m": 16}])
+def test_tiles_that_cannot_give_out_what_a_step_asks_for(
+    promise: Promise, changed: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file of measured ones may name them: a verification's scores take passes of their own then."""
+    from sparsespec_compile.kernels import triton_attention
+
+    choose = triton_attention.tiling_for
+    monkeypatch.setattr(triton_attention, "tiling_for", lambda *given: dataclasses.replace(choose(*given), **changed))
+    requests = [Request(Mode.VERIFY, cached=70, rows=9, score_rows=9, pillars=9, recent=64)]
+    with promised(promise):
+        check(build(Shape(page_size=16), requests, torch.bfloat16), torch.bfloat16, device)
+
+
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
 def test_rows_of_requests_that_have_none_are_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:

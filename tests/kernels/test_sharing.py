@@ -148,6 +148,7 @@ def test_the_kernel_is_given_what_the_tiles_say(monkeypatch: pytest.MonkeyPatch)
     with promised(Promise.NO_SCORES):  # one kernel
         triton_attention.dual_mode_attention(*case.arguments(), tiling=tiling)
     assert [given[name] for name in ("UNIT_OVERHEAD", "SCORED_OVERHEAD", "PART_COST")] == [5, 9, 3]
+    assert (tiling.scored_ahead, given["SCORED_AHEAD"]) == (2, 0), "whatever tiles say, it holds no code for scores"
 
 
 def test_equal_calls_give_equal_bits(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:

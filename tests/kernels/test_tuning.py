@@ -18,9 +18,10 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
+from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.kernels.step_kind import Promise, StepKind, kind_of_step, promised
 from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_together
-from sparsespec_compile.kernels.workload import Heads
+from sparsespec_compile.kernels.workload import Heads, Work, make_step
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
 LAYER = Layer(4, 128, 128, torch.bfloat16, 16)
@@ -117,6 +118,18 @@ def test_kinds_of_steps() -> None:
     with pytest.raises(KeyboardInterrupt), promised(Promise.SINGLE_ROWS):
         raise KeyboardInterrupt
     assert kind_of_step(64, 32, 64) is StepKind.MIXED
+
+
+def test_a_step_is_measured_under_the_promise_that_an_engine_would_make() -> None:
+    drafts, scored = Work(Mode.DRAFT, 9, pillars=2), Work(Mode.VERIFY, 9, 3, 2, True)
+    prompt = Work(Mode.PREFILL, 0, 4, scored=True)
+    for work, promise in (
+        ([drafts], Promise.SINGLE_ROWS),
+        ([drafts, replace(scored, scored=False)], Promise.NO_SCORES),
+        ([drafts, scored], Promise.ONLY_VERIFICATIONS_SCORED),
+        ([scored, prompt], Promise.NOTHING),
+    ):
+        assert make_step(Heads(2, 1, 8, 8), work, torch.device("cpu")).promise() is promise
 
 
 def test_default_tiles_fill_a_multiprocessor() -> None:

@@ -304,3 +304,16 @@ def test_pages_and_blocks(monkeypatch):
     assert torch.equal(pool[order], expected[order])
     tier.release(there.host_pages)
     assert tier.held == 0
+
+
+def test_a_tier_is_waited_for_before_a_larger_one_takes_its_place(toy, monkeypatch):
+    """Its memory is unpinned with it, and nothing may be on its way there."""
+    engine, waited, wait = small(toy), [], HostTier.wait
+    run(engine, requests_of([10], 20))
+    first = engine._tier
+    monkeypatch.setattr(HostTier, "wait", lambda tier: waited.append(tier) or wait(tier))
+    generation = engine.run(requests_of([10, 20, 30], 60))
+    next(generation)
+    assert engine._tier is not first
+    assert waited == [first]
+    generation.close()

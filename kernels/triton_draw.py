@@ -2,10 +2,10 @@
 
 1. ``filter_kernel``: a program a row finds the lowest scaled logit that its filters keep; rows without filters leave.
 2. ``draw_kernel``: a program for each SPLIT tokens of a row. Of the tokens of a lane it keeps the one with the highest
-   bound of logit plus noise, which takes few instructions, and the bound of the runner-up. Exact values, with their
-   logarithms and division, are for the kept ones alone; should a runner-up's bound reach the best of those, which is
-   rare, all are made exact. What remains is reading, and Philox.
-3. ``join_kernel``: the best of a row's programs, the lowest token among equals.
+   bound of logit plus noise, which takes few instructions. Exact values, with their logarithms and division, are for
+   the kept ones alone; of the others it gives out the highest bound. What remains is reading, and Philox.
+3. ``join_kernel``: the best of a row's programs, the lowest token among equals. Where the bound of what a program left
+   aside reaches the best of the whole row, which is rare, all of its tokens are made exact.
 
 Splits depend on the vocabulary alone, so a row's token does not depend on who else is in the call. A scaled logit plus
 noise is off by at most 2**-21 + |noise| * 2**-23 + |sum| * 2**-24 (``triton_noise``).
@@ -27,8 +27,8 @@ BLOCK = 1024
 """Tokens read at once: 8 a thread."""
 
 NUM_WARPS = 4
-REGISTERS = 80
-"""Of a thread, with which six programs share a multiprocessor."""
+REGISTERS = 72
+"""Of a thread, with which seven programs share a multiprocessor."""
 
 DROPPED = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """Lowest bits of a float32 that are 0 in every number of the dtype."""
@@ -57,6 +57,7 @@ def draw_tokens(
     candidates = torch.empty(rows, triton_filter.ROOM, dtype=torch.int32, device=logits.device)
     best = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     best_token = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    left_aside = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         triton_filter.filter_kernel[(rows,)](
             logits,
@@ -82,6 +83,7 @@ def draw_tokens(
             lowest,
             best,
             best_token,
+            left_aside,
             vocabulary,
             logits.stride(0),
             SPLIT=SPLIT,
@@ -89,7 +91,24 @@ def draw_tokens(
             num_warps=NUM_WARPS,
             maxnreg=REGISTERS,
         )
-        join_kernel[(rows,)](best, best_token, token, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+        join_kernel[(rows,)](
+            logits,
+            heat,
+            key,
+            place,
+            lowest,
+            best,
+            best_token,
+            left_aside,
+            token,
+            vocabulary,
+            logits.stride(0),
+            splits,
+            SPLITS=triton.next_power_of_2(splits),
+            SPLIT=SPLIT,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return token
 
 
@@ -102,12 +121,16 @@ def draw_kernel(
     lowest,
     best,
     best_token,
+    left_aside,
     vocabulary,
     stride_row,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best of SPLIT tokens of a row: its value, what the argmax is over, and its token."""
+    """The best of the tokens that are kept of SPLIT of a row: its value, what the argmax is over, and its token.
+
+    And a bound of the values of the others, -inf if there are none.
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = split * SPLIT
     end = tl.minimum(first + SPLIT, vocabulary)
@@ -115,25 +138,67 @@ def draw_kernel(
     own = logits + row * stride_row
     if heat == 0.0:
         value, token = _highest(own, first, end, BLOCK)
+        others = tl.full((BLOCK,), float("-inf"), tl.float32)
     else:
-        value, token = _highest_with_noise(
-            own, first, end, heat, tl.load(seed + row), tl.load(position + row), tl.load(lowest + row), BLOCK
+        low = tl.load(lowest + row)
+        bound, token, word, others = _candidates(
+            own, first, end, heat, tl.load(seed + row), tl.load(position + row), low, BLOCK
         )
+        value = _exact(tl.load(own + token).to(tl.float32), word, heat, low)
+        value = tl.where(bound > float("-inf"), value, float("-inf"))  # lanes without a candidate
     place = row * tl.num_programs(1) + split
-    top = tl.max(value, 0)
+    top, winner = _first_of_highest(value, token)
     tl.store(best + place, top)
-    tl.store(best_token + place, tl.min(tl.where(value == top, token, 0x7FFFFFFF), 0))
+    tl.store(best_token + place, winner)
+    tl.store(left_aside + place, tl.max(others, 0))
 
 
 @triton.jit(do_not_specialize=["splits"])
-def join_kernel(best, best_token, out, splits, SPLITS: tl.constexpr):
-    """The token with the highest value of a row's programs, the first of equal ones."""
+def join_kernel(
+    logits,
+    temperature,
+    seed,
+    position,
+    lowest,
+    best,
+    best_token,
+    left_aside,
+    out,
+    vocabulary,
+    stride_row,
+    splits,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The token with the highest value of a row, the first of equal ones."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
-    value = tl.load(best + row * splits + split, mask=split < splits, other=float("-inf"))
-    token = tl.load(best_token + row * splits + split, mask=split < splits, other=0x7FFFFFFF)
-    won = value == tl.max(value, 0)
-    tl.store(out + row, tl.min(tl.where(won, token, 0x7FFFFFFF), 0).to(tl.int64))
+    place = row * splits + split
+    value = tl.load(best + place, mask=split < splits, other=float("-inf"))
+    token = tl.load(best_token + place, mask=split < splits, other=0x7FFFFFFF)
+    others = tl.load(left_aside + place, mask=split < splits, other=float("-inf"))
+    top, winner = _first_of_highest(value, token)
+    doubt = tl.max(others, 0)
+    if (doubt >= top) & (doubt > float("-inf")):
+        heat, low = tl.load(temperature + row), tl.load(lowest + row)
+        key, at = tl.load(seed + row), tl.load(position + row)
+        for number in range(splits):
+            if tl.load(left_aside + row * splits + number) >= top:
+                first = number * SPLIT
+                end = tl.minimum(first + SPLIT, vocabulary)
+                values, tokens = _highest_with_noise(logits + row * stride_row, first, end, heat, key, at, low, BLOCK)
+                exact, which = _first_of_highest(values, tokens)
+                winner = tl.where(exact > top, which, tl.where(exact == top, tl.minimum(which, winner), winner))
+                top = tl.maximum(top, exact)
+    tl.store(out + row, winner.to(tl.int64))
+
+
+@triton.jit
+def _first_of_highest(value, token):
+    """The highest of some values, and the lowest of the tokens that have it."""
+    top = tl.max(value, 0)
+    return top, tl.min(tl.where(value == top, token, 0x7FFFFFFF), 0)
 
 
 @triton.jit
@@ -151,16 +216,13 @@ def _highest(logits, first, end, BLOCK: tl.constexpr):
 @triton.jit
 def _highest_with_noise(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
     """The same of scaled logits that are not below ``lowest``, with noise."""
-    bound, token, word, runner_up = _candidates(logits, first, end, heat, seed, position, lowest, BLOCK)
-    value = _exact(tl.load(logits + token).to(tl.float32), word, heat, lowest)
-    value = tl.where(bound > float("-inf"), value, float("-inf"))  # lanes without a candidate
-    doubt = tl.max(runner_up, 0)
-    if (doubt > float("-inf")) & (doubt >= tl.max(value, 0)):
-        for start in range(first, end, BLOCK):
-            here, logit = _load(logits, start, end, BLOCK)
-            noisy = _exact(logit, noise_words(seed, position, start, BLOCK), heat, lowest)
-            better = (noisy > value) | ((noisy == value) & (here < token))
-            value, token = tl.where(better, noisy, value), tl.where(better, here, token)
+    value = tl.full((BLOCK,), float("-inf"), tl.float32)
+    token = tl.zeros((BLOCK,), tl.int32) + first
+    for start in range(first, end, BLOCK):
+        here, logit = _load(logits, start, end, BLOCK)
+        noisy = _exact(logit, noise_words(seed, position, start, BLOCK), heat, lowest)
+        better = noisy > value
+        value, token = tl.where(better, noisy, value), tl.where(better, here, token)
     return value, token
 
 

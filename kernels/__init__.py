@@ -8,9 +8,10 @@ Importing this package registers both. Triton itself is imported when the first 
 if __name__ == "sparsespec_compile.kernels":
     import torch
 
-    from . import cuda, ops, reference, reference_draw, reference_select
+    from . import cuda, halved_product, ops, reference, reference_draw, reference_select
 
     torch.library.impl("sparsespec::attention_site", ("cpu", "cuda"), reference.attention_site)
+    torch.library.impl("sparsespec::halved_product", ("cpu", "cuda"), halved_product.halved_product)
     torch.library.impl("sparsespec::dual_mode_attention", "cpu", reference.dual_mode_attention)
     torch.library.impl("sparsespec::select_pillars", "cpu", reference_select.select_pillars)
     torch.library.impl("sparsespec::draw_tokens", "cpu", reference_draw.draw_tokens)

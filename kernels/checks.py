@@ -89,6 +89,20 @@ def check_select(
     _check_devices(scores, {**per_request, "pillar_index": pillar_index})
 
 
+def check_product(x: Tensor, weight: Tensor) -> None:
+    """Refuse arguments of ``halved_product`` that do not fit each other."""
+    _check_rank({"weight": weight}, 2)
+    _check_float_dtype({"x": x, "weight": weight}, FLOAT_DTYPES)
+    _check_devices(x, {"weight": weight})
+    inner = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != inner:
+        raise KernelInputError(f"x has shape {tuple(x.shape)}; its last dimension must be weight's, {inner}")
+    if inner % 2:
+        raise KernelInputError(f"weight has shape {tuple(weight.shape)}; its last dimension must be even")
+    if not weight.is_contiguous():
+        raise KernelInputError(f"weight has strides {weight.stride()}; it must be contiguous: call .contiguous()")
+
+
 def check_draw(
     logits: Tensor,
     temperature: Tensor,

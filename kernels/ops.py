@@ -1,4 +1,4 @@
-"""The four ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
+"""The five ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
 
 Sizes: T packed rows (tokens) of a step, R of them with logits, V tokens of the vocabulary, B request slots, Hq query
 heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the head dimensions of keys and values, P logical pages of a request, C
@@ -52,6 +52,11 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     written in ascending order, followed by -1 up to M, and pillar_count[b] becomes count. Scores are ordered as
     floating-point numbers (0.0 and -0.0 are equal; a NaN, which no working model gives, ranks by its bit pattern).
 
+``sparsespec::halved_product(x, weight) -> [2, ..., N]``
+    x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to
+    the dtype. Up to ``halved_product.FEW_ROWS`` rows they are the products of the first and of the second half of K;
+    beyond, the product and zeros.
+
 ``sparsespec::draw_tokens(logits, temperature, top_k, top_p, min_p, seed, position) -> [R]``
     logits [R, V] float16, bfloat16 or float32, computed in float32; temperature, top_p, min_p [R] float32; top_k, seed
     and position [R] int64. Gives int64 [R]: for each row the token with the highest x + noise among those kept, the
@@ -86,6 +91,7 @@ __all__ = [
     "attention_site",
     "draw_tokens",
     "dual_mode_attention",
+    "halved_product",
     "scored_rows_at_most",
     "select_pillars",
 ]
@@ -165,6 +171,7 @@ torch.library.define(
     "Tensor(b!) pillar_count) -> ()",
     tags=_TAGS,
 )
+torch.library.define("sparsespec::halved_product", "(Tensor x, Tensor weight) -> Tensor", tags=_TAGS)
 torch.library.define(
     "sparsespec::draw_tokens",
     "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) "
@@ -176,6 +183,7 @@ attention_site = torch.ops.sparsespec.attention_site.default
 dual_mode_attention = torch.ops.sparsespec.dual_mode_attention.default
 select_pillars = torch.ops.sparsespec.select_pillars.default
 draw_tokens = torch.ops.sparsespec.draw_tokens.default
+halved_product = torch.ops.sparsespec.halved_product.default
 
 
 @torch.library.register_fake("sparsespec::attention_site")
@@ -202,6 +210,11 @@ def _select_pillars_fake(
     pillar_count: Tensor,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("sparsespec::halved_product")
+def _halved_product_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(2, *x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("sparsespec::draw_tokens")

@@ -18,7 +18,7 @@ from sympy import Expr
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from sparsespec_compile.kernels.ops import dual_mode_attention
+from sparsespec_compile.kernels.ops import dual_mode_attention, halved_product
 
 from .base import argument, describe, input_node
 from .cost_terms import IterationCost, R, T, Term, attention, collect, embedding, logits, projection
@@ -26,12 +26,13 @@ from .errors import CostModelError
 
 aten = torch.ops.aten
 
-_WEIGHTS: dict[object, tuple[str, int]] = {
-    aten.linear.default: ("weight", 1),
-    aten.addmm.default: ("mat2", 0),
-    aten.mm.default: ("mat2", 0),
+_WEIGHTS: dict[object, tuple[str, str, int]] = {
+    aten.linear.default: ("input", "weight", 1),
+    aten.addmm.default: ("mat1", "mat2", 0),
+    aten.mm.default: ("self", "mat2", 0),
+    halved_product: ("x", "weight", 1),
 }
-"""Products with a weight: the weight's argument, and its dimension that is summed over."""
+"""Products with a weight: the arguments of what is multiplied and of the weight, whose dimension is summed over."""
 
 
 def graph_cost(graph_module: GraphModule) -> IterationCost:
@@ -81,15 +82,15 @@ def _terms(node: Node, sizes: _Sizes) -> Iterator[Term]:
 
 
 def _weight(node: Node) -> Node:
-    weight = argument(node, _WEIGHTS[node.target][0])
+    weight = argument(node, _WEIGHTS[node.target][1])
     return weight if isinstance(weight, Node) else node
 
 
 def _projection(node: Node, sizes: _Sizes) -> Term:
+    multiplied, _, summed = _WEIGHTS[node.target]
     weight = _weight(node).meta["val"]
-    inputs = weight.shape[_WEIGHTS[node.target][1]]
-    outputs = weight.numel() // inputs
-    return projection(sizes.rows(node, outputs), inputs, outputs, weight.itemsize)
+    inputs = weight.shape[summed]
+    return projection(sizes.rows(argument(node, multiplied), inputs), inputs, weight.numel() // inputs, weight.itemsize)
 
 
 def _refuse_other_weights(node: Node) -> None:

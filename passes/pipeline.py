@@ -18,6 +18,7 @@ from .dual_mode import AttentionToDualMode
 from .dump import Dumper
 from .fuse_projections import FuseProjections
 from .fused_storage import SharedParameters, give_back_storage
+from .halve_products import HalveProducts
 from .layout import KVLayout
 from .locality import ProveRowLocality
 from .normalise import Normalise
@@ -31,6 +32,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     ProveRowLocality,
     AttentionToDualMode,
     FuseProjections,
+    HalveProducts,
 )
 """The passes, in the order in which they run."""
 

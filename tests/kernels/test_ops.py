@@ -41,6 +41,10 @@ def test_select_pillars_keeps_its_schema() -> None:
     torch.library.opcheck(ops.select_pillars, (scores, slot, length, budget, index, count))
 
 
+def test_halved_product_keeps_its_schema() -> None:
+    torch.library.opcheck(ops.halved_product, (torch.randn(1, 3, 32), torch.randn(20, 32)))
+
+
 def _draw_arguments(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     settings = ([0.0, 1.0, 0.7], [0, 3, 0], [1.0, 0.9, 0.5], [0.0, 0.1, 0.0], [1, 2, 3], [7, 8, 2**33])
     dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)

@@ -10,14 +10,15 @@ from sparsespec_compile.passes.pipeline import PASSES, SPLIT, compile_model
 
 from .families import tiny
 
-NAMES = ["normalise", "prove row locality", "attention to dual mode", "fuse projections", SPLIT]
+NAMES = ["normalise", "prove row locality", "attention to dual mode", "fuse projections", "halve products", SPLIT]
 
 
 def test_passes_are_reported_in_order(bench):
     report = bench("gemma2").compiled.report
     assert [*(kind.name for kind in PASSES), SPLIT] == NAMES
     assert [record.name for record in report.passes] == ["capture", *NAMES]
-    assert all(record.seconds > 0 and record.matches > 0 for record in report.passes)
+    assert all(record.seconds > 0 for record in report.passes)
+    assert [record.name for record in report.passes if record.matches == 0] == ["halve products"]  # on a CPU
     assert report.seconds == pytest.approx(sum(record.seconds for record in report.passes))
 
 
@@ -62,7 +63,7 @@ def test_dumps_show_the_graph_before_and_after_each_pass(tmp_path, monkeypatch):
     assert before.count("torch.ops.sparsespec.attention_site") == 2
     assert after.count("torch.ops.sparsespec.dual_mode_attention") == 2
     assert 'kv_pool: "f32[' in after
-    regions = (folder / "04_split_into_regions_after.py").read_text()
+    regions = (folder / "05_split_into_regions_after.py").read_text()
     assert all(f"class region_{number}(torch.nn.Module)" in regions for number in range(3))
     for file in folder.iterdir():
         ast.parse(file.read_text())

@@ -1,0 +1,86 @@
+"""Products in halves: which ones, that logits stay, and what a compiler makes of adding them."""
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from sparsespec_compile.kernels.ops import halved_product
+from sparsespec_compile.passes import halve_products
+from sparsespec_compile.passes.cost import graph_cost
+from sparsespec_compile.passes.pipeline import compile_model
+
+from .families import DOZEN, logits, tiny, tokens
+from .prefill import prefill, prefill_step
+
+aten = torch.ops.aten
+SEQUENCE = tokens(13)
+KERNEL = "async_compile.cpp_pybinding("
+
+
+@pytest.fixture
+def halving(monkeypatch):
+    """Takes every weight for one that gains, on a CPU too."""
+    monkeypatch.setattr(halve_products, "suits", lambda weight: weight.shape[1] % 16 == 0)
+
+
+def calls(compiled, target):
+    return compiled.graph_module.graph.find_nodes(op="call_function", target=target)
+
+
+@pytest.mark.parametrize("family", [name for name in DOZEN if name not in ("mixtral", "gpt2")])
+def test_halves_what_residuals_and_norms_read(halving, family):
+    """Two products a layer, and logits are those of the model up to the rounding of sums in another order."""
+    model = tiny(family)
+    compiled = compile_model(model, page_size=16)
+    expected = logits(model, SEQUENCE)
+    assert len(calls(compiled, halved_product)) == 2 * len(compiled.layout.layers)
+    assert torch.allclose(prefill(compiled, [SEQUENCE])[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+
+
+def test_leaves_what_attention_and_others_read(halving):
+    """Slices of q, k and v, of gate and up, and the logits keep their products; so does what has a bias."""
+    compiled = compile_model(tiny("qwen2"), page_size=16)
+    kept = calls(compiled, aten.linear.default)
+    assert len(kept) == 2 * len(compiled.layout.layers) + 1
+    assert {str(user.target) for node in kept for user in node.users} == {"aten.slice.Tensor", "output"}
+
+
+def test_cost_is_that_of_whole_products(halving, bench):
+    halved = graph_cost(compile_model(tiny("qwen3"), page_size=16).graph_module)
+    assert halved.terms == graph_cost(bench("qwen3").compiled.graph_module).terms
+
+
+def test_adding_takes_no_loop_of_its_own(halving, bench):
+    """Inductor adds the halves in the loops that read them, for any number of rows."""
+    model = tiny("qwen3")
+    compiled = compile_model(model, page_size=16)
+    forward, codes = run_and_get_code(compiled.compile_regions)
+    _, whole = run_and_get_code(bench("qwen3").compiled.compile_regions)
+    assert sum("halved_product" in code for code in codes) == 2
+    assert [code.count(KERNEL) for code in codes] == [code.count(KERNEL) for code in whole]
+    for sequence in (SEQUENCE, tokens(37, seed=2)):
+        step = prefill_step(compiled.layout, [sequence])
+        with torch.no_grad():
+            got = forward(*step.inputs)[0]
+        expected = logits(model, sequence)
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4096, 4096), torch.float32), ((4096, 4096), torch.float16), ((64, 64), torch.bfloat16)]
+)
+def test_other_dtypes_and_small_weights_stay_whole(shape, dtype):
+    assert not halve_products.suits(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+@pytest.mark.gpu
+def test_suits_on_a_gpu():
+    def suits(columns, inner, dtype=torch.bfloat16):
+        return halve_products.suits(torch.empty(columns, inner, dtype=dtype, device="cuda"))
+
+    hopper = torch.cuda.get_device_capability()[0] >= 9
+    assert suits(4096, 12288) == suits(5120, 5120) == hopper
+    assert not suits(5248, 5120)
+    assert not suits(512, 512)
+    assert not suits(4096, 12296)
+    assert not suits(4096, 4096, torch.float16)

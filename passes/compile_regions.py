@@ -34,9 +34,8 @@ Region = Callable[..., Sequence[Tensor]]
 RegionCompiler = Callable[[GraphModule, list[Tensor]], Region]
 """Takes a region's graph, which it may change, and fake tensors for its inputs."""
 
-_OPTIONS = {"combo_kernels": True, "triton.enable_pdl": True}
-"""On a GPU, what does not depend on each other in one launch, as norm and rotation of queries and of keys. And on those
-that can (Hopper), Inductor's kernels start while what is before them ends, and wait for it where they read."""
+_OPTIONS = {"combo_kernels": True}
+"""On a GPU, what does not depend on each other in one launch, as norm and rotation of queries and of keys."""
 
 OnCompiled = Callable[[int, int], object]
 """Told how many regions are compiled, and of how many."""

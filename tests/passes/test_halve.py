@@ -84,3 +84,23 @@ def test_suits_on_a_gpu():
     assert not suits(512, 512)
     assert not suits(4096, 12296)
     assert not suits(4096, 4096, torch.float16)
+
+
+@pytest.mark.gpu
+def test_logits_on_a_gpu_are_as_near_to_exact_ones_as_the_model_s():
+    """In bfloat16, halves or not, against the same weights in float64."""
+    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "head_dim": 64}
+    model = tiny("qwen3", **wide).bfloat16().cuda()
+    exact = tiny("qwen3", **wide).bfloat16().double().cuda()
+    with torch.no_grad():
+        expected = exact(SEQUENCE[None].cuda()).logits[0]
+        own = model(SEQUENCE[None].cuda()).logits[0]
+    compiled = compile_model(model, page_size=16)
+    halves = calls(compiled, halved_product)
+    assert len(halves) == (4 if torch.cuda.get_device_capability()[0] >= 9 else 0)
+    step = prefill_step(compiled.layout, [SEQUENCE], dtype=torch.bfloat16)
+    inputs = [tensor.cuda() for tensor in step.inputs]
+    for forward in (compiled.graph_module, compiled.compile_regions()):
+        with torch.no_grad():
+            got = forward(*inputs)[0]
+        assert (got - expected).norm() <= 1.5 * (own - expected).norm()

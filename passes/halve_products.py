@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from sparsespec_compile.kernels.device import device_limits
 from sparsespec_compile.kernels.ops import halved_product
 
 from .base import GraphPass, find_calls, input_node
@@ -70,7 +69,7 @@ def suits(weight: Tensor) -> bool:
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cuda"
-        and device_limits(weight.device).capability >= 90
+        and torch.cuda.get_device_capability(weight.device) >= (9, 0)
         and columns <= MOST_COLUMNS
         and weight.numel() >= LEAST_ELEMENTS
         and inner % 16 == 0  # halves begin at addresses that copies of 16 bytes can read

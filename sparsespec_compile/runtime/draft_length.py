@@ -16,7 +16,8 @@ _FIRST_GUESS = 0.95
 """Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
 
 _GUESS_VERIFIED = 4.0
-"""Weight of a guess, in verified drafts. What is known of a draft of a cycle is the guess for the one behind it."""
+"""Weight of a guess, in verified drafts. What is known of all drafts is the guess for the first one of a cycle, as with
+few requests it is soon known well, and what is known of a draft is the guess for the one behind it."""
 
 _KEPT_VERIFIED, _KEPT_UNUSED = 0.995, 0.9998
 """What a verified draft, and each choice, leaves of the weight of earlier ones: 200 of them count, and what was not
@@ -131,7 +132,8 @@ class DraftLength:
 
     def _tokens(self) -> np.ndarray:
         """Expected tokens of a request in an iteration of 0, 1, ... drafts [most + 1]."""
-        tokens, chain, right = [1.0], 1.0, _FIRST_GUESS
+        tokens, chain = [1.0], 1.0
+        right = (self._hits.sum() + _GUESS_VERIFIED * _FIRST_GUESS) / (self._tries.sum() + _GUESS_VERIFIED)
         for hits, tries in zip(self._hits, self._tries, strict=True):
             right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
             chain *= right

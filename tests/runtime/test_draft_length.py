@@ -186,6 +186,43 @@ def test_nearly_the_best_speed_on_times_of_an_h200(size, right):
     assert written / taken > 0.98 * best
 
 
+def one_request_s_speed(right, warm_up, rng):
+    """Tokens a second of one request over 256 tokens at 8,192, adapting included, after 256 at `warm_up` tokens.
+
+    Seconds of an H200 (benchmarks/LOG.md, 2026-11-26, night): plain decoding, a draft and a verification of 12.
+    """
+    chooser = DraftLength(MOST, measured_on_an_h200()[1])
+    for length, (plain, drafting, verifying) in ((warm_up, (4.45, 4.47, 5.1)), (8192, (5.32, 5.04, 6.08))):
+        chooser.began()
+        written, taken, drafted, cycle, iteration = 0, 0.0, 0, chooser.current, 0
+        while written < 256:
+            if drafted < cycle:
+                drafted += 1
+                took = drafting
+            else:
+                took = verifying if cycle else plain
+                accepted = draw(rng, cycle, right)
+                written += accepted + 1
+                if cycle:
+                    chooser.verified(cycle, accepted)
+                drafted, cycle = 0, chooser.current
+            taken += took
+            chooser.took(took * 1e-3 * rng.uniform(0.99, 1.01), [length])
+            iteration += 1
+            if iteration % _CHOICE_EVERY == 0:
+                chooser.choose([length])
+    return written / taken
+
+
+@pytest.mark.parametrize("right", [1.0, 0.995, 0.985, 0.95, 0.9, 0.6])
+def test_one_request_soon_knows_how_many_drafts_are_right(right):
+    """It verifies once in 13 iterations, and 12 drafts then. Whether they pay depends on 0.5% of acceptance."""
+    rng = random.Random(2)
+    speeds = [one_request_s_speed(right, 64, rng) for _ in range(30)]
+    cycle = sum(right**nth for nth in range(MOST + 1)) / (MOST * 5.04 + 6.08)
+    assert sum(speeds) / len(speeds) > 0.985 * max(cycle, 1 / 5.32)
+
+
 def run_on(device, predicted, iterations=600):
     """All choices, when iterations take `device(drafts, number in the cycle)`; drafts are right."""
     chooser, seen = DraftLength(4, lambda drafts, length, requests: predicted(drafts)), []
@@ -208,7 +245,8 @@ def test_what_promises_nearly_as_much_is_tried(plain_takes, speculates):
 
     seen = run_on(device, lambda drafts: 1.03 if drafts else 1.0)
     assert 0 in seen
-    assert sum(drafts > 0 for drafts in seen[100:]) == pytest.approx(500 * speculates, abs=20)
+    # Once what was measured is forgotten, drafts are tried again.
+    assert sum(drafts > 0 for drafts in seen[100:]) == pytest.approx(500 * speculates, abs=60)
 
 
 def test_what_promises_far_less_is_not_tried():

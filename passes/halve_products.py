@@ -72,6 +72,7 @@ def suits(weight: Tensor) -> bool:
         and torch.cuda.get_device_capability(weight.device) >= (9, 0)
         and columns <= MOST_COLUMNS
         and weight.numel() >= LEAST_ELEMENTS
+        and weight.is_contiguous()
         and inner % 16 == 0  # halves begin at addresses that copies of 16 bytes can read
     )
 

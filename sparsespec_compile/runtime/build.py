@@ -17,10 +17,11 @@ from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, 
 from sparsespec_compile.runtime.step import Compiler, Forward, Step, as_it_is
 
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
-_TIMED_ROWS = 256
-"""Rows of the first step, on which Inductor times the block sizes of its kernels: those of a large decoding step. With
-fewer it could not tell them apart, and what suits the largest step takes twice as long as need be for these (norm and
-rotation of queries and keys on an H200, 64 rows: 2.1 and 4.0 us; 256 rows: 3.4 and 6.3)."""
+_TIMED_ROWS = 251
+"""Rows of the first step, on which Inductor times the block sizes of its kernels: about those of a large decoding step.
+With fewer it could not tell them apart, and what suits the largest step takes twice as long as need be for these (norm
+and rotation of queries and keys on an H200, 64 rows: 2.1 and 4.0 us; 256 rows: 3.4 and 6.3). No other size is likely to
+be the same: a compiler would take the two for one, and compile once more when they differ."""
 
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
 
@@ -136,15 +137,19 @@ def _workspace_bytes(step: Step) -> int:
     if device.type != "cuda":
         return 0
     sizes, largest = step.inputs.sizes, replace(step.any_work, logprobs=True)
-    if sizes.rows > _TIMED_ROWS:
-        # Sizes that happen to be equal would be taken for one by a compiler, which would compile once more for others.
-        step(_TIMED_ROWS, min(sizes.logits, _TIMED_ROWS - 1), largest)
-    step(sizes.rows, sizes.logits, largest)
+    for rows, logits in first_runs(sizes):
+        step(rows, logits, largest)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step(sizes.rows, sizes.logits, largest)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def first_runs(sizes: InputSizes) -> list[tuple[int, int]]:
+    """Rows, and rows with logits, of the steps that compile: one to time block sizes on, and the largest."""
+    timed = [(_TIMED_ROWS, min(sizes.logits, _TIMED_ROWS - 1))] if sizes.rows > _TIMED_ROWS else []
+    return [*timed, (sizes.rows, sizes.logits)]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -45,6 +45,15 @@ def test_leaves_what_attention_and_others_read(halving):
     assert {str(user.target) for node in kept for user in node.users} == {"aten.slice.Tensor", "output"}
 
 
+def test_changes_in_place_reach_the_halves(halving):
+    model = tiny("llama")
+    compiled = compile_model(model, page_size=16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(-1.5)
+    expected = logits(model, SEQUENCE)
+    assert torch.allclose(prefill(compiled, [SEQUENCE])[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+
+
 def test_cost_is_that_of_whole_products(halving, bench):
     halved = graph_cost(compile_model(tiny("qwen3"), page_size=16).graph_module)
     assert halved.terms == graph_cost(bench("qwen3").compiled.graph_module).terms
@@ -84,6 +93,7 @@ def test_suits_on_a_gpu():
     assert not suits(512, 512)
     assert not suits(4096, 12296)
     assert not suits(4096, 4096, torch.float16)
+    assert not halve_products.suits(torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda").T)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,14 @@
 """Products that would leave a GPU half idle give out two summands, which whoever reads the product adds.
 
-Before (o_proj or down_proj of a model that is 5,120 wide at most, in bfloat16 on a GPU):
+Before (such as o_proj or down_proj of a model that is 5,120 wide at most, in bfloat16 on a Hopper GPU):
     y: [1, T, N] = aten.linear(x, w [N, K])
 After:
     p: [2, 1, T, N] = sparsespec.halved_product(x, w)
     y: [1, T, N] = aten.add(aten.select(p, 0, 0), aten.select(p, 0, 1))
 
 Inductor adds where the product is read, together with the residual and the norm. Why this is faster for few rows:
-`kernels.halved_product`. What cannot add for nothing, such as a slice that goes to attention, keeps its product.
+`kernels.halved_product`. What cannot add for nothing, such as a slice that goes to attention, keeps its product, and so
+does what has a bias.
 
 Both summands are rounded to bfloat16 before they are added, as sums are that a library splits by its own choice
 (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). In float16 a summand could overflow where the sum
@@ -31,12 +32,19 @@ from .fakes import fill
 aten = torch.ops.aten
 
 MOST_COLUMNS = 5120
-"""Of a weight, measured on an H200; with more, a product's tiles are enough for all multiprocessors."""
+"""Of a weight. Measured on an H200: halves take 0 to 25% less up to 160 rows; at 256 rows and 5,120 columns 5% less or
+10% more. With more columns they gain little, or lose (benchmarks/LOG.md)."""
 
 LEAST_ELEMENTS = 2**20
 """Of a weight; a smaller product waits for its launch alone."""
 
-_READ_IN_PLACE = {aten.add.Tensor, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.type_as.default}
+_READ_IN_PLACE = {
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.pow.Tensor_Scalar,
+    aten.type_as.default,
+    aten.to.dtype,
+}
 """What readers do that can add first: residuals, scalings and norms."""
 
 
@@ -64,17 +72,21 @@ def _gains(linear: Node) -> bool:
 
 
 def suits(weight: Tensor) -> bool:
-    """Whether a product with this weight is faster in halves; measured on Hopper."""
+    """Whether a product with this weight is faster in halves."""
     columns, inner = weight.shape
     return (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cuda"
-        and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        measured_on(weight.device)
+        and weight.dtype == torch.bfloat16
         and columns <= MOST_COLUMNS
         and weight.numel() >= LEAST_ELEMENTS
         and weight.is_contiguous()
         and inner % 16 == 0  # halves begin at addresses that copies of 16 bytes can read
     )
+
+
+def measured_on(device: torch.device) -> bool:
+    """Whether halves were measured on such a device: Hopper GPUs."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _halve(graph: Graph, linear: Node) -> None:

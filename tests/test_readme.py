@@ -1,4 +1,4 @@
-"""Every figure of the README comes from a committed result."""
+"""Every figure of the README comes from a committed result, or says that it is one of the log."""
 
 import json
 import re

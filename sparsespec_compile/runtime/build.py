@@ -21,7 +21,7 @@ _TIMED_ROWS = 251
 """Rows of the first step, on which Inductor times the block sizes of its kernels: about those of a large decoding step.
 With fewer it could not tell them apart, and what suits the largest step takes twice as long as need be for these (norm
 and rotation of queries and keys on an H200, 64 rows: 2.1 and 4.0 us; 256 rows: 3.4 and 6.3). No other size is likely to
-be the same: a compiler would take the two for one, and compile once more when they differ."""
+be the same: a compiler would take the two for one, and compile once more where they differ."""
 
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
 
@@ -148,7 +148,8 @@ def _workspace_bytes(step: Step) -> int:
 
 def first_runs(sizes: InputSizes) -> list[tuple[int, int]]:
     """Rows, and rows with logits, of the steps that compile: one to time block sizes on, and the largest."""
-    timed = [(_TIMED_ROWS, min(sizes.logits, _TIMED_ROWS - 1))] if sizes.rows > _TIMED_ROWS else []
+    # Rows with logits are as many as slots where nobody drafts, and as many as rows in most steps: neither here.
+    timed = [(_TIMED_ROWS, max(MIN_ROWS, min(sizes.logits, _TIMED_ROWS) - 1))] if sizes.rows > _TIMED_ROWS else []
     return [*timed, (sizes.rows, sizes.logits)]
 
 

@@ -147,8 +147,8 @@ def _bound_of(words: Tensor) -> Tensor:
     return math.log(2) * (32 + 127 - words.float().view(torch.int32).double() * 2.0**-23) + 1e-3
 
 
-def _pair(generator: torch.Generator, equal: bool) -> tuple[Settings, Tensor, int]:
-    """Settings of a row, the logits of two tokens of one lane, and the first of them; the other stands a block behind.
+def _pair(generator: torch.Generator, equal: bool, start: int) -> tuple[Settings, Tensor, int]:
+    """Settings of a row, the logits of two tokens of one lane, and the first, from ``start`` on; a block parts them.
 
     The bounds rank them in the wrong order: exactly, the second is higher by 0.01, or both are equal and the second
     has the higher bound. Equality comes from logits so large that they round the noise to halves.
@@ -157,26 +157,28 @@ def _pair(generator: torch.Generator, equal: bool) -> tuple[Settings, Tensor, in
     while True:
         settings = settings_of(1, generator, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         seed, position = (int(setting) for setting in settings[4:])
-        words = philox_words(seed, position, 2 * block).view(2, block)
+        words = philox_words(seed, position, start + 2 * block)[start:].view(2, block)
         noise, bound = exact_noise(words), _bound_of(words)
         if equal:
             halves, bounds = (noise * 2).round(), (bound * 2).round()
             inside = ((noise * 2 - halves).abs() < 0.49).all(0)
             found = (halves[0] == halves[1]) & (bounds[1] > bounds[0]) & inside
-            logits = torch.full((2, block), 2.0**22)
+            logits = torch.full((2, block), 1.5 * 2.0**22)
         else:
             found = bound[0] - noise[0] > bound[1] - noise[1] + 0.03
             logits = (torch.tensor([[0.0], [0.01]]) - noise).float()
         if found.any():
             lane = int(found.nonzero()[0, 0])
-            return settings, logits[:, lane], lane
+            return settings, logits[:, lane], start + lane
 
 
 @pytest.mark.parametrize("equal", [False, True])
-def test_tokens_that_their_bounds_rank_wrongly(device: str, blocks: bool, equal: bool) -> None:
-    settings, pair, first = _pair(torch.Generator().manual_seed(0), equal)
+@pytest.mark.parametrize("program", [0, 1])
+def test_tokens_that_their_bounds_rank_wrongly(device: str, blocks: bool, equal: bool, program: int) -> None:
+    start = program * triton_draw.SPLIT
+    settings, pair, first = _pair(torch.Generator().manual_seed(0), equal, start)
     second = first + triton_draw.BLOCK
-    logits = torch.full((1, 2 * triton_draw.BLOCK), -1e9)
+    logits = torch.full((1, start + 2 * triton_draw.BLOCK), -1e9)
     logits[0, first], logits[0, second] = pair
     token = triton_draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
     assert int(token) == (first if equal else second)

@@ -40,6 +40,11 @@ def test_few_rows_come_in_halves_and_many_whole(device: str) -> None:
     assert not nothing.any()
 
 
+def test_weights_that_are_trained_are_read_as_they_are() -> None:
+    x, weight = torch.randn(5, 32), torch.randn(64, 32)
+    assert torch.equal(ops.halved_product(x, torch.nn.Parameter(weight)), ops.halved_product(x, weight))
+
+
 def test_rows_may_lie_apart() -> None:
     x, weight = torch.randn(5, 40)[:, :32], torch.randn(64, 32)
     assert torch.equal(ops.halved_product(x, weight), ops.halved_product(x.contiguous(), weight))

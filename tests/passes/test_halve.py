@@ -27,7 +27,10 @@ def calls(compiled, target):
     return compiled.graph_module.graph.find_nodes(op="call_function", target=target)
 
 
-@pytest.mark.parametrize("family", [name for name in DOZEN if name not in ("mixtral", "gpt2")])
+FAMILIES = [name for name in DOZEN if name not in ("mixtral", "gpt2")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_halves_what_residuals_and_norms_read(halving, family):
     """Two products a layer, and logits are those of the model up to the rounding of sums in another order."""
     model = tiny(family)
@@ -37,8 +40,19 @@ def test_halves_what_residuals_and_norms_read(halving, family):
     assert torch.allclose(prefill(compiled, [SEQUENCE])[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_the_same_where_norms_convert(halving, family):
+    """As in bfloat16, where they take float32."""
+    compiled = compile_model(tiny(family).bfloat16(), page_size=16)
+    assert len(calls(compiled, halved_product)) == 2 * len(compiled.layout.layers)
+
+
+def test_what_has_a_bias_stays_whole(halving):
+    assert not calls(compile_model(tiny("opt"), page_size=16), halved_product)
+
+
 def test_leaves_what_attention_and_others_read(halving):
-    """Slices of q, k and v, of gate and up, and the logits keep their products; so does what has a bias."""
+    """Slices of q, k and v, of gate and up, and the logits keep their products."""
     compiled = compile_model(tiny("qwen2"), page_size=16)
     kept = calls(compiled, aten.linear.default)
     assert len(kept) == 2 * len(compiled.layout.layers) + 1
@@ -76,24 +90,29 @@ def test_adding_takes_no_loop_of_its_own(halving, bench):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((4096, 4096), torch.float32), ((4096, 4096), torch.float16), ((64, 64), torch.bfloat16)]
+    ("columns", "inner", "dtype", "expected"),
+    [
+        (4096, 12288, torch.bfloat16, True),
+        (5120, 5120, torch.bfloat16, True),
+        (5248, 5120, torch.bfloat16, False),
+        (512, 512, torch.bfloat16, False),
+        (4096, 12296, torch.bfloat16, False),
+        (4096, 4096, torch.float16, False),
+        (4096, 4096, torch.float32, False),
+    ],
 )
-def test_other_dtypes_and_small_weights_stay_whole(shape, dtype):
-    assert not halve_products.suits(torch.empty(shape, dtype=dtype, device="meta"))
+def test_which_weights_suit(monkeypatch, columns, inner, dtype, expected):
+    weight = torch.empty(columns, inner, dtype=dtype, device="meta")
+    assert not halve_products.suits(weight)  # on any other device
+    monkeypatch.setattr(halve_products, "measured_on", lambda device: True)
+    assert halve_products.suits(weight) == expected
+    assert not halve_products.suits(torch.empty(inner, columns, dtype=dtype, device="meta").T)
 
 
 @pytest.mark.gpu
 def test_suits_on_a_gpu():
-    def suits(columns, inner, dtype=torch.bfloat16):
-        return halve_products.suits(torch.empty(columns, inner, dtype=dtype, device="cuda"))
-
-    hopper = torch.cuda.get_device_capability()[0] >= 9
-    assert suits(4096, 12288) == suits(5120, 5120) == hopper
-    assert not suits(5248, 5120)
-    assert not suits(512, 512)
-    assert not suits(4096, 12296)
-    assert not suits(4096, 4096, torch.float16)
-    assert not halve_products.suits(torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda").T)
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert halve_products.suits(torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda")) == hopper
 
 
 @pytest.mark.gpu
@@ -107,7 +126,7 @@ def test_logits_on_a_gpu_are_as_near_to_exact_ones_as_the_model_s():
         own = model(SEQUENCE[None].cuda()).logits[0]
     compiled = compile_model(model, page_size=16)
     halves = calls(compiled, halved_product)
-    assert len(halves) == (4 if torch.cuda.get_device_capability()[0] >= 9 else 0)
+    assert len(halves) == (4 if torch.cuda.get_device_capability()[0] == 9 else 0)
     step = prefill_step(compiled.layout, [SEQUENCE], dtype=torch.bfloat16)
     inputs = [tensor.cuda() for tensor in step.inputs]
     for forward in (compiled.graph_module, compiled.compile_regions()):

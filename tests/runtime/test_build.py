@@ -10,11 +10,11 @@ from sparsespec_compile.runtime.inputs import InputSizes
     ("slots", "rows", "logits", "expected"),
     [
         (64, 2880, 832, [(251, 250), (2880, 832)]),
-        (64, 2112, 64, [(251, 64), (2112, 64)]),
+        (64, 2112, 64, [(251, 63), (2112, 64)]),
         (2, 40, 18, [(40, 18)]),
     ],
 )
 def test_block_sizes_are_timed_on_a_decoding_step(slots, rows, logits, expected):
-    """Rows and rows with logits differ where they can, so that no compiler takes them for one size."""
+    """Rows, rows with logits and slots differ in the first one, so that no compiler takes two of them for one size."""
     sizes = InputSizes(slots=slots, rows=rows, logits=logits, request_pages=4, updates=8)
     assert first_runs(sizes) == expected

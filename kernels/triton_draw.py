@@ -75,31 +75,12 @@ def draw_tokens(
             ROOM=triton_filter.ROOM,
             num_warps=triton_filter.NUM_WARPS,
         )
+        row = (logits, heat, key, place, lowest, best, best_token, left_aside)
         draw_kernel[(rows, splits)](
-            logits,
-            heat,
-            key,
-            place,
-            lowest,
-            best,
-            best_token,
-            left_aside,
-            vocabulary,
-            logits.stride(0),
-            SPLIT=SPLIT,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            maxnreg=REGISTERS,
+            *row, vocabulary, logits.stride(0), SPLIT=SPLIT, BLOCK=BLOCK, num_warps=NUM_WARPS, maxnreg=REGISTERS
         )
         join_kernel[(rows,)](
-            logits,
-            heat,
-            key,
-            place,
-            lowest,
-            best,
-            best_token,
-            left_aside,
+            *row,
             token,
             vocabulary,
             logits.stride(0),

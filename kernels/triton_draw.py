@@ -75,12 +75,12 @@ def draw_tokens(
             ROOM=triton_filter.ROOM,
             num_warps=triton_filter.NUM_WARPS,
         )
-        row = (logits, heat, key, place, lowest, best, best_token, left_aside)
+        shared = (logits, heat, key, place, lowest, best, best_token, left_aside)
         draw_kernel[(rows, splits)](
-            *row, vocabulary, logits.stride(0), SPLIT=SPLIT, BLOCK=BLOCK, num_warps=NUM_WARPS, maxnreg=REGISTERS
+            *shared, vocabulary, logits.stride(0), SPLIT=SPLIT, BLOCK=BLOCK, num_warps=NUM_WARPS, maxnreg=REGISTERS
         )
         join_kernel[(rows,)](
-            *row,
+            *shared,
             token,
             vocabulary,
             logits.stride(0),

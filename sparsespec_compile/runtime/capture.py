@@ -23,8 +23,8 @@ very first one also allocates."""
 def row_counts(most: int) -> list[int]:
     """Padded numbers of rows, ascending up to `most`: those at which products get dearer, from 256 on by a quarter.
 
-    On an H200 the products of a layer of Qwen3-8B take 103, 104, 110, 113, 118 and 149 us for the numbers up to 256.
-    More sizes would gain little, and each takes time to capture (benchmarks/LOG.md).
+    On H200s the products of a layer of Qwen3-8B, each timed by itself, take 103, 104, 110, 113, 118 and 149 us together
+    for the numbers up to 256. More sizes would gain little, and each takes time to capture (benchmarks/LOG.md).
     """
     sizes = [MIN_ROWS, 16, 64, 128, 160, 256]
     while sizes[-1] < most:

@@ -21,18 +21,18 @@ from sparsespec_compile.errors import (
     UnsupportedModelError,
 )
 from sparsespec_compile.explain import Explanation, explain
-from sparsespec_compile.generation import resolve_generation, token_ids
 from sparsespec_compile.passes.cost import graph_cost
 from sparsespec_compile.passes.report import CompileReport
-from sparsespec_compile.prompts import pad, shape_of, unpad
-from sparsespec_compile.request_reader import Prompt, RequestReader
+from sparsespec_compile.requests.generation_config import resolve_generation, token_ids
+from sparsespec_compile.requests.prompts import pad, shape_of, unpad
+from sparsespec_compile.requests.reader import Prompt, RequestReader
+from sparsespec_compile.requests.sampling_params import Completion, SamplingParams
+from sparsespec_compile.requests.stop_strings import Decoder
 from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.stats import Stats
-from sparsespec_compile.sampling_params import Completion, SamplingParams
-from sparsespec_compile.stop_strings import Decoder
 from sparsespec_compile.stream import TokenStream
 from sparsespec_compile.target import compile_target
 

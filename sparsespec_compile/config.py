@@ -1,16 +1,38 @@
-"""Settings of `optimize`."""
+"""Settings of `optimize`, and what all classes of settings share."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from sparsespec_compile.ceilings import Ceilings
-from sparsespec_compile.errors import ConfigError
-from sparsespec_compile.settings import Settings
+from sparsespec_compile.errors import ConfigError, SparseSpecError
 
 Drafter = Literal["pillar", "window", "full"]
 Backend = Literal["auto", "eager", "inductor"]
 Schedule = Literal["grouped", "balanced", "random", "in_phase"]
+
+_Self = TypeVar("_Self", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of frozen dataclasses whose fields are given by name: `class Mine(Settings, error=MyError)`.
+
+    Values by position and unknown names raise `error`, which lists the names that exist, instead of Python's TypeError.
+    """
+
+    _error: ClassVar[type[SparseSpecError]]
+
+    def __init_subclass__(cls, *, error: type[SparseSpecError]) -> None:
+        cls._error = error
+
+    def __new__(cls: type[_Self], *args: Any, **settings: Any) -> _Self:
+        allowed = [field.name for field in fields(cls)]
+        unknown = [name for name in settings if name not in allowed]
+        if args or unknown:
+            got = f"positional values {args}" if args else f"unknown setting(s) {', '.join(unknown)}"
+            raise cls._error(f"{cls.__name__} got {got}. Allowed, by name: {', '.join(allowed)}.")
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ from types import TracebackType
 from tqdm import tqdm
 
 from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError, PromptError
-from sparsespec_compile.request_reader import Prompt, RequestReader
+from sparsespec_compile.requests.reader import Prompt, RequestReader
+from sparsespec_compile.requests.sampling_params import Completion, SamplingParams
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.session import Session
-from sparsespec_compile.sampling_params import Completion, SamplingParams
 
 
 @dataclass(frozen=True)

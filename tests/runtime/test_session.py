@@ -14,6 +14,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import ConfigError, MemoryPlanError, PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.kernels.step_kind import Promise
+from sparsespec_compile.requests.sampling_params import SamplingParams
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.capture import StepRunner, row_counts
 from sparsespec_compile.runtime.engine import Engine, _decoding_rows
@@ -24,7 +25,6 @@ from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.scheduler import Scheduler
 from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work
-from sparsespec_compile.sampling_params import SamplingParams
 
 from ..support.toy import Toy, requests_of, run
 

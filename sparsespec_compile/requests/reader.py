@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.errors import ContextLengthError, PromptError, SamplingError
+from sparsespec_compile.requests.sampling_params import SamplingParams
+from sparsespec_compile.requests.stop_strings import Decoder, StopStrings
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.sampling import derive_seed
-from sparsespec_compile.sampling_params import SamplingParams
-from sparsespec_compile.stop_strings import Decoder, StopStrings
 
 Prompt = Sequence[int] | Tensor
 """Token ids: a sequence of integers, or an int64 tensor [tokens]."""

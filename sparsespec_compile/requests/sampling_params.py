@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from sparsespec_compile.config import Settings
 from sparsespec_compile.errors import SamplingError
 from sparsespec_compile.runtime.request import FinishReason, RequestStats
 from sparsespec_compile.runtime.sampling import DrawParams
-from sparsespec_compile.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What callers ask for, read into requests for the runtime, or refused by name."""

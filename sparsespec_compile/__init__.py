@@ -6,9 +6,9 @@ if not (Path(__file__).parent / "kernels").exists():
     # Python started in the repository finds this folder before the installed package; two of its parts stand beside it.
     __path__.append(str(Path(__file__).parents[1]))
 
-from sparsespec_compile.advice import Advice, advise
+from sparsespec_compile.advice.advise import Advice, advise
+from sparsespec_compile.advice.ceilings import H200, Ceilings
 from sparsespec_compile.api import OptimizedModel, optimize
-from sparsespec_compile.ceilings import H200, Ceilings
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import SparseSpecError
 from sparsespec_compile.kernels.ops import Mode

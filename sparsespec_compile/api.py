@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
-from sparsespec_compile.ceilings import Ceilings
+from sparsespec_compile.advice.ceilings import Ceilings
+from sparsespec_compile.advice.explain import Explanation, explain
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import (
     ConfigError,
@@ -20,7 +21,6 @@ from sparsespec_compile.errors import (
     StoppedError,
     UnsupportedModelError,
 )
-from sparsespec_compile.explain import Explanation, explain
 from sparsespec_compile.passes.cost import graph_cost
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.requests.generation_config import resolve_generation, token_ids

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from sparsespec_compile.ceilings import Ceilings
+from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.errors import ConfigError, SparseSpecError
 
 Drafter = Literal["pillar", "window", "full"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from sparsespec_compile.ceilings import H200
+from sparsespec_compile.advice.ceilings import H200
+from sparsespec_compile.advice.config_cost import config_cost
+from sparsespec_compile.advice.prediction import cycle, drafted_positions, predict_mean
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.config_cost import config_cost
-from sparsespec_compile.prediction import cycle, drafted_positions, predict_mean
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

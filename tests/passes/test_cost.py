@@ -5,7 +5,7 @@ import sympy
 import torch
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
-from sparsespec_compile.config_cost import FAMILIES, config_cost
+from sparsespec_compile.advice.config_cost import FAMILIES, config_cost
 from sparsespec_compile.errors import CostModelError
 from sparsespec_compile.passes import pipeline
 from sparsespec_compile.passes.cost import graph_cost

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 import sparsespec_compile as ss
-from sparsespec_compile.config_cost import config_cost
-from sparsespec_compile.prediction import iteration_time
+from sparsespec_compile.advice.config_cost import config_cost
+from sparsespec_compile.advice.prediction import iteration_time
 from sparsespec_compile.runtime.draft_length import DraftLength
 from sparsespec_compile.runtime.session import _CHOICE_EVERY
 

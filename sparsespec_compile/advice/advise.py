@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparsespec_compile.acceptance import Acceptance, Curve, accepted, curves
-from sparsespec_compile.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.config_cost import config_cost
+from sparsespec_compile.advice.prediction import cycle, predict_mean
+from sparsespec_compile.advice.workload import Acceptance, Curve, Workload, accepted, curves, workload
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.config_cost import config_cost
 from sparsespec_compile.errors import AdviceError
 from sparsespec_compile.passes.cost_terms import IterationCost
-from sparsespec_compile.prediction import cycle, predict_mean
-from sparsespec_compile.workload import Workload, workload
 
 MAX_DRAFT_TOKENS = 16
 """Longest cycle that is considered."""

@@ -5,11 +5,11 @@ import torch
 from transformers import LlamaConfig
 
 import sparsespec_compile as ss
-from sparsespec_compile.acceptance import accepted
-from sparsespec_compile.advice import advise
+from sparsespec_compile.advice.advise import advise
+from sparsespec_compile.advice.workload import accepted
 from sparsespec_compile.errors import AdviceError, CeilingsError, ConfigError, CostModelError
 
-from .support.models import tiny
+from ..support.models import tiny
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,

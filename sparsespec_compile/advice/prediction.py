@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sparsespec_compile.ceilings import Ceilings
+from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.config import Schedule, SpecConfig
 from sparsespec_compile.passes.cost_terms import Iteration, IterationCost, Term
 from sparsespec_compile.runtime.iteration_times import IterationTime

@@ -1,6 +1,8 @@
-"""How many drafts of a cycle are accepted, as the cost model is told."""
+"""What a prediction is asked for: cached lengths, the number of requests, and how many drafts are accepted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import AdviceError
@@ -10,6 +12,41 @@ Curve = float | Callable[[int], float]
 
 Acceptance = Curve | Mapping[float, Curve]
 """A curve for the default budget, or curves by `budget_ratio`, from which the best budget can be found."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests in their steady state.
+
+    Attributes:
+        length: mean cached length; bytes are proportional to it, so that the mean stands for all lengths.
+        batch: requests decoded together.
+    """
+
+    length: float
+    batch: int
+
+
+def workload(lengths: int | Sequence[int], batch: int) -> Workload:
+    """Checks a workload.
+
+    Args:
+        lengths: cached length of all requests, or a sample of their lengths.
+        batch: requests decoded together.
+
+    Raises:
+        AdviceError: a length or the batch is not a positive integer, or there is no length.
+    """
+    sample = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+    if not sample or not all(_positive(length) for length in sample):
+        raise AdviceError(f"lengths must be a positive integer or a sequence of such, got {lengths!r}.")
+    if not _positive(batch):
+        raise AdviceError(f"batch must be a positive integer, got {batch!r}.")
+    return Workload(sum(sample) / len(sample), batch)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def accepted(curve: Curve, draft_tokens: int) -> float:

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 
-from sparsespec_compile.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.prediction import Prediction, ceilings_for, cycle, drafted_positions, predict_mean
+from sparsespec_compile.advice.workload import Workload, workload
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost_terms import IterationCost
-from sparsespec_compile.prediction import Prediction, ceilings_for, cycle, drafted_positions, predict_mean
 from sparsespec_compile.runtime.phases import phases_in_use
-from sparsespec_compile.workload import Workload, workload
 
 WIDTH = 140
 LEGEND = (

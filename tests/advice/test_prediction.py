@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from sparsespec_compile.ceilings import H200, Ceilings, ceilings_of
+from sparsespec_compile.advice.ceilings import H200, Ceilings, ceilings_of
+from sparsespec_compile.advice.config_cost import config_cost
+from sparsespec_compile.advice.prediction import OVERHEAD, cycle, iteration_time, predict, predict_mean
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.config_cost import config_cost
 from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost_terms import Iteration, attention, collect
-from sparsespec_compile.prediction import OVERHEAD, cycle, iteration_time, predict, predict_mean
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -74,7 +74,7 @@ def test_plain_steps_of_another_engine_are_predicted(batch, length, milliseconds
 
 def measured() -> list[tuple[int, int, int, float]]:
     """(requests, cached tokens, drafts, milliseconds) of this engine, grouped, on an H200."""
-    rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-throughput.json").read_text())
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/h200-throughput.json").read_text())
     points = []
     for row in rows:
         shape, size = row["workload"].split()
@@ -114,7 +114,7 @@ def test_steps_without_attention_are_fitted(rows, milliseconds):
 )
 def test_measured_attention_is_predicted(name, drafting, verifying, length, k):
     """One layer of Qwen3-8B on an H200; drafts read 410 positions in all. Constants are fitted to these."""
-    results = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-kernels.json").read_text())
+    results = json.loads((Path(__file__).parents[2] / "benchmarks/results/h200-kernels.json").read_text())
     milliseconds = next(case["ms"] for case in results["cases"] if case["name"] == name)
     layer = collect(attention(q_heads=32, kv_heads=8, key_dim=128, value_dim=128, window=0, itemsize=2))
     rows = drafting + verifying * (k + 1)
@@ -189,7 +189,7 @@ def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
 
     With kernels before those that the constants are fitted to, whose drafts and plain decoding took longer.
     """
-    rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200-iteration-times.json").read_text())["rows"]
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/h200-iteration-times.json").read_text())["rows"]
     predicted = iteration_time(COST, SpecConfig(draft_tokens="auto"), H200)
     ratios = [row["seconds"] / predicted(row["draft_tokens"], row["length"], row["requests"]) for row in rows]
     assert len(ratios) == 8 * 13

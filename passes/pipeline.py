@@ -12,20 +12,19 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from .base import GraphPass, PassContext
-from .capture import Captured, capture
-from .compile_regions import CompiledForward, OnCompiled, RegionCompiler, compile_regions, inductor
-from .dual_mode import AttentionToDualMode
-from .dump import Dumper
-from .fuse_projections import FuseProjections
-from .fused_storage import SharedParameters, give_back_storage
-from .halve_products import HalveProducts
+from .capture.capture import Captured, capture
+from .capture.requirements import check_model, check_versions
 from .layout import KVLayout
-from .locality import ProveRowLocality
-from .normalise import Normalise
-from .report import AttentionRecord, CompileReport, PassRecord
-from .requirements import check_model, check_versions
-from .split import SplitGraph, split
-from .verify import VERIFY_VARIABLE, verify, verify_shapes
+from .proofs.locality import ProveRowLocality
+from .proofs.unchanged import SharedParameters
+from .proofs.verify import VERIFY_VARIABLE, verify, verify_shapes
+from .regions.compile_regions import CompiledForward, OnCompiled, RegionCompiler, compile_regions, inductor
+from .regions.split import SplitGraph, split
+from .report import AttentionRecord, CompileReport, Dumper, PassRecord
+from .rewrites.dual_mode import AttentionToDualMode
+from .rewrites.fuse_projections import FuseProjections, give_back_storage
+from .rewrites.halve_products import HalveProducts
+from .rewrites.normalise import Normalise
 
 PASSES: tuple[type[GraphPass], ...] = (
     Normalise,

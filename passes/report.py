@@ -1,12 +1,18 @@
-"""What the compiler did: one record a pass, one an attention node. `print(report)` shows it as tables."""
+"""What the compiler did: a report with a record of each pass and attention node, and dumps of the graph.
+
+`print(report)` shows tables. SPARSESPEC_DUMP names a folder for the graph before and after each pass.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.table import Table
+from torch.fx import GraphModule
 
 from .layout import AttentionLayer
 
@@ -107,3 +113,23 @@ class CompileReport:
 
     def _note_lines(self) -> list[str]:
         return [f"{record.name}: {note}" for record in self.passes for note in record.notes]
+
+
+DUMP_VARIABLE = "SPARSESPEC_DUMP"
+
+
+class Dumper:
+    """Writes numbered files into the folder that SPARSESPEC_DUMP names, or nothing when it is unset."""
+
+    def __init__(self) -> None:
+        chosen = os.environ.get(DUMP_VARIABLE)
+        self.folder = Path(chosen) if chosen else None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, number: int, name: str, moment: str, graph_module: GraphModule) -> None:
+        """Writes `graph_module` to `<number>_<name>_<moment>.py`, with shapes and types as comments."""
+        if self.folder is None:
+            return
+        file = self.folder / f"{number:02d}_{name.replace(' ', '_')}_{moment}.py"
+        file.write_text(graph_module.print_readable(print_output=False) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from sparsespec_compile.errors import (
     StoppedError,
     UnsupportedModelError,
 )
-from sparsespec_compile.passes.cost import graph_cost
+from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.requests.generation_config import resolve_generation, token_ids
 from sparsespec_compile.requests.prompts import pad, shape_of, unpad

@@ -12,9 +12,9 @@ from sparsespec_compile.advice.ceilings import ceilings_of
 from sparsespec_compile.advice.prediction import iteration_time
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import UnsupportedModelError
-from sparsespec_compile.passes.compile_regions import CompiledForward
-from sparsespec_compile.passes.cost import graph_cost
+from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
+from sparsespec_compile.passes.regions.compile_regions import CompiledForward
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.step import as_it_is
 from sparsespec_compile.warm_up import kernels_compiled_beside

@@ -1,6 +1,7 @@
 """Who may import whom, and what product code may not contain. Read from the source with `ast`; nothing is run."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,11 @@ def test_python_started_in_the_repository_finds_all_parts():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == ROOT / "passes" / "pipeline.py"
+
+
+def test_every_folder_of_code_is_installed():
+    """Packages are listed by name in pyproject.toml: a folder that is missing there would be missing from the wheel."""
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    found = {module_of(path) for path in PRODUCT if path.name == "__init__.py"}
+    assert set(re.findall(r'"(.+?)"', listed[1])) == found

@@ -12,7 +12,7 @@ from sparsespec_compile.advice.prediction import cycle, predict_mean
 from sparsespec_compile.advice.workload import Acceptance, Curve, Workload, accepted, curves, workload
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import AdviceError
-from sparsespec_compile.passes.cost_terms import IterationCost
+from sparsespec_compile.passes.cost.terms import IterationCost
 
 MAX_DRAFT_TOKENS = 16
 """Longest cycle that is considered."""

@@ -1,7 +1,7 @@
 """The cost of an iteration from a configuration alone, before there are weights or a graph.
 
 Only for families whose layers are known: attention with q, k, v and o projections, a gated MLP, one output projection.
-Tests hold these counts equal to those that `passes/cost.py` derives from the compiled graphs.
+Tests hold these counts equal to those that `passes/cost/graph.py` derives from the compiled graphs.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sparsespec_compile.errors import CostModelError
-from sparsespec_compile.passes.cost_terms import (
+from sparsespec_compile.passes.cost.terms import (
     IterationCost,
     R,
     T,

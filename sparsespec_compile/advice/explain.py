@@ -12,7 +12,7 @@ from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
 from sparsespec_compile.advice.prediction import Prediction, ceilings_for, cycle, drafted_positions, predict_mean
 from sparsespec_compile.advice.workload import Workload, workload
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.passes.cost_terms import IterationCost
+from sparsespec_compile.passes.cost.terms import IterationCost
 from sparsespec_compile.runtime.phases import phases_in_use
 
 WIDTH = 140
@@ -94,7 +94,7 @@ def explain(
     """Predict the mean iteration of a workload.
 
     Args:
-        cost: of the compiled model, see `passes.cost.graph_cost`.
+        cost: of the compiled model, see `passes.cost.graph.graph_cost`.
         config: its settings; k, budget and drafter count.
         lengths: cached length of the requests, or a sample of their lengths, of which the mean counts.
         batch: requests decoded together.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.config import Schedule, SpecConfig
-from sparsespec_compile.passes.cost_terms import Iteration, IterationCost, Term
+from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
 from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.phases import phases_in_use
 

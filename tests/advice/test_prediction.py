@@ -15,7 +15,7 @@ from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import OVERHEAD, cycle, iteration_time, predict, predict_mean
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import CeilingsError, CostModelError
-from sparsespec_compile.passes.cost_terms import Iteration, attention, collect
+from sparsespec_compile.passes.cost.terms import Iteration, attention, collect
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,

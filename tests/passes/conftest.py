@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
-from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.pipeline import compile_model
-from sparsespec_compile.passes.verify import VERIFY_VARIABLE
+from sparsespec_compile.passes.proofs.verify import VERIFY_VARIABLE
 
 from .families import logits, tiny, tokens
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from sparsespec_compile.passes.borrow import model_configs
-from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.capture.capture import capture
+from sparsespec_compile.passes.capture.interface import model_configs
 from sparsespec_compile.passes.errors import (
     AttentionInterfaceError,
     ExportError,

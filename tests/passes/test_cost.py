@@ -8,10 +8,10 @@ import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.advice.config_cost import FAMILIES, config_cost
 from sparsespec_compile.errors import CostModelError
 from sparsespec_compile.passes import pipeline
-from sparsespec_compile.passes.cost import graph_cost
-from sparsespec_compile.passes.cost_terms import SYMBOLS, Iteration
-from sparsespec_compile.passes.fuse_projections import FuseProjections
+from sparsespec_compile.passes.cost.graph import graph_cost
+from sparsespec_compile.passes.cost.terms import SYMBOLS, Iteration
 from sparsespec_compile.passes.pipeline import compile_model
+from sparsespec_compile.passes.rewrites.fuse_projections import FuseProjections
 
 from .families import tiny
 

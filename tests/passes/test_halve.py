@@ -5,9 +5,9 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from sparsespec_compile.kernels.ops import halved_product
-from sparsespec_compile.passes import halve_products
-from sparsespec_compile.passes.cost import graph_cost
+from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import compile_model
+from sparsespec_compile.passes.rewrites import halve_products
 
 from .families import DOZEN, logits, tiny, tokens
 from .prefill import prefill, prefill_step

@@ -7,13 +7,12 @@ from torch.fx import Graph, GraphModule
 from transformers.models.llama import modeling_llama
 
 from sparsespec_compile.passes.base import PassContext
-from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.errors import RowMixingError
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.passes.locality import ProveRowLocality
-from sparsespec_compile.passes.lockstep import Lockstep, Runs, row_wise
-from sparsespec_compile.passes.normalise import Normalise
+from sparsespec_compile.passes.proofs.locality import Lockstep, ProveRowLocality, Runs, row_wise
 from sparsespec_compile.passes.report import CompileReport
+from sparsespec_compile.passes.rewrites.normalise import Normalise
 
 from .families import DOZEN, tiny
 

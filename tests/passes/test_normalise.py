@@ -6,11 +6,11 @@ from torch import nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from sparsespec_compile.passes.base import PassContext
-from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.base import INPUTS, PassContext
+from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.passes.normalise import CASTS, CHECKS, INPUTS, Normalise
 from sparsespec_compile.passes.report import CompileReport
+from sparsespec_compile.passes.rewrites.normalise import CASTS, CHECKS, Normalise
 
 from .families import tiny
 

@@ -6,8 +6,8 @@ from transformers import AutoConfig, BartForConditionalGeneration, LlamaModel
 
 from sparsespec_compile.kernels.ops import SparseSpecError
 from sparsespec_compile.passes import errors
+from sparsespec_compile.passes.capture.requirements import check_model, check_versions
 from sparsespec_compile.passes.pipeline import compile_model
-from sparsespec_compile.passes.requirements import check_model, check_versions
 
 from .families import tiny
 
@@ -35,7 +35,9 @@ def test_versions_from_the_oldest_on_are_accepted(torch_version, transformers_ve
 
 
 def test_installed_versions_are_checked(monkeypatch):
-    monkeypatch.setattr("sparsespec_compile.passes.requirements.OLDEST", {"torch": "99.0", "transformers": "5.6"})
+    monkeypatch.setattr(
+        "sparsespec_compile.passes.capture.requirements.OLDEST", {"torch": "99.0", "transformers": "5.6"}
+    )
     with pytest.raises(errors.VersionError, match=r"99\.0 or newer"):
         compile_model(tiny("llama"), page_size=16)
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
-from sparsespec_compile.passes.base import PassContext, find_calls
-from sparsespec_compile.passes.capture import capture
-from sparsespec_compile.passes.dual_mode import STATE_INPUTS, AttentionToDualMode
+from sparsespec_compile.passes.base import INPUTS, STATE_INPUTS, PassContext, find_calls
+from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.errors import GraphInvariantError, PassMatchError, UnsupportedAttentionError
-from sparsespec_compile.passes.normalise import INPUTS, Normalise
+from sparsespec_compile.passes.rewrites.dual_mode import AttentionToDualMode
+from sparsespec_compile.passes.rewrites.normalise import Normalise
 
 from .families import DOZEN, tokens
 from .prefill import PAGES_PER_REQUEST, prefill, prefill_step

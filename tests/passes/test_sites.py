@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from sparsespec_compile.passes.capture.interface import IMPLEMENTATION
+from sparsespec_compile.passes.capture.sites import SPAN, causal_window, read_site
 from sparsespec_compile.passes.errors import AttentionInterfaceError, UnsupportedAttentionError
-from sparsespec_compile.passes.interface import IMPLEMENTATION
-from sparsespec_compile.passes.masks import SPAN, causal_window
-from sparsespec_compile.passes.sites import read_site
 
 from .families import tiny, tokens
 

@@ -10,11 +10,10 @@ from torch.fx import Graph, GraphModule
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.kernels import ops
-from sparsespec_compile.passes import compile_regions as under_test
 from sparsespec_compile.passes.errors import UncompiledStepWarning
 from sparsespec_compile.passes.pipeline import compile_model
-from sparsespec_compile.passes.regions import extract
-from sparsespec_compile.passes.split import split
+from sparsespec_compile.passes.regions.split import compile_regions as under_test
+from sparsespec_compile.passes.regions.split import extract, split
 
 from .families import tiny, tokens
 from .prefill import prefill_step

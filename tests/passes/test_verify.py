@@ -7,12 +7,12 @@ from torch.fx import GraphModule
 from sparsespec_compile.kernels.ops import attention_site, dual_mode_attention
 from sparsespec_compile.passes import pipeline
 from sparsespec_compile.passes.base import GraphPass, PassContext, find_calls
-from sparsespec_compile.passes.capture import capture
+from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.errors import GraphInvariantError
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.passes.normalise import Normalise
+from sparsespec_compile.passes.proofs.verify import VERIFY_VARIABLE, verify, verify_shapes
 from sparsespec_compile.passes.report import CompileReport
-from sparsespec_compile.passes.verify import VERIFY_VARIABLE, verify, verify_shapes
+from sparsespec_compile.passes.rewrites.normalise import Normalise
 
 from .families import tiny
 

@@ -19,15 +19,16 @@ Ensures: shapes and values of all other nodes are unchanged up to rounding.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from .base import GraphPass, find_calls, input_node
-from .fakes import fill
-from .fused_storage import ParameterTable, fuse_storage
+from ..base import GraphPass, attribute, fill, find_calls, input_node
+from ..errors import GraphInvariantError
 
 aten = torch.ops.aten
 
@@ -134,3 +135,76 @@ def _reshape_views(part: Node) -> None:
     for user in part.users:
         if user.target is aten.view.default:
             user.target = aten.reshape.default
+
+
+class ParameterTable:
+    """What the graph's weights are in the model, and whether their storage may be changed."""
+
+    def __init__(self, model: nn.Module, graph_module: GraphModule) -> None:
+        self.root = graph_module
+        self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self.uses = Counter(
+            id(self.tensor(node)) for node in graph_module.graph.find_nodes(op="get_attr") for _ in node.users
+        )
+
+    def tensor(self, node: Node) -> Tensor:
+        """The tensor that a `get_attr` node reads."""
+        return attribute(self.root, str(node.target))
+
+    def parameter(self, node: Node) -> nn.Parameter:
+        """The model's parameter that a node reads; `why_fixed` must have said None."""
+        value = self.tensor(node)
+        if not isinstance(value, nn.Parameter):
+            raise GraphInvariantError(f"{node.target} is not a parameter, so its storage cannot move.")
+        return value
+
+    def why_fixed(self, node: Node) -> str | None:
+        """Why the storage of this weight must stay as it is; None when it may move."""
+        value = self.tensor(node)
+        if type(value) is not nn.Parameter or type(value.data) is not Tensor or id(value) not in self.names:
+            return f"it is not a plain parameter of the model but a {type(value).__name__}"
+        if self.names[id(value)] > 1:
+            return "it is tied: the model has it under more than one name"
+        if self.uses[id(value)] > 1:
+            return "it is used more than once"
+        if not value.is_contiguous():
+            return "it is not contiguous"
+        return None
+
+
+def fuse_storage(parameters: Sequence[nn.Parameter], moved: list[nn.Parameter]) -> Tensor:
+    """One tensor with the rows of all parameters, which become views of it; the old storages are released.
+
+    Parameters that already lie one after the other in one storage, as after an earlier compilation of the same model,
+    are taken as they are. The others are added to `moved`.
+    """
+    existing = _adjacent(parameters)
+    if existing is not None:
+        return existing
+    with torch.no_grad():
+        fused = torch.cat([parameter.detach() for parameter in parameters])
+    row = 0
+    for parameter in parameters:
+        rows = parameter.shape[0]
+        parameter.data = fused[row : row + rows]
+        row += rows
+    moved.extend(parameters)
+    return fused
+
+
+def give_back_storage(parameters: Sequence[nn.Parameter]) -> None:
+    """Undoes `fuse_storage`: each parameter has a storage of its own again."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+
+
+def _adjacent(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    first = parameters[0]
+    expected = first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != expected or parameter.untyped_storage().data_ptr() != storage:
+            return None
+        expected += parameter.numel() * parameter.element_size()
+    rows = sum(parameter.shape[0] for parameter in parameters)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())

@@ -1,16 +1,66 @@
-"""What one call of transformers' attention interface asks for, and whether the dual-mode op can give it."""
+"""What one call of transformers' attention interface asks for, and whether the dual-mode op can give it.
+
+transformers describes a mask by a function of indices, `mask_function(batch, head, query, key) -> bool`. The positions
+that a token sees are read from that function instead of from a configuration field: a chunked, bidirectional or
+otherwise special mask then cannot be taken for a causal one.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .errors import AttentionInterfaceError, UnsupportedAttentionError
-from .layout import AttentionLayer
-from .masks import SPAN
+from ..errors import AttentionInterfaceError, UnsupportedAttentionError
+from ..layout import AttentionLayer
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+SPAN = 1 << 20
+"""Positions over which a mask function is looked at. A window this wide or wider counts as none."""
+
+
+def causal_window(mask_function: MaskFunction) -> int | None:
+    """The window of a causal mask: 0 = every earlier position, w > 0 = positions p - w + 1 .. p, None = neither.
+
+    The last row gives the candidate; rows at the start, around the window's first cut and far away must agree with
+    it. A chunked mask, for one, looks like a window in some rows and not in those just after a chunk begins.
+    """
+    visible = _visible(mask_function, SPAN - 1)
+    if visible is None:
+        return None
+    count = int(visible.sum())
+    window = 0 if count == SPAN else count
+    if count == 0:
+        return None
+    rows = {0, 1, 2, count - 1, min(count, SPAN - 2), min(count + 1, SPAN - 2), SPAN // 2 + 1, SPAN - 2, SPAN - 1}
+    return window if all(_sees_window(mask_function, row, window) for row in rows) else None
+
+
+def _sees_window(mask_function: MaskFunction, row: int, window: int) -> bool:
+    visible = _visible(mask_function, row)
+    if visible is None:
+        return False
+    position = torch.arange(SPAN)
+    expected = position <= row
+    if window:
+        expected &= position > row - window
+    return torch.equal(visible, expected)
+
+
+def _visible(mask_function: MaskFunction, row: int) -> Tensor | None:
+    """Which of SPAN keys query `row` sees, bool [SPAN]; None when the function needs more than the indices."""
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    query = torch.full((1, 1, 1, 1), row)
+    key = torch.arange(SPAN).view(1, 1, 1, SPAN)
+    try:
+        return mask_function(zero, zero, query, key).expand(1, 1, 1, SPAN).reshape(SPAN).bool()
+    except (IndexError, RuntimeError):
+        return None
+
 
 HARMLESS = frozenset(
     {
@@ -54,7 +104,7 @@ def read_site(
         number: how many attention calls the forward pass made before.
         module: path of the calling module, for messages.
         q, k, v: `[1, Hq, T, Dk]`, `[1, Hkv, T, Dk]`, `[1, Hkv, T, Dv]`.
-        window: what the mask that came with the call says (`passes.masks.causal_window`), None without a mask.
+        window: what the mask that came with the call says (`causal_window`), None without a mask.
         options: every further argument of the call.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Sizes come from `meta["val"]`: symbols of the graph's inputs become T and R, everything else is a number. What a
 request's mode decides (how much of the cache is read) is not in the graph's shapes; it comes with each attention node
-from `cost_terms.attention`. Weights of one dimension (norms, biases) and the rotary angles are left out, they are below
+from `terms.attention`. Weights of one dimension (norms, biases) and the rotary angles are left out, they are below
 a thousandth of a model.
 
 Requires: a graph that `compile_model` gave.
@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 
 from sparsespec_compile.kernels.ops import dual_mode_attention, halved_product
 
-from .base import argument, describe, input_node
-from .cost_terms import IterationCost, R, T, Term, attention, collect, embedding, logits, projection
-from .errors import CostModelError
+from ..base import argument, describe, input_node
+from ..errors import CostModelError
+from .terms import IterationCost, R, T, Term, attention, collect, embedding, logits, projection
 
 aten = torch.ops.aten
 

@@ -27,17 +27,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
 
-from .base import GraphPass, find_calls, input_node, require_count
-from .errors import GraphInvariantError, UnsupportedAttentionError
-from .fakes import fake_mode, fill, symbolic_input
-from .layout import AttentionLayer
+from ..base import STATE_INPUTS, GraphPass, fake_mode, fill, find_calls, input_node, require_count, symbolic_input
+from ..errors import GraphInvariantError, UnsupportedAttentionError
+from ..layout import AttentionLayer
 
 aten = torch.ops.aten
 
 HINTS = {"pages": 11, "requests": 13, "scored": 17, "pillars": 19, "request_pages": 23, "slots": 29}
 """Example sizes of the new symbols, all different so that no two are taken for one."""
-
-STATE_INPUTS = ("kv_pool", "scores", "pillar_index")
 
 
 @dataclass(frozen=True)

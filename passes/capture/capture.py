@@ -19,11 +19,9 @@ from transformers import PreTrainedModel
 
 from sparsespec_compile.kernels.ops import SparseSpecError, attention_site
 
-from .borrow import borrowed
-from .errors import AttentionInterfaceError, ExportError, PositionError, UnsupportedAttentionError
-from .interface import IMPLEMENTATION, recording
-from .masks import causal_window
-from .sites import Site, read_site
+from ..errors import AttentionInterfaceError, ExportError, PositionError, UnsupportedAttentionError
+from .interface import IMPLEMENTATION, borrowed, recording
+from .sites import Site, causal_window, read_site
 
 ROWS = 7
 """Tokens of the rehearsal; a prime, so that few sizes of a model can equal it."""

@@ -1,6 +1,6 @@
 """What one iteration reads and computes, as sympy expressions, and what a single layer adds to them.
 
-Plain data and formulas, no FX: `cost.py` applies them to a graph, and whoever has only a configuration can too.
+Plain data and formulas, no FX: `graph.py` applies them to a graph, and whoever has only a configuration can too.
 
 Counted is what has to cross the memory bus: weights once an iteration, keys and values once for each request that
 reads them, scores and logits written and read once. Activations are not: at a few hundred rows they stay in the L2

@@ -25,12 +25,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.graph import CodeGen
 
-from .base import GraphPass, argument, input_node
-from .errors import GraphInvariantError
+from ..base import INPUTS, GraphPass, argument, input_node
+from ..errors import GraphInvariantError
 
 aten = torch.ops.aten
-
-INPUTS = ("input_ids", "position_ids", "logits_to_keep")
 
 CHECKS = frozenset(
     {

@@ -15,12 +15,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
 
-from .base import describe, find_calls, input_node
-from .dual_mode import STATE_INPUTS
-from .errors import GraphInvariantError
-from .fakes import propagate
-from .layout import KVLayout
-from .normalise import INPUTS
+from ..base import INPUTS, STATE_INPUTS, describe, find_calls, input_node, propagate
+from ..errors import GraphInvariantError
+from ..layout import KVLayout
 
 VERIFY_VARIABLE = "SPARSESPEC_VERIFY"
 

@@ -8,8 +8,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 
-from .borrow import model_configs
-from .errors import (
+from ..errors import (
     EncoderDecoderError,
     PositionError,
     RowMixingError,
@@ -17,6 +16,7 @@ from .errors import (
     UnsupportedModelError,
     VersionError,
 )
+from .interface import model_configs
 
 OLDEST = {"torch": "2.11", "transformers": "5.6"}
 

@@ -1,12 +1,71 @@
-"""Borrows a model for a capture: evaluation mode and a chosen attention implementation, then everything as it was."""
+"""Prepares a model for a capture: borrows its settings, and puts a recorder behind transformers' interfaces.
+
+The names registered here stay registered, as transformers offers no way back; outside `recording` they refuse to run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from ..errors import AttentionInterfaceError
+
+IMPLEMENTATION = "sparsespec_capture"
+
+
+class Recorder(Protocol):
+    """What sees a forward pass's attention and mask calls."""
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:
+        """Takes an attention call; returns its output `[1, T, Hq, Dv]`."""
+        ...
+
+    def mask(self, options: dict) -> Tensor | None:
+        """Takes a request for a mask; returns what the model shall hand to its attention calls."""
+        ...
+
+
+_active: ContextVar[Recorder | None] = ContextVar("sparsespec_recorder", default=None)
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Sends the attention calls of models that use `IMPLEMENTATION` to `recorder`."""
+    token = _active.set(recorder)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _recorder() -> Recorder:
+    recorder = _active.get()
+    if recorder is None:
+        raise AttentionInterfaceError(
+            f"attention implementation {IMPLEMENTATION!r} was called outside a capture. It is only for the compiler; "
+            "choose 'sdpa' or 'eager' with model.set_attn_implementation."
+        )
+    return recorder
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object = None, **options: Any
+) -> tuple[Tensor, None]:
+    return _recorder().attend(module, query, key, value, attention_mask, options), None
+
+
+def _mask(**options: Any) -> Tensor | None:
+    return _recorder().mask(options)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
 
 EXPERTS = "grouped_mm"
 """Implementation of expert layers that runs all experts without a loop over data-dependent token lists."""

@@ -26,8 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from sparsespec_compile.kernels.ops import halved_product
 
-from .base import GraphPass, find_calls, input_node
-from .fakes import fill
+from ..base import GraphPass, fill, find_calls, input_node
 
 aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""The last stage: the graph is cut into regions, and each distinct one is compiled."""

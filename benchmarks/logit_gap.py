@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsespec_compile as ss
-from sparsespec_compile.kernels.philox import gumbel_noise
+from sparsespec_compile.kernels.sampling.philox import gumbel_noise
 from sparsespec_compile.runtime.sampling import derive_seed
 
 

@@ -54,7 +54,7 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
 
 ``sparsespec::halved_product(x, weight) -> [2, ..., N]``
     x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to
-    the dtype. Up to ``halved_product.FEW_ROWS`` rows they are the products of the first and of the second half of K;
+    the dtype. Up to ``products.halved.FEW_ROWS`` rows they are the products of the first and of the second half of K;
     beyond, the product and zeros.
 
 ``sparsespec::draw_tokens(logits, temperature, top_k, top_p, min_p, seed, position) -> [R]``
@@ -67,7 +67,7 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        likely token stays in any case;
     3. min_p m > 0: x >= max(x) + log(m).
     So tokens of equal x stay or go together. The noise is standard Gumbel noise, the token's own word of Philox4x32-10
-    keyed by the seed and counted by (token // 4, position) (``kernels.philox``): a row's token is a function of its
+    keyed by the seed and counted by (token // 4, position) (``sampling.philox``): a row's token is a function of its
     logits and settings, whoever else is in the call. Probabilities are those of float32 rounding: where the mass at a
     token differs from p by less than that, either side is right.
 """

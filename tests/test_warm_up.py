@@ -19,8 +19,8 @@ from sparsespec_compile.warm_up import Attention, Selection, calls_of, done_besi
 
 from .passes.families import tiny
 
-triton_attention = pytest.importorskip(
-    "sparsespec_compile.kernels.triton_attention", reason="Triton is published for Linux only"
+launcher = pytest.importorskip(
+    "sparsespec_compile.kernels.attention.launcher", reason="Triton is published for Linux only"
 )
 
 LARGE = ss.SpecConfig(max_requests=4, prefill_chunk=2764)
@@ -48,7 +48,7 @@ class Variants(TorchDispatchMode):
 
 def attention_variant(q, k, v, kv, scores, mode, *rest):
     *_, scale, window, softcap = rest
-    units = triton_attention.pool_units(kv)
+    units = launcher.pool_units(kv)
     del units["page_units"]  # any value takes the same kernel
     return (
         *map(pattern, (q, k, v)),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.workload import Heads, Work
+from sparsespec_compile.kernels.tuning.measure import Heads, Work
 
 READ_CEILING = 4.3e12
 """Bytes a second that the bars refer to: the fastest read seen on an H200 when they were set (FlashInfer decoding 64 x

@@ -17,9 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsespec_compile.kernels.measure import Call
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.workload import Heads, Step, Work
+from sparsespec_compile.kernels.tuning.measure import Call, Heads, Step, Work
 
 FLEX_PAGE = 128
 WORKSPACE_BYTES = 512 * 2**20

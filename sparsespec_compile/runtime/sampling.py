@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.errors import SamplingError
-from sparsespec_compile.kernels.philox import LOW, philox
+from sparsespec_compile.kernels.sampling.philox import LOW, philox
 
 
 @dataclass(frozen=True, kw_only=True)

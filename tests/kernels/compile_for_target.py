@@ -19,8 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sparsespec_compile.kernels import triton_attention, triton_draw, triton_select
+from sparsespec_compile.kernels.attention import launcher
 from sparsespec_compile.kernels.device import DeviceLimits
+from sparsespec_compile.kernels.sampling import draw
+from sparsespec_compile.kernels.selection import kernel as selection
 from sparsespec_compile.kernels.step_kind import Promise, promised
 
 LAYERS = {
@@ -59,7 +61,7 @@ TARGETS = {
 """Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
 
 SELECTION, DRAWING = "selection", "drawing "
-OTHERS = (SELECTION, *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in triton_draw.DROPPED))
+OTHERS = (SELECTION, *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in draw.DROPPED))
 """What is compiled besides layers, for each capability."""
 
 POINTERS = {
@@ -80,7 +82,7 @@ def main() -> None:
     capability, layer = int(sys.argv[1]), sys.argv[2]
     target = GPUTarget("cuda", capability, 32)
     limits = DeviceLimits("none", capability, _PROCESSORS, TARGETS[capability][0] * 1024)
-    triton_attention.device_limits = triton_select.device_limits = lambda _: limits
+    launcher.device_limits = selection.device_limits = lambda _: limits
     launches: list[Launch] = []
     programs = 1
 
@@ -113,19 +115,17 @@ def _launch_attention(
     slot = torch.zeros(64, dtype=torch.int32)
     table = torch.zeros(64, 16, dtype=torch.int32)
     step = (slot, slot, slot, slot, table, slot, slot, slot, slot)
-    triton_attention.dual_mode_attention(q, k, k, kv, scores, *step, pillars, dim**-0.5, window, softcap)
+    launcher.dual_mode_attention(q, k, k, kv, scores, *step, pillars, dim**-0.5, window, softcap)
 
 
 def _launch_select() -> None:
     slot = torch.zeros(64, dtype=torch.int32)
-    triton_select.select_pillars(
-        torch.zeros(64, 8, 48), slot, slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot
-    )
+    selection.select_pillars(torch.zeros(64, 8, 48), slot, slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot)
 
 
 def _launch_draw(dtype: torch.dtype) -> None:
     real, whole = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
-    triton_draw.draw_tokens(torch.zeros(8, 151936, dtype=dtype), real, whole, real, real, whole, whole)
+    draw.draw_tokens(torch.zeros(8, 151936, dtype=dtype), real, whole, real, real, whole, whole)
 
 
 def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int, int]:

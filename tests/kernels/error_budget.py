@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels import reference
+from sparsespec_compile.kernels.reference import attention as reference
 
 from .cases import Case
 

@@ -3,7 +3,7 @@
 import torch
 
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
-from sparsespec_compile.kernels.workload import Heads, Work, make_step
+from sparsespec_compile.kernels.tuning.measure import Heads, Work, make_step
 
 HEADS = Heads(8, 2, 64, 64)
 

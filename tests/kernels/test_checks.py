@@ -59,7 +59,7 @@ def test_dual_mode_attention_refuses(name: str, change: Change, message: str) ->
 
 
 def test_tensors_of_two_devices_are_refused() -> None:
-    from sparsespec_compile.kernels.reference import dual_mode_attention
+    from sparsespec_compile.kernels.reference.attention import dual_mode_attention
 
     case = build(Shape(), MIXED, torch.float32)
     arguments = dict(zip(NAMES, case.arguments(), strict=True))

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels import reference_draw
+from sparsespec_compile.kernels.reference import sampling as reference
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from sparsespec_compile.kernels import triton_draw, triton_filter
+from sparsespec_compile.kernels.sampling import draw
+from sparsespec_compile.kernels.sampling import filter as filters
 
 from .test_noise import exact_noise, philox_words
 
@@ -27,11 +28,11 @@ MIN_P = (0.0, 0.0, 0.02, 1.0)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Small blocks: rows of several programs and blocks, candidates that do not suffice."""
     if request.param == "small blocks":
-        monkeypatch.setattr(triton_draw, "SPLIT", 128)
-        monkeypatch.setattr(triton_draw, "BLOCK", 32)
-        monkeypatch.setattr(triton_filter, "BLOCK", 128)
-        monkeypatch.setattr(triton_filter, "MOST", 16)
-        monkeypatch.setattr(triton_filter, "ROOM", 32)
+        monkeypatch.setattr(draw, "SPLIT", 128)
+        monkeypatch.setattr(draw, "BLOCK", 32)
+        monkeypatch.setattr(filters, "BLOCK", 128)
+        monkeypatch.setattr(filters, "MOST", 16)
+        monkeypatch.setattr(filters, "ROOM", 32)
     return request.param == "small blocks"
 
 
@@ -60,8 +61,8 @@ def logits_of(rows: int, vocabulary: int, dtype: torch.dtype, generator: torch.G
 
 
 def compare(logits: Tensor, settings: Settings, device: str) -> None:
-    expected = reference_draw.draw_tokens(logits, *settings)
-    actual = triton_draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
+    expected = reference.draw_tokens(logits, *settings)
+    actual = draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
     assert actual.dtype == torch.int64
     assert torch.equal(actual.cpu(), expected)
 
@@ -98,9 +99,7 @@ def test_thresholds_are_the_reference_s(device: str, blocks: bool, dtype: torch.
     settings = settings_of(24, generator, min_p=0.0)
     sampled = settings[0] > 0
     found = [lowest.cpu()[sampled] for lowest in _thresholds(logits.to(device), [s.to(device) for s in settings])]
-    wanted = reference_draw.lowest_kept(
-        logits[sampled].float() / settings[0][sampled, None], *_filters(settings, sampled)
-    )
+    wanted = reference.lowest_kept(logits[sampled].float() / settings[0][sampled, None], *_filters(settings, sampled))
     filtered = (settings[1][sampled] > 0) & (settings[1][sampled] < 300) | (settings[2][sampled] < 1.0)
     assert torch.equal(found[0][filtered], wanted[filtered])
     assert (found[0][~filtered] == -math.inf).all()
@@ -113,19 +112,19 @@ def _filters(settings: Settings, rows: Tensor) -> list[Tensor]:
 def _thresholds(logits: Tensor, settings: list[Tensor]) -> list[Tensor]:
     rows = logits.shape[0]
     lowest = torch.full((rows,), torch.nan, device=logits.device)
-    candidates = torch.zeros(rows, triton_filter.ROOM, dtype=torch.int32, device=logits.device)
-    triton_filter.filter_kernel[(rows,)](
+    candidates = torch.zeros(rows, filters.ROOM, dtype=torch.int32, device=logits.device)
+    filters.filter_kernel[(rows,)](
         logits,
         *settings[:4],
         candidates,
         lowest,
         logits.shape[1],
         logits.stride(0),
-        DROPPED=triton_draw.DROPPED[logits.dtype],
-        BLOCK=triton_filter.BLOCK,
-        MOST=triton_filter.MOST,
-        ROOM=triton_filter.ROOM,
-        num_warps=triton_filter.NUM_WARPS,
+        DROPPED=draw.DROPPED[logits.dtype],
+        BLOCK=filters.BLOCK,
+        MOST=filters.MOST,
+        ROOM=filters.ROOM,
+        num_warps=filters.NUM_WARPS,
     )
     return [lowest, candidates]
 
@@ -133,7 +132,7 @@ def _thresholds(logits: Tensor, settings: list[Tensor]) -> list[Tensor]:
 def test_candidates_beyond_their_room(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """33 tokens reach the bound of the five highest slots, the highest token last: room for 32 does not do."""
     for name, value in (("BLOCK", 128), ("MOST", 16), ("ROOM", 32)):
-        monkeypatch.setattr(triton_filter, name, value)
+        monkeypatch.setattr(filters, name, value)
     tokens = torch.arange(8 * 128)
     logits = torch.where(tokens % 128 < 4, 5.0 + tokens / 1000, -3.0)
     logits[4] = 4.0
@@ -153,7 +152,7 @@ def _pair(generator: torch.Generator, equal: bool, start: int) -> tuple[Settings
     The bounds rank them in the wrong order: exactly, the second is higher by 0.01, or both are equal and the second
     has the higher bound. Equality comes from logits so large that they round the noise to halves.
     """
-    block = triton_draw.BLOCK
+    block = draw.BLOCK
     while True:
         settings = settings_of(1, generator, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         seed, position = (int(setting) for setting in settings[4:])
@@ -175,12 +174,12 @@ def _pair(generator: torch.Generator, equal: bool, start: int) -> tuple[Settings
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("program", [0, 1])
 def test_tokens_that_their_bounds_rank_wrongly(device: str, blocks: bool, equal: bool, program: int) -> None:
-    start = program * triton_draw.SPLIT
+    start = program * draw.SPLIT
     settings, pair, first = _pair(torch.Generator().manual_seed(0), equal, start)
-    second = first + triton_draw.BLOCK
-    logits = torch.full((1, start + 2 * triton_draw.BLOCK), -1e9)
+    second = first + draw.BLOCK
+    logits = torch.full((1, start + 2 * draw.BLOCK), -1e9)
     logits[0, first], logits[0, second] = pair
-    token = triton_draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
+    token = draw.draw_tokens(logits.to(device), *(setting.to(device) for setting in settings))
     assert int(token) == (first if equal else second)
 
 
@@ -188,11 +187,11 @@ def test_a_row_does_not_depend_on_the_others(device: str, blocks: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = logits_of(6, 333, torch.bfloat16, generator).to(device)
     settings = [setting.to(device) for setting in settings_of(6, generator)]
-    together = triton_draw.draw_tokens(logits, *settings)
+    together = draw.draw_tokens(logits, *settings)
     order = torch.randperm(6, generator=generator).to(device)
-    assert torch.equal(triton_draw.draw_tokens(logits[order], *(s[order] for s in settings)), together[order])
+    assert torch.equal(draw.draw_tokens(logits[order], *(s[order] for s in settings)), together[order])
     for row in range(6):
-        alone = triton_draw.draw_tokens(logits[row : row + 1], *(s[row : row + 1] for s in settings))
+        alone = draw.draw_tokens(logits[row : row + 1], *(s[row : row + 1] for s in settings))
         assert torch.equal(alone, together[row : row + 1])
 
 
@@ -211,8 +210,8 @@ def test_nothing_uninitialised_is_read(device: str, blocks: bool) -> None:
 def test_no_rows_and_expanded_settings(device: str) -> None:
     settings = [setting.to(device) for setting in settings_of(1, torch.Generator().manual_seed(0), temperature=1.0)]
     logits = torch.randn(1, 50, device=device).expand(4, -1)
-    assert triton_draw.draw_tokens(logits[:0], *(s[:0] for s in settings)).shape == (0,)
-    tokens = triton_draw.draw_tokens(logits, *(s.expand(4) for s in settings))
+    assert draw.draw_tokens(logits[:0], *(s[:0] for s in settings)).shape == (0,)
+    tokens = draw.draw_tokens(logits, *(s.expand(4) for s in settings))
     assert (tokens == tokens[0]).all()
 
 
@@ -225,5 +224,5 @@ def test_rows_that_no_model_gives_keep_to_the_vocabulary(
     settings = [s.to(device) for s in settings_of(2, torch.Generator().manual_seed(0), **fixed)]
     logits = torch.full((2, 200), value, device=device)
     logits[1, ::2] = 1.0
-    tokens = triton_draw.draw_tokens(logits, *settings)
+    tokens = draw.draw_tokens(logits, *settings)
     assert ((tokens >= 0) & (tokens < 200)).all()

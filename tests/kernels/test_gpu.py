@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels import ops, reference_draw, reference_select
+from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.philox import gumbel_noise
+from sparsespec_compile.kernels.reference import sampling, selection
+from sparsespec_compile.kernels.sampling.philox import gumbel_noise
 
 from .cases import Case, Request, Shape, build
 from .error_budget import expect
@@ -222,7 +223,7 @@ def test_selection_of_long_contexts() -> None:
     for device in ("cpu", "cuda"):
         index = torch.zeros(3, 16, 6600, dtype=torch.int32, device=device)
         count = torch.zeros(3, dtype=torch.int32, device=device)
-        select = reference_select.select_pillars if device == "cpu" else ops.select_pillars
+        select = selection.select_pillars if device == "cpu" else ops.select_pillars
         slot = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
         select(scores.to(device), slot, length.to(device), budget.to(device), index, count)
         results.append((index.cpu(), count.cpu()))
@@ -261,7 +262,7 @@ def _decided(logits: Tensor, settings: list[Tensor]) -> Tensor:
     lowest = {}
     for off in (-1, 1):  # the fewest and the most tokens that may be kept
         near_p = (top_p + off * 2.0**-16).clamp(min=2.0**-20).where(top_p < 1.0, top_p)
-        lowest[off] = reference_draw.lowest_kept(scaled, top_k, near_p, min_p * (1 - off * 2.0**-18))
+        lowest[off] = sampling.lowest_kept(scaled, top_k, near_p, min_p * (1 - off * 2.0**-18))
     noisy = scaled + gumbel_noise(seed, position, VOCABULARY)
     best = noisy.masked_fill(scaled < lowest[1][:, None], float("-inf")).topk(2, dim=1)
     first, second = best.values.unbind(1)
@@ -274,7 +275,7 @@ def _decided(logits: Tensor, settings: list[Tensor]) -> Tensor:
 def test_draw_at_length(dtype: torch.dtype) -> None:
     logits, *settings = _draw_inputs(0)
     logits = logits.to(dtype)
-    actual, expected = ops.draw_tokens(logits, *settings), reference_draw.draw_tokens(logits, *settings)
+    actual, expected = ops.draw_tokens(logits, *settings), sampling.draw_tokens(logits, *settings)
     decided = _decided(logits, settings)
     assert decided.float().mean() > 0.9
     assert torch.equal(actual[decided], expected[decided])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sparsespec_compile.kernels import cuda
+from sparsespec_compile import kernels
 from sparsespec_compile.kernels.errors import KernelUnavailableError
 
 CPU_WITHOUT_TRITON = """
@@ -24,10 +24,11 @@ def test_cpu_needs_no_triton() -> None:
     assert "torch.Size([1, 3, 2, 4])" in run.stdout
 
 
-@pytest.mark.parametrize("op", [cuda.dual_mode_attention, cuda.draw_tokens, cuda.select_pillars])
-def test_cuda_without_triton_is_a_named_error(op: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("sparsespec_compile.kernels.triton_")]:
+@pytest.mark.parametrize("op", kernels.LAUNCHERS)
+def test_cuda_without_triton_is_a_named_error(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launchers = tuple(f"sparsespec_compile.kernels.{module}" for module in kernels.LAUNCHERS.values())
+    for name in [name for name in sys.modules if name.startswith(launchers)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(KernelUnavailableError, match="install it with `pip install triton`"):
-        op()
+        kernels.run_on_cuda(op)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels.philox import LOW, gumbel_noise, philox
+from sparsespec_compile.kernels.sampling.philox import LOW, gumbel_noise, philox
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 import triton
 import triton.language as tl
 
-from sparsespec_compile.kernels.triton_noise import gumbel, gumbel_bound, noise_words
+from sparsespec_compile.kernels.sampling.draw import gumbel, gumbel_bound, noise_words
 
 
 @triton.jit

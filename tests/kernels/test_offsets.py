@@ -7,9 +7,8 @@ triton = pytest.importorskip("triton", reason="Triton is published for Linux onl
 
 import triton.language as tl  # noqa: E402
 
-from sparsespec_compile.kernels.triton_attention import pool_units  # noqa: E402
-from sparsespec_compile.kernels.triton_shapes import PoolShape, Source  # noqa: E402
-from sparsespec_compile.kernels.triton_tiles import pages_of, pool_pointers  # noqa: E402
+from sparsespec_compile.kernels.attention.launcher import pool_units  # noqa: E402
+from sparsespec_compile.kernels.attention.tiles import PoolShape, Source, pages_of, pool_pointers  # noqa: E402  # noqa: E402
 
 PAGE_SIZE, STRIDE_PAGE, STRIDE_HEAD, STRIDE_SLOT = 4, 1 << 26, 1 << 24, 1 << 20
 

@@ -11,7 +11,9 @@ from .steps import MIXED
 
 
 def test_modes_of_the_kernels() -> None:
-    tiles = pytest.importorskip("sparsespec_compile.kernels.triton_tiles", reason="Triton is published for Linux only")
+    tiles = pytest.importorskip(
+        "sparsespec_compile.kernels.attention.tiles", reason="Triton is published for Linux only"
+    )
     assert [tiles.IDLE.value, tiles.DRAFT.value, tiles.VERIFY.value, tiles.PREFILL.value] == list(Mode)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sparsespec_compile.kernels import ops, reference
+from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.reference import attention as reference
 
 from .cases import Case, Request, Shape, build
 from .naive import expected_output, expected_pool, expected_scores

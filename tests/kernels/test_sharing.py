@@ -18,11 +18,11 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 import triton
 import triton.language as tl
 
-from sparsespec_compile.kernels import triton_attention
+from sparsespec_compile.kernels.attention import launcher
+from sparsespec_compile.kernels.attention.plan import cost_of_unit, share_of_line
 from sparsespec_compile.kernels.device import INTERPRETER
 from sparsespec_compile.kernels.step_kind import Promise, promised
-from sparsespec_compile.kernels.tiling import Tiling
-from sparsespec_compile.kernels.triton_plan import cost_of_unit, share_of_line
+from sparsespec_compile.kernels.tuning.tiling import Tiling
 
 REQUESTS = [
     Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
@@ -66,10 +66,10 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sharing], list[Tensor]]:
         def parts(device: torch.device, count: int, elements: int) -> Tensor:
             return torch.full((count, 2, elements), torch.nan, device=device)
 
-        monkeypatch.setattr(triton_attention, "device_limits", lambda _: limits)
-        monkeypatch.setattr(triton_attention, "tiling_for", lambda *_: tiling)
-        monkeypatch.setattr(triton_attention, "counters", counters)
-        monkeypatch.setattr(triton_attention, "parts", parts)
+        monkeypatch.setattr(launcher, "device_limits", lambda _: limits)
+        monkeypatch.setattr(launcher, "tiling_for", lambda *_: tiling)
+        monkeypatch.setattr(launcher, "counters", counters)
+        monkeypatch.setattr(launcher, "parts", parts)
         return seen
 
     return apply
@@ -77,7 +77,7 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sharing], list[Tensor]]:
 
 def _launch(case: Case, device: str) -> tuple[Tensor, Case]:
     actual = case.to(torch.float32, device)
-    return triton_attention.dual_mode_attention(*actual.arguments()), actual
+    return launcher.dual_mode_attention(*actual.arguments()), actual
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -137,16 +137,16 @@ def test_the_kernel_is_given_what_the_tiles_say(monkeypatch: pytest.MonkeyPatch)
     given = {}
 
     class Kernel:
-        arg_names = triton_attention.attention_kernel.arg_names
+        arg_names = launcher.attention_kernel.arg_names
 
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
             return lambda **arguments: given.update(arguments)
 
     tiling = dataclasses.replace(TILING, unit_overhead=5, scored_overhead=9, part_cost=3)
-    monkeypatch.setattr(triton_attention, "attention_kernel", Kernel())
+    monkeypatch.setattr(launcher, "attention_kernel", Kernel())
     case = build(Shape(), REQUESTS, torch.float32).to(torch.float32, "cpu")
     with promised(Promise.NO_SCORES):  # one kernel
-        triton_attention.dual_mode_attention(*case.arguments(), tiling=tiling)
+        launcher.dual_mode_attention(*case.arguments(), tiling=tiling)
     assert [given[name] for name in ("UNIT_OVERHEAD", "SCORED_OVERHEAD", "PART_COST")] == [5, 9, 3]
     assert (tiling.scored_ahead, given["SCORED_AHEAD"]) == (2, 0), "whatever tiles say, it holds no code for scores"
 

@@ -32,9 +32,9 @@ rows and more scored rows than one tile."""
 
 
 def launch(case: Case) -> Tensor:
-    from sparsespec_compile.kernels import triton_attention
+    from sparsespec_compile.kernels.attention import launcher
 
-    return triton_attention.dual_mode_attention(*case.arguments())
+    return launcher.dual_mode_attention(*case.arguments())
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -126,7 +126,7 @@ def test_verifications_of_several_tiles_give_scores_as_they_attend(
     ]
     case = build(Shape(q_heads=2 * group, page_size=16, window=window), requests, torch.bfloat16)
     with promised(Promise.ONLY_VERIFICATIONS_SCORED), monkeypatch.context() as patches:
-        patches.setattr("sparsespec_compile.kernels.triton_attention.score_kernel", None)
+        patches.setattr("sparsespec_compile.kernels.attention.launcher.score_kernel", None)
         check(case, torch.bfloat16, device)
 
 
@@ -144,10 +144,10 @@ def test_tiles_that_cannot_give_out_what_a_step_asks_for(
     promise: Promise, changed: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a file of measured ones may name them: a verification's scores take passes of their own then."""
-    from sparsespec_compile.kernels import triton_attention
+    from sparsespec_compile.kernels.attention import launcher
 
-    choose = triton_attention.tiling_for
-    monkeypatch.setattr(triton_attention, "tiling_for", lambda *given: dataclasses.replace(choose(*given), **changed))
+    choose = launcher.tiling_for
+    monkeypatch.setattr(launcher, "tiling_for", lambda *given: dataclasses.replace(choose(*given), **changed))
     requests = [Request(Mode.VERIFY, cached=70, rows=9, score_rows=9, pillars=9, recent=64)]
     with promised(promise):
         check(build(Shape(page_size=16), requests, torch.bfloat16), torch.bfloat16, device)
@@ -157,14 +157,14 @@ def test_tiles_that_cannot_give_out_what_a_step_asks_for(
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
 def test_rows_of_requests_that_have_none_are_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where such a request's rows would begin may be anywhere, also behind the last row. The interpreter can watch."""
-    from sparsespec_compile.kernels import triton_write
+    from sparsespec_compile.kernels.attention import kernel
 
     requests = [Request(Mode.VERIFY, cached=9, rows=3), Request(Mode.IDLE, rows=2), Request(Mode.DRAFT, rows=0)]
     case = build(Shape(), requests, torch.float32)
     rows = case.tensors["q"].shape[0]
     case.tensors["row_start"][1:] = rows + 7
     cleared: list[int] = []
-    monkeypatch.setattr(triton_write, "clear_row", lambda out, row, width: cleared.append(int(row)))
+    monkeypatch.setattr(kernel, "clear_row", lambda out, row, width: cleared.append(int(row)))
     launch(case)
     own = range(case.row_start[0], case.row_start[0] + 3)
     assert sorted(cleared) == [row for row in range(rows) if row not in own]
@@ -175,7 +175,7 @@ def test_rows_of_requests_that_have_none_are_not_cleared(monkeypatch: pytest.Mon
 def test_a_tile_holds_the_rows_that_the_engine_scores(kind: str, dims: tuple[int, int]) -> None:
     from sparsespec_compile.kernels.device import INTERPRETER
     from sparsespec_compile.kernels.step_kind import StepKind
-    from sparsespec_compile.kernels.tiling import Layer, default_tiling
+    from sparsespec_compile.kernels.tuning.tiling import Layer, default_tiling
 
     for group in range(1, 130):
         tiling = default_tiling(Layer(group, *dims, torch.bfloat16, 16), StepKind(kind), INTERPRETER)

@@ -15,13 +15,13 @@ from rich.console import Console
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from sparsespec_compile.kernels import tuning
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.kernels.step_kind import Promise, StepKind, kind_of_step, promised
-from sparsespec_compile.kernels.tiling import Layer, Tiling, default_tiling, parts_together
-from sparsespec_compile.kernels.workload import Heads, Work, make_step
+from sparsespec_compile.kernels.tuning import table
+from sparsespec_compile.kernels.tuning.measure import Heads, Work, make_step
+from sparsespec_compile.kernels.tuning.tiling import Layer, Tiling, default_tiling, parts_together
 
 LIMITS = DeviceLimits("NVIDIA Test", 90, 132, 228 * 1024)
 LAYER = Layer(4, 128, 128, torch.bfloat16, 16)
@@ -33,15 +33,15 @@ OTHER = replace(DEFAULT, block_n=32, big_n=16, unit_overhead=7)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's file, not there yet; nothing is shipped."""
     path = tmp_path / "deep" / "tiles.json"
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped.json")
-    tuning._entries.cache_clear()
+    monkeypatch.setenv(table.CACHE_VARIABLE, str(path))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped.json")
+    table._entries.cache_clear()
     yield path
-    tuning._entries.cache_clear()
+    table._entries.cache_clear()
 
 
 def choose(kind: StepKind = StepKind.MIXED) -> object:
-    return tuning.tiling_for(LAYER, kind, LIMITS)
+    return table.tiling_for(LAYER, kind, LIMITS)
 
 
 def test_without_files_the_default() -> None:
@@ -51,10 +51,10 @@ def test_without_files_the_default() -> None:
 
 
 def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
-    key = tuning.entry_key(LAYER, StepKind.MIXED, LIMITS)
-    tuning.save({key: OTHER}, tuning.SHIPPED)
+    key = table.entry_key(LAYER, StepKind.MIXED, LIMITS)
+    table.save({key: OTHER}, table.SHIPPED)
     assert choose() == OTHER
-    tuning.save({key: DEFAULT}, files)
+    table.save({key: DEFAULT}, files)
     assert choose() == DEFAULT
     for kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED, StepKind.PREFILL):
         assert choose(kind) == default_tiling(LAYER, kind, LIMITS) != DEFAULT
@@ -62,7 +62,7 @@ def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
 
 def test_saving_keeps_other_entries_and_leaves_no_other_file(files: Path) -> None:
     for kind, tiling in ((StepKind.MIXED, OTHER), (StepKind.PREFILL, DEFAULT)):
-        tuning.save({tuning.entry_key(LAYER, kind, LIMITS): tiling}, files)
+        table.save({table.entry_key(LAYER, kind, LIMITS): tiling}, files)
     assert len(json.loads(files.read_text())["entries"]) == 2
     assert [path.name for path in files.parent.iterdir()] == [files.name]
 
@@ -83,7 +83,7 @@ def test_saving_keeps_other_entries_and_leaves_no_other_file(files: Path) -> Non
 def test_a_file_that_cannot_be_used_is_named(files: Path, content: str, problem: str) -> None:
     files.parent.mkdir()
     files.write_text(content)
-    with pytest.warns(TuningCacheWarning, match=f"{re.escape(str(files))} cannot be used .*{problem}.*tune"):
+    with pytest.warns(TuningCacheWarning, match=f"{re.escape(str(files))} cannot be used .*{problem}.*kernels.tuning`"):
         assert choose() == DEFAULT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -93,13 +93,13 @@ def test_a_file_that_cannot_be_used_is_named(files: Path, content: str, problem:
 def test_the_shipped_file_can_be_used() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuning._read(Path(tuning.__file__).with_name("tuned.json"))
+        table._read(Path(table.__file__).with_name("tuned.json"))
 
 
 def test_default_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(tuning.CACHE_VARIABLE)
+    monkeypatch.delenv(table.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuning.cache_path() == tmp_path / "sparsespec_compile" / "tiles.json"
+    assert table.cache_path() == tmp_path / "sparsespec_compile" / "tiles.json"
 
 
 def test_kinds_of_steps() -> None:
@@ -198,7 +198,7 @@ def test_only_kernels_of_steps_with_scores_can_give_them_out() -> None:
 
 @pytest.mark.parametrize("kind", list(StepKind))
 def test_candidates_differ_and_hold_the_default(kind: StepKind) -> None:
-    from sparsespec_compile.kernels.tune import STEPS, candidate_tilings
+    from sparsespec_compile.kernels.tuning.tune import STEPS, candidate_tilings
 
     default = default_tiling(LAYER, kind, LIMITS)
     candidates = candidate_tilings(default, kind)
@@ -206,14 +206,14 @@ def test_candidates_differ_and_hold_the_default(kind: StepKind) -> None:
     assert STEPS[kind]
     assert len(set(candidates)) == len(candidates) > 15
     for candidate in candidates:
-        tuning._checked(asdict(candidate))
+        table._checked(asdict(candidate))
 
 
 def _search(
     monkeypatch: pytest.MonkeyPatch, times: Callable[[Tiling], float], output: Path, *, compiles: bool = True
 ) -> str:
     """What the search prints where tiles take so long; its file is ``output``."""
-    from sparsespec_compile.kernels import tune
+    from sparsespec_compile.kernels.tuning import tune
 
     monkeypatch.setattr(tune, "_compile", lambda heads, kind, candidates, *_: candidates if compiles else [])
     monkeypatch.setattr(tune, "_copies", lambda *_: [])
@@ -255,12 +255,12 @@ def test_a_search_that_is_stopped_keeps_what_it_found(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", list(StepKind))
 def test_a_search_keeps_to_what_a_file_may_hold(kind: StepKind) -> None:
     """Around the largest and the smallest that may be kept, which rounds of a search can reach."""
-    from sparsespec_compile.kernels.tune import candidate_tilings
+    from sparsespec_compile.kernels.tuning.tune import candidate_tilings
 
     for bound in (0, 1):
-        extreme = Tiling(**{name: tuning._RANGES[name][bound] for name in asdict(DEFAULT)})
+        extreme = Tiling(**{name: table._RANGES[name][bound] for name in asdict(DEFAULT)})
         for candidate in candidate_tilings(extreme, kind):
-            tuning._checked(asdict(candidate))
+            table._checked(asdict(candidate))
 
 
 def test_no_tiles_at_all_are_a_named_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_no_tiles_at_all_are_a_named_error(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_tuning_without_a_gpu_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsespec_compile.kernels import tune
     from sparsespec_compile.kernels.errors import KernelUnavailableError
+    from sparsespec_compile.kernels.tuning import tune
 
     monkeypatch.setattr("sys.argv", ["tune"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -16,13 +16,13 @@ def packed(heads: int, row: int, offset: int = 0) -> Layout:
 
 @pytest.mark.parametrize("promise", list(Promise))
 def test_attention_without_work(promise: Promise, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsespec_compile.kernels import triton_attention
+    from sparsespec_compile.kernels.attention import launcher
 
     pools = []
 
     def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, *rest: object) -> None:
         pools.append(kv.fill_(7.0))
-        output = triton_attention.dual_mode_attention(q.fill_(1.0), k.fill_(2.0), v.fill_(3.0), kv, *rest)
+        output = launcher.dual_mode_attention(q.fill_(1.0), k.fill_(2.0), v.fill_(3.0), kv, *rest)
         assert not output.any()
 
     monkeypatch.setattr(warm_up, "dual_mode_attention", launch)
@@ -34,9 +34,9 @@ def test_attention_without_work(promise: Promise, device: str, monkeypatch: pyte
 
 
 def test_drawing_without_work(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsespec_compile.kernels import triton_draw
+    from sparsespec_compile.kernels.sampling import draw
 
     drawn = []
-    monkeypatch.setattr(warm_up, "draw_tokens", lambda *rows: drawn.append(triton_draw.draw_tokens(*rows)))
+    monkeypatch.setattr(warm_up, "draw_tokens", lambda *rows: drawn.append(draw.draw_tokens(*rows)))
     Draw(Layout((1, 2, 151), (302, 151, 1), 0, torch.float32)).run(torch.device(device))
     assert drawn[0].tolist() == [0, 0]

@@ -3,9 +3,12 @@ for other scores, which follows where a step may ask for them.
 
 The grid follows from the device and the tile sizes alone and nothing is read back, so a call can be captured in a CUDA
 graph and replayed with other lengths, modes and pages.
+
+Programs of a launch meet in a workspace: parts of split units, and counters of them.
 """
 
 import math
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +16,25 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import check_attention
-from .device import device_limits
-from .ops import STEP_TENSORS, scored_rows_at_most
-from .step_kind import Promise, kind_of_step, present_promise
-from .tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile
-from .triton_attend import attention_kernel
-from .triton_scores import score_kernel
-from .triton_tiles import LOG2_E
-from .tuning import tiling_for
-from .workspace import counters, parts
+from ..checks import check_attention
+from ..device import device_limits
+from ..ops import STEP_TENSORS, scored_rows_at_most
+from ..step_kind import Promise, kind_of_step, present_promise
+from ..tuning.table import tiling_for
+from ..tuning.tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile
+from .kernel import attention_kernel
+from .scores import score_kernel
+from .tiles import LOG2_E
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+CAPTURED_CALLS = 4096
+"""Calls in CUDA graphs that get counters of their own, for each device and number of programs; 4 to 9 MB."""
+
+_lock = threading.Lock()
+_of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
+_for_captures: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def dual_mode_attention(
@@ -143,7 +153,7 @@ def _sizes(
 
 
 def pool_units(kv: Tensor) -> dict[str, int]:
-    """What pages and tokens are counted in; see ``triton_tiles.pool_pointers``."""
+    """What pages and tokens are counted in; see ``tiles.pool_pointers``."""
     unit = math.gcd(kv.stride(0), kv.stride(2))
     page_units = kv.stride(0) // unit
     return {
@@ -159,7 +169,7 @@ def _strides(prefix: str, tensor: Tensor, first: str, second: str) -> dict[str, 
 
 
 def _settings(scale: float, window: int, softcap: float, dtype: torch.dtype) -> dict[str, Any]:
-    """Scale and soft-cap as ``triton_tiles.products`` takes them."""
+    """Scale and soft-cap as ``tiles.products`` takes them."""
     log2_e = LOG2_E.value
     return {
         "window": window,
@@ -170,3 +180,33 @@ def _settings(scale: float, window: int, softcap: float, dtype: torch.dtype) -> 
         # Float32 products on tensor cores would be rounded to 10 bits.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+
+
+def counters(device: torch.device, programs: int) -> Tensor:
+    """int32 [programs], all 0 when the launch starts; the kernel leaves them so.
+
+    Launches on one stream run one after the other and share theirs. A captured call may be replayed on any stream at
+    any time, so it never shares: it takes counters that were set to 0 before and that nobody else will get. Should
+    those run out, or a device see its first call within a capture, the graph clears its own: right, and a
+    microsecond or two slower in each replay.
+    """
+    if device.type != "cuda":
+        return torch.zeros(programs, dtype=torch.int32, device=device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    with _lock:
+        if capturing:
+            free = _for_captures.get((device, programs))
+            return free.pop() if free else torch.zeros(programs, dtype=torch.int32, device=device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream, programs)
+        if key not in _of_stream:
+            _of_stream[key] = torch.zeros(programs, dtype=torch.int32, device=device)
+        if key[::2] not in _for_captures:
+            stock = torch.zeros(CAPTURED_CALLS, programs, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()
+            _for_captures[key[::2]] = list(stock.unbind())
+        return _of_stream[key]
+
+
+def parts(device: torch.device, programs: int, part_elements: int) -> Tensor:
+    """float32 [programs, 2, part_elements], uninitialised; belongs to the call."""
+    return torch.empty(programs, 2, part_elements, dtype=torch.float32, device=device)

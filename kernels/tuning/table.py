@@ -1,7 +1,7 @@
 """Which tiles a launch takes: those measured on this device, those measured by us on a device like it, or the default.
 
 The choice is made from shapes alone and stays the same within a process, so that captured steps never measure anything
-and equal calls give equal bits. ``python -m sparsespec_compile.kernels.tune`` measures, and writes the user's file.
+and equal calls give equal bits. ``python -m sparsespec_compile.kernels.tuning`` measures, and writes the user's file.
 """
 
 import json
@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .device import DeviceLimits
-from .errors import TuningCacheWarning
-from .step_kind import StepKind
+from ..device import DeviceLimits
+from ..errors import TuningCacheWarning
+from ..step_kind import StepKind
 from .tiling import Layer, Tiling, default_tiling
 
 VERSION = 4
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Tiling]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(
             f"{path} cannot be used ({type(error).__name__}: {error}); kernels take their default tiles. Delete it, or "
-            "write it anew with `python -m sparsespec_compile.kernels.tune`.",
+            "write it anew with `python -m sparsespec_compile.kernels.tuning`.",
             TuningCacheWarning,
             stacklevel=2,
         )

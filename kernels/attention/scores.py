@@ -8,14 +8,19 @@ registers.
 import triton
 import triton.language as tl
 
-from .specialisation import ANY_ADDRESS, ANY_VALUE
-from .triton_plan import emits_scores, locate, measuring_pillars, tiles_of
-from .triton_scored import key_pointers, log_sum_of_list
-from .triton_shapes import LayerShape, Listed, LoopShape, PoolShape, Source
-from .triton_tiles import (
+from .loops import key_pointers, log_sum_of_list
+from .plan import emits_scores, locate, measuring_pillars, tiles_of
+from .tiles import (
+    ANY_ADDRESS,
+    ANY_VALUE,
     DRAFT,
     IDLE,
     PREFILL,
+    LayerShape,
+    Listed,
+    LoopShape,
+    PoolShape,
+    Source,
     load_queries,
     load_tokens,
     pages_of,
@@ -49,7 +54,7 @@ def score_rows_of(
     """Scores of one request and KV head: twice over the keys for each tile of scored rows.
 
     ``request`` is (mode, rows, scored rows, pillars that measure, first recent position); for the others see
-    ``triton_segment``. TILE is a `LoopShape`.
+    ``segment``. TILE is a `LoopShape`.
     """
     kind, count, scored, pillars, recent = request
     GROUP: tl.constexpr = LAYER.group

@@ -1,13 +1,12 @@
 """Triton kernel of the dual-mode attention: writes K/V, attends rows of every mode, gives out scores of verifications.
 
-For other scores see ``triton_scores``.
+For other scores see ``scores``.
 """
 
 import triton
 import triton.language as tl
 
-from .specialisation import ANY_ADDRESS, ANY_VALUE
-from .triton_plan import (
+from .plan import (
     cost_of_unit,
     emits_scores,
     locate,
@@ -18,10 +17,19 @@ from .triton_plan import (
     share_of_line,
     tiles_of,
 )
-from .triton_segment import attend_segment, attend_segment_apart
-from .triton_shapes import JoinShape, LayerShape, Listed, PoolShape, Source, TileShape
-from .triton_tiles import DRAFT
-from .triton_write import clear_gaps, clear_rows
+from .segment import attend_segment, attend_segment_apart
+from .tiles import (
+    ANY_ADDRESS,
+    ANY_VALUE,
+    DRAFT,
+    IDLE,
+    JoinShape,
+    LayerShape,
+    Listed,
+    PoolShape,
+    Source,
+    TileShape,
+)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ADDRESS)
@@ -232,3 +240,33 @@ def attention_kernel(
     # Rare, and behind the loop: in front of it, ptxas would keep more of the loop's constants in memory.
     if row_end > real_rows:
         clear_gaps(out, row_end, width, request_mode, row_start, row_count, requests, REQUESTS)
+
+
+@triton.jit
+def clear_row(out, row, width):
+    """Zero a row of ``out`` [rows, width]."""
+    target = out + tl.cast(row, tl.int64) * width
+    for low in range(0, width, 1024):
+        element = low + tl.arange(0, 1024)
+        tl.store(target + element, tl.zeros((1024,), out.dtype.element_ty), mask=element < width)
+
+
+@triton.jit
+def clear_rows(out, first, end, width):
+    """Zero rows first .. end - 1 of ``out``, every program its share."""
+    for row in range(first + tl.program_id(0), end, tl.num_programs(0)):
+        clear_row(out, row, width)
+
+
+@triton.jit
+def clear_gaps(out, end, width, request_mode, row_start, row_count, requests, REQUESTS: tl.constexpr):
+    """Zero those of the rows before ``end`` that belong to no request, every program its share."""
+    slot = tl.arange(0, REQUESTS)
+    inside = slot < requests
+    kind = tl.load(request_mode + slot, mask=inside, other=IDLE)
+    count = tl.load(row_count + slot, mask=inside & (kind != IDLE), other=0)
+    start = tl.load(row_start + slot, mask=inside, other=0)
+    for row in range(tl.program_id(0), end, tl.num_programs(0)):
+        owned = tl.sum(((start <= row) & (row < start + count)).to(tl.int32), 0)
+        if owned == 0:
+            clear_row(out, row, width)

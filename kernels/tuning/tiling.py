@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from .device import DeviceLimits
-from .ops import SCORED_PAIRS
-from .step_kind import StepKind
+from ..device import DeviceLimits
+from ..ops import SCORED_PAIRS
+from ..step_kind import StepKind
 
 _REGISTERS = 65536
 """Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""

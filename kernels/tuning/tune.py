@@ -1,7 +1,7 @@
 """Measures tile sizes of the attention kernel on the present GPU and keeps the best in the user's file.
 
-    python -m sparsespec_compile.kernels.tune --heads 32 8 128
-    python -m sparsespec_compile.kernels.tune --heads 28 4 128 --dtype float16 --output tiles.json
+    python -m sparsespec_compile.kernels.tuning --heads 32 8 128
+    python -m sparsespec_compile.kernels.tuning --heads 28 4 128 --dtype float16 --output tiles.json
 
 Candidates are compiled first, in several processes, then timed one after the other on steps of this project, for each
 kind of step its own: plain decoding and drafting, verifying and a mix with scores and without, a prompt. The best has
@@ -26,15 +26,14 @@ from rich.table import Table
 from tqdm import tqdm
 from triton.errors import TritonError
 
-from .device import device_limits
-from .errors import KernelUnavailableError
-from .measure import Call, replay_ms
-from .ops import Mode
-from .step_kind import LARGE_STEP_PAIRS, StepKind, promised
+from ..attention.launcher import dual_mode_attention
+from ..device import device_limits
+from ..errors import KernelUnavailableError
+from ..ops import Mode
+from ..step_kind import LARGE_STEP_PAIRS, StepKind, promised
+from .measure import Call, Heads, Step, Work, make_step, replay_ms
+from .table import cache_path, can_be_kept, entry_key, save
 from .tiling import Layer, Tiling, default_tiling
-from .triton_attention import dual_mode_attention
-from .tuning import cache_path, can_be_kept, entry_key, save
-from .workload import Heads, Step, Work, make_step
 
 STEPS: dict[StepKind, dict[str, list[Work]]] = {
     StepKind.SINGLE_ROWS: {
@@ -199,7 +198,3 @@ def _changes(tiling: Tiling, default: Tiling) -> str:
     values = asdict(default)
     changed = [f"{name} {value}" for name, value in asdict(tiling).items() if value != values[name]]
     return ", ".join(changed) or "default"
-
-
-if __name__ == "__main__":
-    main()

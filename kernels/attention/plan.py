@@ -9,8 +9,8 @@ bytes are shared out evenly however lengths are mixed, and a unit may be split o
 import triton
 import triton.language as tl
 
-from . import ops
-from .triton_tiles import DRAFT, IDLE, VERIFY
+from .. import ops
+from .tiles import DRAFT, IDLE, VERIFY
 
 MEASURING_POSITIONS = tl.constexpr(ops.MEASURING_POSITIONS)
 MEASURING_PILLARS = tl.constexpr(ops.MEASURING_PILLARS)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_select
+from ..checks import check_select
 
 
 def select_pillars(

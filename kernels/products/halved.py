@@ -9,7 +9,7 @@ whoever reads the product does it (benchmarks/LOG.md, 2026-11-26, night).
 import torch
 from torch import Tensor
 
-from .checks import check_product
+from ..checks import check_product
 
 FEW_ROWS = 256
 """Rows up to which halves are taken. With more the product is bound by computing, and whole."""

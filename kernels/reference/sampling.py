@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_draw
-from .philox import gumbel_noise
+from ..checks import check_draw
+from ..sampling.philox import gumbel_noise
 
 
 def draw_tokens(

@@ -7,8 +7,8 @@ heads. Float64 inputs are computed in float64, everything else in float32.
 import torch
 from torch import Tensor
 
-from .checks import check_attention, check_site
-from .ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
+from ..checks import check_attention, check_site
+from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
 
 _ROW_BLOCK = 512
 """Rows of a request computed at once: bounds the logits of a long prompt, and skips keys that none of them may see."""

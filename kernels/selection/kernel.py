@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_select
-from .device import device_limits
-from .triton_plan import locate
+from ..attention.plan import locate
+from ..checks import check_select
+from ..device import device_limits
 
 CHUNK = 1024
 """Scores that a program reads at a time: 8 a thread."""

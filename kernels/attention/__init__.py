@@ -1,0 +1,1 @@
+"""The dual-mode attention on CUDA, in Triton. ``launcher`` is the way in."""

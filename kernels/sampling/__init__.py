@@ -1,0 +1,1 @@
+"""Drawing tokens: noise that any device computes alike, and the Triton kernels for CUDA."""

@@ -1,0 +1,1 @@
+"""The selection of the pillars on CUDA, in Triton."""

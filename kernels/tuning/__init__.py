@@ -1,0 +1,1 @@
+"""Tile sizes of the attention kernel: what they mean, which are taken, how the best are found."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import rich
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.advice.ceilings import Ceilings
@@ -17,16 +17,18 @@ from sparsespec_compile.errors import (
     ConfigError,
     CopyError,
     PoolTooSmallError,
+    PromptError,
     SamplingError,
+    StaleParametersError,
     StoppedError,
     UnsupportedModelError,
 )
+from sparsespec_compile.passes.capture.positions import has_position_table
 from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.report import CompileReport
-from sparsespec_compile.requests.generation_config import resolve_generation, token_ids
-from sparsespec_compile.requests.prompts import pad, shape_of, unpad
-from sparsespec_compile.requests.reader import Prompt, RequestReader
-from sparsespec_compile.requests.sampling_params import Completion, SamplingParams
+from sparsespec_compile.requests.prompts import Prompt, pad
+from sparsespec_compile.requests.reader import RequestReader, Sampling
+from sparsespec_compile.requests.sampling_params import Completion
 from sparsespec_compile.requests.stop_strings import Decoder
 from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.engine import Engine
@@ -77,18 +79,79 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
 class OptimizedModel:
     """A compiled model. Build it with `optimize`.
 
+    It has what transformers' pipelines and other callers of `generate` read of a model (`config`, `generation_config`,
+    `device`, `dtype`, `can_generate()` and so on), so it can take the model's place there:
+    `pipeline("text-generation", model=fast, tokenizer=tokenizer)`. The pipeline logs that it does not know the class.
+
     Attributes:
         model: the HuggingFace model, unchanged; its parameters are the ones in use.
-        config: the settings.
+        spec_config: the settings of `optimize`.
         report: what the compiler did: passes, attention sites, fused projections.
     """
 
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    output_modalities = ("text",)
+
     def __init__(self, model: PreTrainedModel, config: SpecConfig) -> None:
         self.model = model
-        self.config = config
+        self.spec_config = config
         self._compiled, target = compile_target(model, config)
+        self._positions_end = has_position_table(self._compiled.graph_module)
         self.report: CompileReport = self._compiled.report
         self._engine = Engine(target, config)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The HuggingFace model's own configuration. That of `optimize` is `spec_config`."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The HuggingFace model's own generation settings; changes take effect with the next call."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.model.generation_config = value
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.model.dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the HuggingFace model was loaded from; empty if it was not."""
+        return self.model.name_or_path or ""
+
+    def can_generate(self) -> bool:
+        """True."""
+        return True
+
+    def eval(self) -> "OptimizedModel":
+        """Put the HuggingFace model in evaluation mode; returns self. What was compiled always is."""
+        self.model.eval()
+        return self
+
+    def to(self, device: torch.device | str | int) -> "OptimizedModel":
+        """Return self if the model is on `device`: for callers that place every model.
+
+        Raises:
+            StaleParametersError: it is on another one. Parameters in use cannot move.
+        """
+        wanted = torch.empty(0, device=device).device
+        if wanted != self.device:
+            raise StaleParametersError(
+                f"A compiled model stays on its device, {self.device}, got to({device!r}). Move the HuggingFace model "
+                "first and call optimize on it."
+            )
+        return self
 
     @property
     def stats(self) -> Stats:
@@ -97,61 +160,66 @@ class OptimizedModel:
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
+        inputs: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         streamer: "BaseStreamer | None" = None,
+        tokenizer: Decoder | None = None,
         **arguments: Any,
     ) -> Tensor:
         """Continue prompts; the text is the one that decoding token by token gives.
 
         Args:
-            input_ids: int64 [batch, width] on the model's device, padded on the left.
+            input_ids: int64 or int32 [batch, width] on the model's device, padded on the left; None = one prompt that
+                is bos_token_id, as in HuggingFace.
             attention_mask: [batch, width], 0 = padding; None = the padding token is padding, as in HuggingFace.
             generation_config: overrides the model's own.
-            seed: for sampling. One integer for the batch, from which each request's own seed is derived; a sequence
-                with each request's own, which reproduces its text in any batch; None draws one from torch's generator.
+            inputs: HuggingFace's other name for `input_ids`.
+            seed: for sampling. One integer is the seed of the batch, from which each row's own is derived: equal
+                prompts get different texts. (`SamplingParams.seed` is the seed of a text instead.) A sequence holds the
+                seed of each row's text, which reproduces it in any batch; None draws one from torch's generator.
             streamer: told of a single prompt's tokens as they become final, as in HuggingFace.
+            tokenizer: decodes tokens for stop_strings.
             **arguments: fields of `GenerationConfig`: max_new_tokens, max_length, do_sample, temperature, top_k, top_p,
-                min_p, eos_token_id, pad_token_id, with HuggingFace's meaning and defaults (top_k is 50 unless given).
-                temperature, top_k, top_p and min_p may be sequences with a value for each request. Fields that would
-                change the text in other ways are refused unless they are switched off.
+                min_p, num_return_sequences, eos_token_id, pad_token_id, bos_token_id, stop_strings, with HuggingFace's
+                meaning and defaults (top_k is 50 unless given). temperature, top_k, top_p and min_p may be sequences
+                with a value for each prompt. Fields that would change the text in other ways are refused unless they
+                are switched off, and so are the other arguments of HuggingFace's `generate` (logits_processor,
+                stopping_criteria and so on) unless they are None, False or empty.
 
         Returns:
-            int64 [batch, width + longest new text], each row its prompt, its new tokens with the stop token, padding.
+            int64 [batch * num_return_sequences, width + longest new text], each row its prompt, its new tokens with the
+            stop token, padding. The texts of a prompt stand beside each other.
 
         Raises:
             PromptError: prompts of a wrong type, shape, device, padding or vocabulary, or empty.
             SamplingError: unknown, unsupported or impossible arguments.
-            ContextLengthError: prompt and new tokens exceed the model's positions.
+            ContextLengthError: prompt and new tokens exceed the positions that the model can compute.
             PoolTooSmallError: a request does not fit the KV pool.
             EngineBusyError: a stream of this model is open.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
             StoppedError: `stop` was called meanwhile.
+
+        Warns:
+            ContextLengthWarning: prompt and new tokens may exceed the positions that a rotary model is made for.
         """
         self._compiled.parameters.require()
-        reader = self._reader()
-        batch, width = shape_of(input_ids)
-        generation = resolve_generation(
-            self.model.generation_config, generation_config, arguments, batch=batch, prompt_width=width, seed=seed
+        if input_ids is not None and inputs is not None:
+            raise PromptError("generate got both input_ids and inputs, which name the same: pass one of them.")
+        batch = self._reader(tokenizer).read_padded(
+            inputs if input_ids is None else input_ids, attention_mask, generation_config, arguments, seed
         )
-        device = self._engine.target.device
-        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, device, reader.vocabulary)
-        requests = [
-            Request(prompt, generation.max_new_tokens, params, generation.stop_tokens)
-            for prompt, params in zip(prompts, generation.params, strict=True)
-        ]
-        reader.check_context(requests)
-        self._run(requests, input_ids, streamer)
-        _require_complete(requests)
-        return pad(input_ids, [request.output for request in requests], generation.pad_token)
+        self._run(batch.requests, batch.input_ids, streamer)
+        _require_complete(batch.requests)
+        return pad(batch.input_ids, [request.output for request in batch.requests], batch.pad_token)
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling: Sampling = None,
         *,
         tokenizer: Decoder | None = None,
         progress: bool = False,
@@ -159,8 +227,10 @@ class OptimizedModel:
         """Continue many prompts of any lengths; further ones start as earlier ones end.
 
         Args:
-            prompts: token ids of each prompt.
-            sampling: for all prompts, or one for each; None = `SamplingParams()`, greedy.
+            prompts: token ids of each prompt: a list, a NumPy array or a tensor of integers.
+            sampling: for all prompts, or one for each. `SamplingParams` say everything about drawing, length and number
+                of texts; None = the model's `generation_config` does, as in `generate`, with 512 new tokens where it
+                names no length. What else `generation_config` asks for (repetition_penalty) is refused by name.
             tokenizer: decodes tokens for stop strings.
             progress: whether to show a progress bar.
 
@@ -178,7 +248,7 @@ class OptimizedModel:
     def as_completed(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling: Sampling = None,
         *,
         tokenizer: Decoder | None = None,
         progress: bool = False,
@@ -189,7 +259,7 @@ class OptimizedModel:
     def stream(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling: Sampling = None,
         *,
         tokenizer: Decoder | None = None,
         progress: bool = False,
@@ -249,10 +319,13 @@ class OptimizedModel:
 
     def _reader(self, tokenizer: Decoder | None = None) -> RequestReader:
         config = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
         return RequestReader(
             int(config.vocab_size),
-            getattr(config, "max_position_embeddings", None),
-            frozenset(token_ids("eos_token_id", self.model.generation_config.eos_token_id)),
+            self._engine.target.device,
+            positions,
+            positions if self._positions_end else None,
+            self.model.generation_config,
             tokenizer,
         )
 
@@ -273,7 +346,7 @@ class OptimizedModel:
         """
         cost = graph_cost(self._compiled.graph_module)
         device = self._engine.target.device if device is None else device
-        explanation = explain(cost, self.config, lengths, batch, device)
+        explanation = explain(cost, self.spec_config, lengths, batch, device)
         rich.print(explanation)
         return explanation
 

@@ -53,7 +53,11 @@ class MemoryPlanError(PoolTooSmallError):
 
 
 class ContextLengthError(SparseSpecError, ValueError):
-    """Prompt and new tokens together exceed the positions the model was built for."""
+    """Prompt and new tokens together exceed the positions that the model can compute."""
+
+
+class ContextLengthWarning(UserWarning):
+    """Prompt and new tokens together may exceed the positions that a rotary model is made for."""
 
 
 class CopyError(SparseSpecError, TypeError):
@@ -75,6 +79,7 @@ __all__ = [
     "CompileError",
     "ConfigError",
     "ContextLengthError",
+    "ContextLengthWarning",
     "CopyError",
     "CostModelError",
     "EncoderDecoderError",

@@ -8,8 +8,9 @@ from types import TracebackType
 from tqdm import tqdm
 
 from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError, PromptError
-from sparsespec_compile.requests.reader import Prompt, RequestReader
-from sparsespec_compile.requests.sampling_params import Completion, SamplingParams
+from sparsespec_compile.requests.prompts import Prompt
+from sparsespec_compile.requests.reader import RequestReader, Sampling
+from sparsespec_compile.requests.sampling_params import Completion
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.session import Session
@@ -68,9 +69,7 @@ class TokenStream:
         else:
             self._pieces.close()
 
-    def add(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[int]:
+    def add(self, prompts: Sequence[Prompt], sampling: Sampling = None) -> list[int]:
         """Queue more prompts; returns their numbers, which count on from the earlier ones.
 
         Raises:
@@ -104,7 +103,7 @@ class _Texts:
         self._session: Session | None = None
         self.ended = False
 
-    def add(self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None) -> list[int]:
+    def add(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[int]:
         """`TokenStream.add`."""
         if self.ended or (self._session is not None and self._session.closed):
             raise EngineBusyError("This stream has ended; open another one for more prompts.")

@@ -5,12 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import sparsespec_compile as ss
 from sparsespec_compile.errors import (
     ConfigError,
     ContextLengthError,
+    ContextLengthWarning,
     CopyError,
     PoolTooSmallError,
     PromptError,
@@ -21,6 +22,7 @@ from sparsespec_compile.errors import (
 )
 
 from .support.models import VOCABULARY, left_padded, tiny
+from .support.tokenizer import letters
 
 NEW = 40
 
@@ -66,6 +68,14 @@ class TestAsHuggingFace:
         monkeypatch.setattr(model.generation_config, "max_new_tokens", 11)
         monkeypatch.setattr(model.generation_config, "eos_token_id", 5)
         assert torch.equal(fast.generate(**batch), model.generate(**batch, do_sample=False))
+
+    def test_other_ways_to_give_prompts(self, model, fast, batch, monkeypatch):
+        expected = fast.generate(**batch, max_new_tokens=5)
+        mask = batch["attention_mask"]
+        assert torch.equal(fast.generate(inputs=batch["input_ids"], attention_mask=mask, max_new_tokens=5), expected)
+        assert torch.equal(fast.generate(batch["input_ids"].int(), mask, max_new_tokens=5), expected)
+        monkeypatch.setattr(model.generation_config, "bos_token_id", 7)
+        assert torch.equal(fast.generate(max_new_tokens=5), model.generate(max_new_tokens=5, do_sample=False))
 
     def test_prompts_without_a_mask(self, model, fast):
         input_ids = left_padded(9, 9)[0]
@@ -178,11 +188,6 @@ class TestSampling:
             )
             assert torch.equal(together[i], alone[0])
 
-    def test_greedy_requests_beside_sampled_ones(self, fast, batch):
-        mixed = fast.generate(**batch, max_new_tokens=NEW, do_sample=True, temperature=[0.0, 1.0, 0.0], seed=5)
-        greedy = fast.generate(**batch, max_new_tokens=NEW)
-        assert mixed.eq(greedy).all(dim=1).tolist() == [True, False, True]
-
     def test_top_k_is_huggingfaces_50_unless_given(self, fast, batch):
         settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 5.0, "seed": 1}
         default = fast.generate(**batch, **settings)
@@ -191,84 +196,65 @@ class TestSampling:
 
 
 IDS = torch.tensor([[3, 4, 5]])
-ALLOWED = {"max_new_tokens": 4}
+
+
+class TestStopStrings:
+    @pytest.fixture(scope="class")
+    def tokenizer(self):
+        return letters()
+
+    @pytest.mark.parametrize("place", [0, 1, 6, 7])
+    def test_texts_end_where_huggingfaces_end(self, model, fast, batch, tokenizer, place):
+        """At the first token, where the string begins in the prompt; within tokens; across them.
+
+        HuggingFace pads behind a text only where there is a stop token, too.
+        """
+        texts = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        width = batch["input_ids"].shape[1]
+        string = tokenizer.decode(texts[2, width - 1 :])[2 * place + 1 : 2 * place + 3 + place % 2]
+        settings = {"max_new_tokens": NEW, "stop_strings": ["never there", string], "tokenizer": tokenizer}
+        settings |= {"eos_token_id": min(set(range(VOCABULARY)) - set(texts.flatten().tolist())), "pad_token_id": 0}
+        expected = model.generate(**batch, **settings, do_sample=False)
+        assert expected[2, width + place :].ne(0).sum() == 1
+        assert torch.equal(fast.generate(**batch, **settings), expected)
+
+
+class TestNumReturnSequences:
+    def test_each_is_the_text_of_its_seed(self, fast, batch):
+        settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 0.8}
+        together = fast.generate(**batch, **settings, num_return_sequences=2, seed=[1, 2, 3, 4, 5, 6])
+        rows = {name: value.repeat_interleave(2, dim=0) for name, value in batch.items()}
+        assert torch.equal(together, fast.generate(**rows, **settings, seed=[1, 2, 3, 4, 5, 6]))
+        assert len({tuple(row) for row in together.tolist()}) == 6
 
 
 class TestRefusals:
-    @pytest.fixture(autouse=True)
-    def still_usable(self, model, fast, batch):
-        """Whatever was refused, the object works on."""
-        yield
+    """The whole list is in `tests/requests/`."""
+
+    def test_whatever_was_refused_the_model_works_on(self, model, fast, batch):
         expected = model.generate(**batch, max_new_tokens=5, do_sample=False)
-        assert torch.equal(fast.generate(**batch, max_new_tokens=5), expected)
+        for error, arguments in [
+            (PromptError, {"input_ids": IDS[0]}),
+            (PromptError, {**batch, "inputs": IDS}),
+            (SamplingError, {**batch, "num_beams": 4}),
+            (SamplingError, {**batch, "max_new_tokens": 0}),
+        ]:
+            with pytest.raises(error):
+                fast.generate(**{"max_new_tokens": 5, **arguments})
+            assert torch.equal(fast.generate(**batch, max_new_tokens=5), expected)
 
-    @pytest.mark.parametrize(
-        ("input_ids", "mask", "message"),
-        [
-            (torch.zeros(1, 0, dtype=torch.int64), None, "empty.*at least one token"),
-            (torch.zeros(0, 3, dtype=torch.int64), None, "empty"),
-            (IDS, torch.zeros_like(IDS), "Prompt 0 is empty"),
-            (IDS.int(), None, r"torch.int64, got torch.int32.*\.long\(\)"),
-            (IDS.float(), None, "torch.int64, got torch.float32"),
-            (IDS[0], None, r"\[batch, width\], got \[3\]"),
-            (IDS.tolist(), None, "must be a tensor.*got list"),
-            (IDS.to("meta"), None, r"is on meta, the model on cpu.*\.to\('cpu'\)"),
-            (IDS, torch.ones(1, 2), r"shape \[1, 2\], input_ids \[1, 3\]"),
-            (IDS, torch.tensor([[1, 1, 0]]), "Pad on the left"),
-            (IDS, torch.tensor([[1, 0, 1]]), "Pad on the left"),
-            (IDS + VOCABULARY, None, rf"token {VOCABULARY + 5}; the model has tokens 0 to {VOCABULARY - 1}"),
-            (IDS - 9, None, "token -6"),
-        ],
-    )
-    def test_prompts(self, fast, input_ids, mask, message):
-        with pytest.raises(PromptError, match=message):
-            fast.generate(input_ids, mask, **ALLOWED)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"temprature": 1.0}, "unknown argument.*temprature.*temperature, top_k"),
-            ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number in.*nan"),
-            ({"do_sample": True, "temperature": 0.0}, "do_sample=False for greedy"),
-            ({"do_sample": True, "temperature": [1.0, 1.0]}, "2 values for 1 requests"),
-            ({"do_sample": True, "top_p": 1.5}, "top_p must be"),
-            ({"do_sample": True, "top_k": -3}, "top_k must be"),
-            ({"do_sample": True, "seed": -1}, "seed must be"),
-            ({"do_sample": True, "seed": [1, 2, 3]}, "3 values for 1 requests"),
-            ({"num_beams": 4}, "num_beams=4 is not supported.*num_beams=1"),
-            ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
-            ({"bad_words_ids": [[3]]}, "bad_words_ids.*nothing that is asked for is ignored"),
-            ({"stop_strings": "a"}, "stop_strings"),
-            ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1 here, got 0"),
-            ({"max_new_tokens": 2.5}, "got 2.5"),
-            ({"max_new_tokens": None, "max_length": 3}, "max_length must be an integer of at least 4 here, got 3"),
-            ({"max_length": "20", "max_new_tokens": None}, "max_length must be an integer"),
-            ({"do_sample": "no"}, "do_sample must be True or False, got 'no'"),
-            ({"do_sample": True, "temperature": 1e-38}, "temperature must be a number in"),
-            ({"do_sample": True, "temperature": 1e39}, "temperature must be a number in"),
-            ({"eos_token_id": 2.7}, "eos_token_id must be a token id.*2.7"),
-            ({"eos_token_id": ["a"]}, "eos_token_id must be a token id"),
-            ({"pad_token_id": -1}, "pad_token_id must be a token id"),
-            ({"pad_token_id": [0, 1]}, "pad_token_id must be one token"),
-            ({"cache_implementation": "quantized"}, "would change the text"),
-            ({"generation_config": {"max_new_tokens": 3}}, "generation_config must be a GenerationConfig, got dict"),
-        ],
-    )
-    def test_arguments(self, fast, arguments, message):
-        with pytest.raises(SamplingError, match=message):
-            fast.generate(IDS, **{**ALLOWED, **arguments})
-
-    def test_neutral_values_of_unsupported_arguments_pass(self, fast):
-        text = fast.generate(IDS, **ALLOWED, num_beams=1, repetition_penalty=1.0, use_cache=True, output_scores=False)
-        assert torch.equal(text, fast.generate(IDS, **ALLOWED))
+    def test_the_models_own_settings_are_refused_in_batches_as_in_generate(self, fast, monkeypatch):
+        monkeypatch.setattr(fast.generation_config, "repetition_penalty", 1.05)
+        with pytest.raises(SamplingError, match=r"repetition_penalty=1.05"):
+            fast.generate(IDS)
+        for call in (fast.generate_batch, fast.stream, lambda *given: list(fast.as_completed(*given))):
+            for sampling in (None, ss.SamplingParams(max_new_tokens=3)):
+                with pytest.raises(SamplingError, match=r"model.generation_config.repetition_penalty=1.05"):
+                    call([[3, 4]], sampling)
 
     def test_pool_too_small_for_a_request(self, fast):
         with pytest.raises(PoolTooSmallError, match=r"needs 1022 tokens|needs 1025 tokens.*holds 1024"):
             ss.optimize(fast.model, ss.SpecConfig(pool_tokens=1008)).generate(IDS, max_new_tokens=1019)
-
-    def test_longer_than_the_models_positions(self, fast):
-        with pytest.raises(ContextLengthError, match=r"need 1025 positions, the model has 1024"):
-            fast.generate(IDS, max_new_tokens=1022)
 
     def test_config_of_a_wrong_type(self, model):
         with pytest.raises(ConfigError, match="got dict"):
@@ -282,6 +268,28 @@ class TestRefusals:
     def test_model_on_no_device(self):
         with pytest.raises(UnsupportedModelError, match="meta"):
             ss.optimize(tiny("llama").to("meta"))
+
+
+class TestPositions:
+    def test_rotary_ones_go_on_with_a_warning_as_in_huggingface(self):
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+        model = tiny("llama", num_hidden_layers=1, max_position_embeddings=32, rope_parameters=rope)
+        fast = ss.optimize(model, ss.SpecConfig(draft_tokens=3, min_budget=6))
+        expected = model.generate(IDS, max_new_tokens=50, do_sample=False)
+        with pytest.warns(ContextLengthWarning, match="may need 53 positions, the model is made for 32"):
+            assert torch.equal(fast.generate(IDS, max_new_tokens=50), expected)
+        assert torch.equal(fast.generate(IDS), model.generate(IDS, do_sample=False))
+
+    def test_learned_ones_end(self):
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=None)
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval()
+        fast = ss.optimize(model)
+        expected = model.generate(IDS, max_new_tokens=29, do_sample=False)
+        assert torch.equal(fast.generate(IDS, max_new_tokens=29), expected)
+        for call in (lambda: fast.generate(IDS, max_new_tokens=30), lambda: fast.capture(1, 33)):
+            with pytest.raises(ContextLengthError, match="need 33 positions, the model has learned 32"):
+                call()
 
 
 def test_weights_changed_in_place_take_effect():

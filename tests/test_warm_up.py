@@ -109,19 +109,19 @@ def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     fast = ss.optimize(
         tiny("gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
     )
-    attention = [call for call in calls_of(fast._compiled, fast.config) if isinstance(call, Attention)]
+    attention = [call for call in calls_of(fast._compiled, fast.spec_config) if isinstance(call, Attention)]
     assert sorted(call.window for call in attention) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("settings", [{"drafter": "window"}, {"drafter": "full"}, {"draft_tokens": 0}])
 def test_what_selects_no_pillars_compiles_no_selection(settings):
     fast = ss.optimize(tiny("qwen3"), ss.SpecConfig(**settings))
-    assert not any(isinstance(call, Selection) for call in calls_of(fast._compiled, fast.config))
+    assert not any(isinstance(call, Selection) for call in calls_of(fast._compiled, fast.spec_config))
 
 
 def test_the_default_dtype_does_not_matter():
     fast = ss.optimize(tiny("qwen3"))
-    calls = calls_of(fast._compiled, fast.config)
+    calls = calls_of(fast._compiled, fast.spec_config)
     torch.set_default_dtype(torch.bfloat16)
     try:
         for call in calls:
@@ -222,7 +222,7 @@ def test_a_generation_compiles_no_kernel_of_the_first_steps(family, settings, mo
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
     model = tiny(family, num_attention_heads=8).cuda()
     fast = ss.optimize(model, ss.SpecConfig(**settings))
-    attention = [call for call in calls_of(fast._compiled, fast.config) if isinstance(call, Attention)]
+    attention = [call for call in calls_of(fast._compiled, fast.spec_config) if isinstance(call, Attention)]
     assert compiled.count("attention_kernel") == len(attention)
     compiled.clear()
     fast.generate_batch([list(range(2, 40)), list(range(2, 90))], ss.SamplingParams(max_new_tokens=30))

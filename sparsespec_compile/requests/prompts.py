@@ -1,9 +1,51 @@
-"""HuggingFace's left-padded batches, in and out."""
+"""Prompts as callers give them: ragged lists, and HuggingFace's left-padded batches, in and out."""
 
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsespec_compile.errors import PromptError
+
+Prompt = Sequence[int] | Tensor | np.ndarray
+"""Token ids: a sequence of integers, Python's or NumPy's, or an array or tensor [tokens] of integers on any device."""
+
+_ENCODE = "Encode texts with the model's tokenizer: tokenizer(text).input_ids."
+
+
+def token_list(index: int, prompt: Prompt, vocabulary: int) -> list[int]:
+    """The tokens of prompt number `index` of a batch.
+
+    Raises:
+        PromptError: not token ids, an empty prompt, or tokens outside [0, vocabulary).
+    """
+    tokens = _integers(index, prompt)
+    if not tokens or not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise PromptError(
+            f"Prompt {index} is empty or holds tokens outside 0 to {vocabulary - 1}, the model's. Use its own "
+            "tokenizer; for an empty prompt give its bos_token_id."
+        )
+    return tokens
+
+
+def _integers(index: int, prompt: Any) -> list[int]:
+    if isinstance(prompt, Tensor | np.ndarray):
+        floating = prompt.is_floating_point() if isinstance(prompt, Tensor) else prompt.dtype.kind not in "iu"
+        if floating or prompt.dtype == torch.bool or prompt.ndim != 1:
+            raise PromptError(
+                f"Prompt {index} must be a one-dimensional array of integers, token ids, got {prompt.dtype} of shape "
+                f"{list(prompt.shape)}. {_ENCODE}"
+            )
+        return [int(token) for token in prompt.tolist()]
+    if not isinstance(prompt, str) and isinstance(prompt, Sequence):
+        if all(type(token) is int for token in prompt):
+            return list(prompt)
+        if all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt):
+            return [int(token) for token in prompt]
+    raise PromptError(f"Prompt {index} must be a sequence of token ids, got {prompt!r:.80}. {_ENCODE}")
 
 
 def unpad(
@@ -12,7 +54,7 @@ def unpad(
     """The prompts of a left-padded batch, without their padding.
 
     Args:
-        input_ids: int64 [batch, width].
+        input_ids: int64 or int32 [batch, width].
         attention_mask: [batch, width], zeros then ones in each row; None = zero where `padding` stands.
         padding: the token that is padding where there is no mask; None = there is no padding.
         device: where the model is.
@@ -22,8 +64,10 @@ def unpad(
         PromptError: wrong type, shape or device, padding that is not on the left, an empty prompt, unknown tokens.
     """
     _check_tensor("input_ids", input_ids, device)
-    if input_ids.dtype != torch.int64:
-        raise PromptError(f"input_ids must be torch.int64, got {input_ids.dtype}. Convert them with .long().")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise PromptError(
+            f"input_ids must be torch.int64 or torch.int32, got {input_ids.dtype}. Convert them with .long()."
+        )
     if input_ids.numel() == 0:
         raise PromptError(
             f"input_ids is empty, shape {list(input_ids.shape)}. Each prompt needs at least one token, for example the "
@@ -50,7 +94,7 @@ def pad(input_ids: Tensor, outputs: list[list[int]], pad_token: int | None) -> T
     new = torch.full((len(outputs), longest), fill, dtype=torch.int64)
     for row, output in zip(new, outputs, strict=True):
         row[: len(output)] = torch.tensor(output)
-    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+    return torch.cat([input_ids.long(), new.to(input_ids.device)], dim=1)
 
 
 def shape_of(value: Tensor, name: str = "input_ids") -> tuple[int, int]:

@@ -1,19 +1,46 @@
 """Prompts and settings, as a caller gives them, read into requests or refused."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
-from sparsespec_compile.errors import ContextLengthError, PromptError, SamplingError
+from sparsespec_compile.errors import ContextLengthError, ContextLengthWarning, PromptError, SamplingError
+from sparsespec_compile.requests.generation_config import (
+    default_sampling,
+    merge_settings,
+    require_supported,
+    resolve_generation,
+    strings,
+    token_ids,
+)
+from sparsespec_compile.requests.prompts import Prompt, shape_of, token_list, unpad
 from sparsespec_compile.requests.sampling_params import SamplingParams
 from sparsespec_compile.requests.stop_strings import Decoder, StopStrings
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.sampling import derive_seed
 
-Prompt = Sequence[int] | Tensor
-"""Token ids: a sequence of integers, or an int64 tensor [tokens]."""
+Sampling = SamplingParams | Sequence[SamplingParams | None] | None
+"""How prompts are continued: all alike, or each in its own way; None = as the model's `generation_config` says."""
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """A left-padded batch, read.
+
+    Attributes:
+        input_ids: the prompts, int64 or int32 [texts, width], each as often as it has texts.
+        requests: one for each row.
+        pad_token: fills the output behind a text; None = there is no such token.
+    """
+
+    input_ids: Tensor
+    requests: list[Request]
+    pad_token: int | None
 
 
 @dataclass(frozen=True)
@@ -22,88 +49,160 @@ class RequestReader:
 
     Attributes:
         vocabulary: tokens lie in [0, vocabulary).
-        positions: tokens of the longest text, prompt included; None = not limited.
-        stop_tokens: the model's own end-of-sequence tokens.
+        device: where the model is, and padded batches are.
+        positions: the model's nominal positions (`config.max_position_embeddings`), for sizing; None = it has none.
+        limit: tokens of the longest text that the model can compute, prompt included; None = not limited. Learned
+            positions end there; rotary ones go on past `positions`.
+        defaults: the model's `generation_config`; None = it has none.
         tokenizer: decodes tokens for stop strings; None = there can be none.
     """
 
     vocabulary: int
-    positions: int | None
-    stop_tokens: frozenset[int]
+    device: torch.device
+    positions: int | None = None
+    limit: int | None = None
+    defaults: GenerationConfig | None = None
     tokenizer: Decoder | None = None
 
-    def read(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[list[Request]]:
-        """For each prompt, a request for each of its texts.
+    def read(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Request]]:
+        """For each prompt of any length, a request for each of its texts.
 
         Raises:
             PromptError: not a sequence of prompts, an empty prompt, or tokens outside of the vocabulary.
-            SamplingError: settings that do not fit the prompts, or stop strings without a tokenizer.
-            ContextLengthError: prompt and new tokens exceed the model's positions.
+            SamplingError: settings that do not fit the prompts, stop strings without a tokenizer, or a field of the
+                model's `generation_config` that is not supported.
+            ContextLengthError: prompt and new tokens exceed the model's learned positions.
         """
         if isinstance(prompts, str | Tensor) or not isinstance(prompts, Sequence):
             raise PromptError(
                 f"prompts must be a sequence of prompts, each a sequence of token ids, got {type(prompts).__name__}. "
                 "Encode texts with the model's tokenizer: tokenizer(texts).input_ids."
             )
-        settings = read_sampling(sampling, len(prompts))
-        tokens = [self._tokens(index, prompt) for index, prompt in enumerate(prompts)]
-        requests = [self._requests(*one) for one in zip(range(len(prompts)), tokens, settings, strict=True)]
+        require_supported(self.defaults)
+        settings = _sampling_of_each(sampling, len(prompts))
+        tokens = [token_list(index, prompt, self.vocabulary) for index, prompt in enumerate(prompts)]
+        requests = [self._texts(*one) for one in zip(range(len(prompts)), tokens, settings, strict=True)]
         self.check_context([request for texts in requests for request in texts])
         return requests
 
+    def read_padded(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        generation_config: GenerationConfig | None,
+        arguments: Mapping[str, Any],
+        seed: int | Sequence[int] | None,
+    ) -> PaddedBatch:
+        """The arguments of `generate`, which are HuggingFace's.
+
+        Args:
+            input_ids: None = one prompt that is the beginning-of-sequence token, as in HuggingFace.
+
+        Raises:
+            As `OptimizedModel.generate`.
+        """
+        settings = merge_settings(self.defaults, generation_config, arguments)
+        if input_ids is None:
+            input_ids = self._beginning(settings)
+        batch, width = shape_of(input_ids)
+        generation = resolve_generation(settings, batch=batch, prompt_width=width, positions=self.positions, seed=seed)
+        prompts = unpad(input_ids, attention_mask, generation.prompt_padding, self.device, self.vocabulary)
+        requests = [
+            Request(
+                prompts[nth // generation.texts],
+                generation.max_new_tokens,
+                params,
+                generation.stop_tokens,
+                self._stop_check("generate", generation.stop_strings, prompts[nth // generation.texts]),
+            )
+            for nth, params in enumerate(generation.params)
+        ]
+        self.check_context(requests)
+        return PaddedBatch(input_ids.repeat_interleave(generation.texts, dim=0), requests, generation.pad_token)
+
     def check_context(self, requests: Sequence[Request]) -> None:
-        """Refuse texts that are longer than the model's positions."""
+        """`check_length` for the longest of some texts."""
         self.check_length(max((request.max_length for request in requests), default=0))
 
     def check_length(self, longest: int) -> None:
-        """Refuse a text of `longest` tokens, prompt included, if it is longer than the model's positions."""
-        if self.positions is not None and longest > self.positions:
+        """Refuse a text of `longest` tokens, prompt included, that the model cannot compute; warn where it may be poor.
+
+        Raises:
+            ContextLengthError: it is longer than the model's learned positions.
+
+        Warns:
+            ContextLengthWarning: it may become longer than the model's nominal positions, which are rotary.
+        """
+        if self.limit is not None and longest > self.limit:
             raise ContextLengthError(
-                f"Prompt and max_new_tokens need {longest} positions, the model has {self.positions} "
-                "(config.max_position_embeddings). Lower max_new_tokens or shorten the prompt."
+                f"Prompt and max_new_tokens need {longest} positions, the model has learned {self.limit} and none "
+                "beyond. Lower max_new_tokens or shorten the prompt."
+            )
+        if self.positions is not None and longest > self.positions:
+            warnings.warn(
+                f"Prompt and max_new_tokens may need {longest} positions, the model is made for {self.positions} "
+                "(config.max_position_embeddings). Its rotary positions go on, but texts may be poor beyond. Lower "
+                "max_new_tokens, or set max_position_embeddings to what its rope_parameters are meant for.",
+                ContextLengthWarning,
+                stacklevel=2,
             )
 
-    def _tokens(self, index: int, prompt: Prompt) -> list[int]:
-        tokens = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-        if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not all(type(t) is int for t in tokens):
+    def _beginning(self, settings: Mapping[str, Any]) -> Tensor:
+        tokens = token_ids("bos_token_id", settings.get("bos_token_id"))
+        if len(tokens) != 1:
             raise PromptError(
-                f"Prompt {index} must be a sequence of token ids, got {prompt!r:.80}. Encode texts with the model's "
-                "tokenizer: tokenizer(text).input_ids."
+                f"There is no input_ids, and bos_token_id, which would be the prompt, is {settings.get('bos_token_id')}"
+                ". Pass input_ids, int64 [batch, width], or one bos_token_id."
             )
-        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
-            raise PromptError(
-                f"Prompt {index} is empty or holds tokens outside 0 to {self.vocabulary - 1}, the model's. Use its own "
-                "tokenizer; for an empty prompt give its bos_token_id."
-            )
-        return list(tokens)
+        return torch.tensor([tokens], device=self.device)
 
-    def _requests(self, index: int, prompt: list[int], params: SamplingParams) -> list[Request]:
-        check = None
-        if params.stop_strings:
-            if self.tokenizer is None or not callable(getattr(self.tokenizer, "decode", None)):
-                raise SamplingError(
-                    f"Prompt {index} has stop_strings {list(params.stop_strings)}, which need a tokenizer with decode, "
-                    f"got {type(self.tokenizer).__name__}: pass tokenizer=."
-                )
-            check = StopStrings(params.stop_strings, self.tokenizer)
+    def _texts(self, index: int, prompt: list[int], params: SamplingParams | None) -> list[Request]:
+        if params is None:
+            params = default_sampling(self.defaults, len(prompt), self.positions)
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
         seeds = [seed] if params.n == 1 else [derive_seed(seed, sample) for sample in range(params.n)]
-        stops = self.stop_tokens if params.stop_token_ids is None else frozenset(params.stop_token_ids)
+        stops, stop_strings = params.stop_token_ids, params.stop_strings
+        if stops is None:
+            stops = token_ids("eos_token_id", self._default("eos_token_id"))
+        if stop_strings is None:
+            stop_strings = strings("stop_strings", self._default("stop_strings"))
         return [
-            Request(prompt, params.max_new_tokens, params.draw(own), stops, check, params.logprobs) for own in seeds
+            Request(
+                prompt,
+                params.max_new_tokens,
+                params.draw(own),
+                frozenset(stops),
+                self._stop_check(f"Prompt {index}", tuple(stop_strings)),
+                params.logprobs,
+            )
+            for own in seeds
         ]
 
+    def _default(self, name: str) -> Any:
+        return getattr(self.defaults, name, None)
 
-def read_sampling(sampling: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
-    """One `SamplingParams` for each prompt."""
-    if sampling is None:
-        sampling = SamplingParams()
-    if isinstance(sampling, SamplingParams):
+    def _stop_check(self, who: str, stop_strings: tuple[str, ...], before: Sequence[int] = ()) -> StopStrings | None:
+        """One for each text, since it keeps the end of the text."""
+        if not stop_strings:
+            return None
+        if self.tokenizer is None or not callable(getattr(self.tokenizer, "decode", None)):
+            raise SamplingError(
+                f"{who} has stop_strings {list(stop_strings)}, which need a tokenizer with decode(token_ids), got "
+                f"{type(self.tokenizer).__name__}: pass tokenizer=."
+            )
+        return StopStrings(stop_strings, self.tokenizer, before)
+
+
+def _sampling_of_each(sampling: Sampling, prompts: int) -> Sequence[SamplingParams | None]:
+    if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling] * prompts
-    if not isinstance(sampling, Sequence) or not all(isinstance(one, SamplingParams) for one in sampling):
-        raise SamplingError(f"sampling must be SamplingParams or a sequence of them, got {sampling!r:.80}.")
+    if not isinstance(sampling, Sequence) or not all(
+        one is None or isinstance(one, SamplingParams) for one in sampling
+    ):
+        raise SamplingError(
+            f"sampling must be SamplingParams, a sequence with one for each prompt, or None for the model's own "
+            f"generation_config, got {sampling!r:.80}."
+        )
     if len(sampling) != prompts:
         raise SamplingError(f"sampling has {len(sampling)} entries for {prompts} prompts: give one for each, or one.")
-    return list(sampling)
+    return sampling

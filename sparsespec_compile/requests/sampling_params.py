@@ -1,4 +1,4 @@
-"""How a request of a batch is continued, and what comes back."""
+"""How a prompt is continued, and what comes back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,11 @@ from sparsespec_compile.runtime.sampling import DrawParams
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(Settings, error=SamplingError):
-    """How one prompt is continued. Frozen; every field is checked when it is built.
+    """How one prompt is continued. Frozen, so threads may share it; every field is checked when it is built.
+
+    Where a call is given `SamplingParams`, they say everything about drawing, length and number of texts: nothing of
+    that comes from the model's `generation_config`. Only what ends a text does, where `stop_token_ids` or
+    `stop_strings` is None.
 
     Args:
         max_new_tokens: new tokens at most.
@@ -21,10 +25,13 @@ class SamplingParams(Settings, error=SamplingError):
         top_k: 0 = off; k keeps the k most likely tokens.
         top_p: 1.0 = off; p in (0, 1) keeps the most likely tokens until their probabilities reach p.
         min_p: 0.0 = off; m in (0, 1] keeps tokens with at least m times the probability of the most likely.
-        seed: in [0, 2**63): with it, a text is a function of prompt and settings, in any batch. None: drawn from
-            torch's global generator.
+        seed: in [0, 2**63): the seed of the text. The text is a function of prompt, settings and seed, in any batch:
+            prompts that are equal and share one seed get equal texts. For texts that differ, use `n`, or give each
+            prompt `SamplingParams` with a seed of its own. (`generate(seed=7)` is a seed for the batch instead: each
+            row gets its own, derived from it.) None: drawn from torch's global generator, another for each prompt.
         stop_token_ids: the text ends with the first of these. None: the model's own end-of-sequence tokens.
-        stop_strings: the text ends with the token that completes one of these; needs a tokenizer.
+        stop_strings: the text ends with the token that completes one of these in the new text; needs a tokenizer. None:
+            the model's own, which few models have; (): none.
         logprobs: whether the natural log-probability of each token, under the model itself, is wanted.
         n: texts for this prompt. A single one takes `seed` itself, several take seeds of their own, derived from it.
 
@@ -39,7 +46,7 @@ class SamplingParams(Settings, error=SamplingError):
     min_p: float = 0.0
     seed: int | None = None
     stop_token_ids: Sequence[int] | None = None
-    stop_strings: Sequence[str] = ()
+    stop_strings: Sequence[str] | None = None
     logprobs: bool = False
     n: int = 1
 
@@ -50,7 +57,8 @@ class SamplingParams(Settings, error=SamplingError):
                 raise SamplingError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not isinstance(self.logprobs, bool):
             raise SamplingError(f"logprobs must be True or False, got {self.logprobs!r}.")
-        if not _is_list(self.stop_strings) or not all(isinstance(one, str) and one for one in self.stop_strings):
+        strings = () if self.stop_strings is None else self.stop_strings
+        if not _is_list(strings) or not all(isinstance(one, str) and one for one in strings):
             raise SamplingError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
         tokens = () if self.stop_token_ids is None else self.stop_token_ids
         if not _is_list(tokens) or not all(_is_token(one) for one in tokens):

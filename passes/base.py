@@ -10,17 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from transformers import PreTrainedModel
 
+from .compat import FakeTensorMode, ShapeEnv, python_dispatch
 from .errors import GraphInvariantError, PassMatchError
 from .layout import KVLayout
 from .report import CompileReport
@@ -125,17 +122,6 @@ def describe(node: Node) -> str:
     return f"{node.name} = {node.target}{shape}{module}"
 
 
-def symbolic_input(
-    mode: FakeTensorMode, name: str, sizes: tuple[int, ...], symbolic: tuple[bool, ...], dtype: torch.dtype, device: str
-) -> FakeTensor:
-    """A fake tensor for a new graph input: dimension i has the fixed size `sizes[i]`, or a symbol with that hint."""
-    kinds = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC for free in symbolic]
-    example = torch.empty(sizes, dtype=dtype, device=device)
-    return mode.from_tensor(
-        example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds), source=ConstantSource(name)
-    )
-
-
 def fake_mode(graph_module: GraphModule) -> FakeTensorMode:
     """The mode whose symbols the shapes of this graph are written in."""
     return next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
@@ -160,7 +146,7 @@ def fill(graph_module: GraphModule) -> None:
             )
             continue
         arguments, keywords = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        with fake_mode(graph_module), enable_python_dispatcher(), torch.no_grad():
+        with fake_mode(graph_module), python_dispatch(), torch.no_grad():
             node.meta["val"] = node.target(*arguments, **keywords)
 
 
@@ -183,7 +169,7 @@ def propagate(graph_module: GraphModule) -> None:
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     tracker = _Propagation(graph_module, fake_mode(graph_module))
     try:
-        with enable_python_dispatcher(), torch.no_grad():
+        with python_dispatch(), torch.no_grad():
             tracker.propagate_dont_convert_inputs(*inputs)
     except Exception as error:  # from any op's shape function: they raise what they like
         raise GraphInvariantError(

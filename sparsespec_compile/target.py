@@ -4,7 +4,6 @@ import os
 from functools import partial
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -12,6 +11,7 @@ from sparsespec_compile.advice.ceilings import ceilings_of
 from sparsespec_compile.advice.prediction import iteration_time
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import UnsupportedModelError
+from sparsespec_compile.passes.compat import triton_cache_dir
 from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.regions.compile_regions import CompiledForward
@@ -56,7 +56,7 @@ def _settle_kernel_cache(device: torch.device) -> None:
     Done before kernels are compiled beside it, so that they are always looked for in the same place.
     """
     if device.type == "cuda":
-        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
 
 
 def _compile_regions(compiled: CompiledModel) -> CompiledForward:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sparsespec_compile.kernels.ops import SparseSpecError, attention_site
 
+from ..compat import mask_function
 from ..errors import AttentionInterfaceError, ExportError, PositionError, UnsupportedAttentionError
 from .interface import IMPLEMENTATION, borrowed, recording
 from .sites import Site, causal_window, read_site
@@ -103,7 +104,7 @@ class _Rehearsal:
 
     def mask(self, options: dict) -> Tensor:
         marker = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool, device=options.get("device"))
-        self.windows[marker.data_ptr()] = (marker, causal_window(options["mask_function"]))
+        self.windows[marker.data_ptr()] = (marker, causal_window(mask_function(options)))
         return marker
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from ..compat import ATTENTION_SETTING, EXPERTS_SETTING, implementations
 from ..errors import AttentionInterfaceError
 
 IMPLEMENTATION = "sparsespec_capture"
@@ -79,13 +80,13 @@ def borrowed(model: PreTrainedModel, attention: str) -> Iterator[None]:
     way out, also after an error, each module has its own training flag, and each configuration its own settings, back.
     """
     training = [(module, module.training) for module in model.modules()]
-    configs = [(config, _settings(config)) for config in model_configs(model)]
+    configs = [(config, implementations(config)) for config in model_configs(model)]
     try:
         model.eval()
         for config, settings in configs:
-            config._attn_implementation_internal = attention
-            if settings["_experts_implementation_internal"] == "eager":
-                config._experts_implementation_internal = EXPERTS
+            setattr(config, ATTENTION_SETTING, attention)
+            if settings[EXPERTS_SETTING] == "eager":
+                setattr(config, EXPERTS_SETTING, EXPERTS)
         yield
     finally:
         for module, flag in training:
@@ -106,8 +107,3 @@ def model_configs(model: nn.Module) -> list[PreTrainedConfig]:
         found[id(config)] = config
         pending.extend(getattr(config, name, None) for name in config.sub_configs)
     return list(found.values())
-
-
-def _settings(config: PreTrainedConfig) -> dict[str, str | None]:
-    names = ("_attn_implementation_internal", "_experts_implementation_internal")
-    return {name: getattr(config, name) for name in names}

@@ -11,21 +11,19 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import sympy
 import torch
-import torch._inductor
-import torch.compiler.config
 from torch import SymInt, Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from sparsespec_compile.kernels import ops
 
 from ..base import shape_env
+from ..compat import compile_graph, conditions
 from ..errors import UncompiledStepWarning
 from .split import SplitGraph
 
@@ -35,28 +33,14 @@ Region = Callable[..., Sequence[Tensor]]
 RegionCompiler = Callable[[GraphModule, list[Tensor]], Region]
 """Takes a region's graph, which it may change, and fake tensors for its inputs."""
 
-_OPTIONS = {"combo_kernels": True}
-"""On a GPU, what does not depend on each other in one launch, as norm and rotation of queries and of keys."""
-
 OnCompiled = Callable[[int, int], object]
 """Told how many regions are compiled, and of how many."""
 
 
 def inductor(region: GraphModule, inputs: list[Tensor]) -> Region:
     """Compiles with TorchInductor, or takes from its cache on disk what another process has compiled."""
-    with _cache_of_these_ops():
-        return torch._inductor.compile(region, [*inputs], options=_OPTIONS)
-
-
-@contextmanager
-def _cache_of_these_ops() -> Iterator[None]:
-    """Makes our ops' fake implementations part of the key, since the cache does not look into them."""
-    before = torch.compiler.config.cache_key_tag
-    torch.compiler.config.cache_key_tag = before + hashlib.sha256(Path(ops.__file__).read_bytes()).hexdigest()
-    try:
-        yield
-    finally:
-        torch.compiler.config.cache_key_tag = before
+    # Inductor's cache does not look into the fake implementations of our ops, so they are made part of its key.
+    return compile_graph(region, inputs, tag=hashlib.sha256(Path(ops.__file__).read_bytes()).hexdigest())
 
 
 def compile_regions(
@@ -64,7 +48,7 @@ def compile_regions(
 ) -> CompiledForward:
     """Compiles each distinct region; the result has no compilation left to do."""
     environment = shape_env(split.graph_module)
-    known = len(environment.guards)
+    known = len(conditions(environment))
     compiled: dict[str, Region] = {}
     seconds: dict[str, float] = {}
     with torch.inference_mode(False), torch.no_grad():
@@ -74,7 +58,7 @@ def compile_regions(
             seconds[name] = time.perf_counter() - started
             if on_compiled is not None:
                 on_compiled(len(compiled), len(split.distinct))
-    sizes = StepSizes(split.graph_module, [guard.expr for guard in environment.guards[known:]])
+    sizes = StepSizes(split.graph_module, conditions(environment, known))
     return CompiledForward(split.graph_module, compiled, sizes, seconds)
 
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -34,6 +33,7 @@ from torch.fx.node import map_arg
 from sparsespec_compile.kernels.ops import dual_mode_attention
 
 from ..base import STATE_INPUTS, attribute, describe, input_node
+from ..compat import FakeTensor
 from ..errors import GraphInvariantError
 
 aten = torch.ops.aten

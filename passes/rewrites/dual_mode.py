@@ -27,7 +27,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
 
-from ..base import STATE_INPUTS, GraphPass, fake_mode, fill, find_calls, input_node, require_count, symbolic_input
+from ..base import STATE_INPUTS, GraphPass, fake_mode, fill, find_calls, input_node, require_count
+from ..compat import symbolic_input
 from ..errors import GraphInvariantError, UnsupportedAttentionError
 from ..layout import AttentionLayer
 

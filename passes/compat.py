@@ -1,0 +1,124 @@
+"""What the compiler relies on in torch and transformers without a promise of theirs, in one place.
+
+Each item is what an upgrade may change first. A test names it and shows that it still does what is relied on
+(`tests/passes/test_compat.py`). Where a change could go unnoticed, the item raises VersionError instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import sympy
+import torch
+import torch._inductor
+import torch.compiler.config
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._inductor.runtime import cache_dir_utils
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers import PreTrainedConfig
+
+from .errors import VersionError
+
+__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv"]
+
+ATTENTION_SETTING = "_attn_implementation_internal"
+EXPERTS_SETTING = "_experts_implementation_internal"
+"""Where a transformers configuration keeps the implementations that were chosen. The public properties of these
+settings check and propagate them, and so would change other configurations."""
+
+_INDUCTOR_OPTIONS = {"combo_kernels": True}
+"""On a GPU, independent kernels, such as norm and rotation of queries and of keys, share a launch."""
+
+
+def symbolic_input(
+    mode: FakeTensorMode, name: str, sizes: tuple[int, ...], symbolic: tuple[bool, ...], dtype: torch.dtype, device: str
+) -> FakeTensor:
+    """A fake tensor for a new graph input: dimension i has the fixed size `sizes[i]`, or a symbol with that hint."""
+    kinds = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC for free in symbolic]
+    example = torch.empty(sizes, dtype=dtype, device=device)
+    return mode.from_tensor(
+        example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds), source=ConstantSource(name)
+    )
+
+
+def python_dispatch() -> AbstractContextManager[None]:
+    """Within it, ops on fake tensors take their Python shape functions, which keep sizes symbolic."""
+    return enable_python_dispatcher()
+
+
+def conditions(environment: ShapeEnv, start: int = 0) -> list[sympy.Basic]:
+    """The relations between symbols that were taken for granted, from the `start`-th on, in order.
+
+    Raises:
+        VersionError: torch keeps them in another form. Without them, compiled code would run on sizes that it was not
+            made for.
+    """
+    found = [getattr(guard, "expr", None) for guard in environment.guards[start:]]
+    if not all(isinstance(expression, sympy.Basic) for expression in found):
+        raise VersionError(
+            f"torch {torch.__version__} keeps the conditions of a compilation in a form that is not known here. "
+            "Install a torch version that pyproject.toml allows, or choose backend='eager'."
+        )
+    return [expression for expression in found if expression is not None]
+
+
+def compile_graph(graph_module: GraphModule, inputs: Sequence[Tensor], tag: str) -> Callable[..., Sequence[Tensor]]:
+    """Compiles a graph with TorchInductor, without Dynamo and on the symbolic sizes of `inputs`.
+
+    Args:
+        graph_module: tensors in, a tuple of tensors out; it may be changed.
+        inputs: fake tensors for its placeholders.
+        tag: becomes part of the key under which Inductor keeps compiled code on disk.
+    """
+    with _cache_key(tag):
+        return torch._inductor.compile(graph_module, [*inputs], options=_INDUCTOR_OPTIONS)
+
+
+@contextmanager
+def _cache_key(tag: str) -> Iterator[None]:
+    before = torch.compiler.config.cache_key_tag
+    torch.compiler.config.cache_key_tag = before + tag
+    try:
+        yield
+    finally:
+        torch.compiler.config.cache_key_tag = before
+
+
+def triton_cache_dir(device: torch.device) -> str:
+    """The folder that Inductor sets as TRITON_CACHE_DIR once it compiles a kernel for `device`."""
+    return cache_dir_utils.triton_cache_dir(device.index or 0)
+
+
+def implementations(config: PreTrainedConfig) -> dict[str, str | None]:
+    """The attention and experts implementations that a configuration has chosen, by the name of the attribute.
+
+    Raises:
+        VersionError: transformers keeps them elsewhere.
+    """
+    missing = [name for name in (ATTENTION_SETTING, EXPERTS_SETTING) if not hasattr(config, name)]
+    if missing:
+        raise VersionError(
+            f"{type(config).__name__} has no attribute {missing[0]}, where transformers keeps the chosen "
+            "implementation. Install a transformers version that pyproject.toml allows."
+        )
+    return {name: getattr(config, name) for name in (ATTENTION_SETTING, EXPERTS_SETTING)}
+
+
+def mask_function(options: Mapping[str, object]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The function of (batch, head, query, key) indices in the arguments that transformers gives a mask interface.
+
+    Raises:
+        VersionError: there is none, so that a mask could not be told from another.
+    """
+    function = options.get("mask_function")
+    if not callable(function):
+        raise VersionError(
+            f"transformers asks for a mask with {sorted(options)}, without a mask_function. Install a transformers "
+            "version that pyproject.toml allows."
+        )
+    return function

@@ -7,8 +7,8 @@ After:
     y: [1, T, N] = aten.add(aten.select(p, 0, 0), aten.select(p, 0, 1))
 
 Inductor adds where the product is read, together with the residual and the norm. Why this is faster for few rows:
-`kernels.products.halved`. What cannot add for nothing, such as a slice that goes to attention, keeps its product, and so
-does what has a bias.
+`kernels.products.halved`. What cannot add for nothing, such as a slice that goes to attention, keeps its product, and
+so does what has a bias.
 
 Both summands are rounded to bfloat16 before they are added, as sums are that a library splits by its own choice
 (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). In float16 a summand could overflow where the sum

@@ -26,6 +26,7 @@ from throughput_engines import TooShortError
 from traces import recorded_traces
 
 import sparsespec_compile as ss
+from sparsespec_compile.runtime.drafters import Cycle, cycles_of
 from sparsespec_compile.runtime.iteration_times import IterationTime
 
 LOADS = ("64x64", "64x1024", "64x4096", "64x8192", "16x1024", "16x8192", "1x8192", "128x1024")
@@ -41,20 +42,20 @@ _NEW_TOKENS = 800
 
 
 class Tour:
-    """Stands where `DraftLength` does: goes through all numbers of drafts and notes what cycles took.
+    """Stands where `CycleChooser` does: goes through all numbers of drafts and notes what cycles took.
 
     Attributes:
-        current: drafts of a cycle.
+        current: the present cycle.
         done: whether all numbers were measured since a stream began.
         rows: what was measured, of all streams: requests, mean cached tokens, drafts, seconds measured and predicted.
     """
 
-    def __init__(self, most: int, predicted: IterationTime) -> None:
-        self.current = most
+    def __init__(self, config: ss.SpecConfig, predicted: IterationTime) -> None:
+        self._cycles = cycles_of(config)
+        self.current = self._cycles[-1]
         self.rows: list[dict[str, Any]] = []
-        self._most = most
         self._predicted = predicted
-        self._left: list[int] = []
+        self._left: list[Cycle] = []
         self._times: list[tuple[float, float, int]] = []
 
     @property
@@ -64,22 +65,22 @@ class Tour:
 
     def began(self) -> None:
         """A stream begins: measure everything."""
-        self._left = list(range(self._most + 1))
+        self._left = list(self._cycles)
         self._next()
 
-    def verified(self, drafts: int, accepted: int) -> None:
+    def verified(self, cycle: Cycle, drafts: int, accepted: int) -> None:
         """What was accepted makes no difference."""
 
     def took(self, seconds: float, lengths: list[int]) -> None:
         """Note the time of an iteration of requests of these lengths."""
         self._times.append((seconds, statistics.mean(lengths), len(lengths)))
 
-    def choose(self, lengths: list[int]) -> int:
-        """The number of drafts from here on."""
-        iterations = self.current + 1
+    def choose(self, lengths: list[int]) -> Cycle:
+        """The cycle from here on."""
+        iterations = self.current.passes + 1
         most = max((requests for *_, requests in self._times), default=0)
         settled = [time for time in self._times if time[2] == most][iterations + _UNDER_WAY :]
-        cycles = [settled[at : at + iterations] for at in range(0, len(settled) - self.current, iterations)]
+        cycles = [settled[at : at + iterations] for at in range(0, len(settled) - iterations + 1, iterations)]
         if not self.done and len(cycles) >= max(_FEWEST_CYCLES, _FEWEST_ITERATIONS // iterations):
             self._note(cycles)
             self._left.pop(0)
@@ -87,7 +88,7 @@ class Tour:
         return self.current
 
     def _next(self) -> None:
-        self.current = self._left[0] if self._left else 0
+        self.current = self._left[0] if self._left else self._cycles[0]
         self._times.clear()
 
     def _note(self, cycles: list[list[tuple[float, float, int]]]) -> None:
@@ -95,7 +96,7 @@ class Tour:
         requests = cycles[0][0][2]
         seconds = statistics.median(statistics.mean(time for time, _, _ in cycle) for cycle in cycles)
         predicted = self._predicted(self.current, length, requests)
-        row = {"requests": requests, "length": round(length, 1), "draft_tokens": self.current}
+        row = {"requests": requests, "length": round(length, 1), "draft_tokens": self.current.drafts}
         self.rows.append({**row, "seconds": float(f"{seconds:.5g}"), "predicted": float(f"{predicted:.5g}")})
 
 
@@ -145,11 +146,11 @@ def main() -> None:
     fast = ss.optimize(model, config)
     tours: list[Tour] = []
 
-    def start(most: int, predicted: IterationTime) -> Tour:
-        tours.append(Tour(most, predicted))
+    def start(config: ss.SpecConfig, predicted: IterationTime) -> Tour:
+        tours.append(Tour(config, predicted))
         return tours[-1]
 
-    with patch("sparsespec_compile.runtime.engine.DraftLength", start):
+    with patch("sparsespec_compile.runtime.engine.chooser_for", start):
         for requests, length in loads:
             prompts = recorded_traces(tokenizer, requests, length)
             run(fast, prompts, max(length for _, length in loads) + _NEW_TOKENS, lambda: tours[-1])

@@ -183,7 +183,7 @@ class _Texts:
         seconds = max(bar.format_dict["elapsed"], 1e-9)
         postfix = {"tokens/s": f"{stats.tokens / seconds:,.0f}", "pool": f"{session.pool_share:.0%}"}
         if stats.cycles:
-            postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.draft_tokens}"
+            postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.drafts_per_cycle:.3g}"
         bar.total = max(bar.total, bar.n + len(self.names))
         bar.set_postfix(postfix, refresh=False)
         bar.update(bar.total - len(self.names) - bar.n)

@@ -34,7 +34,9 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
     ceilings = ceilings_of(device if config.ceilings is None else config.ceilings) if auto else None
     compiled = compile_model(model, page_size=config.page_size)
     inductor = config.backend == "inductor" or (config.backend == "auto" and device.type == "cuda")
-    predicted = None if ceilings is None else iteration_time(graph_cost(compiled.graph_module), config, ceilings)
+    predicted = (
+        None if ceilings is None else iteration_time(graph_cost(compiled.graph_module), config.schedule, ceilings)
+    )
     if inductor:
         _settle_kernel_cache(device)
     with kernels_compiled_beside(compiled, config, device):

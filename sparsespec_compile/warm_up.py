@@ -28,7 +28,7 @@ from sparsespec_compile.passes.base import find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
 from sparsespec_compile.runtime.build import most_rows
-from sparsespec_compile.runtime.drafters import choose_policy
+from sparsespec_compile.runtime.drafters import drafters_of
 
 _ALIGNMENT = 16
 """Kernels differ by whether addresses and strides are multiples of 16."""
@@ -138,8 +138,7 @@ def done_beside(jobs: Sequence[Callable[[], None]]) -> Iterator[None]:
 def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     """One call for each kernel that the model's steps need: for each kind of steps, each kind of layer once."""
     slots, kv_layout, regions = config.max_requests, compiled.layout, compiled.split
-    policy = choose_policy(config)
-    reads_scores = policy is not None and policy.reads_scores
+    reads_scores = any(drafter.reads_scores for drafter in drafters_of(config))
     any_work = Promise.NOTHING if reads_scores else Promise.NO_SCORES
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.

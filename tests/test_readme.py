@@ -11,8 +11,9 @@ from transformers import Qwen3Config
 
 from sparsespec_compile.advice.ceilings import H200
 from sparsespec_compile.advice.config_cost import config_cost
-from sparsespec_compile.advice.prediction import cycle, drafted_positions, predict_mean
+from sparsespec_compile.advice.prediction import predict_cycle
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.runtime.drafters import cycles_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -93,8 +94,8 @@ def test_how_far_from_the_speed_of_light_is_the_committed_result() -> None:
         vocab_size=shape.vocabulary,
     )
     config, length = SpecConfig(draft_tokens=12), 8192 + 128  # texts that have written half of their tokens
-    mean = cycle(64, 12, length, drafted_positions(config, length), config.schedule)
-    light = predict_mean(config_cost(model, torch.bfloat16), mean, H200).light_seconds
+    cost = config_cost(model, torch.bfloat16)
+    light = predict_cycle(cost, cycles_of(config)[-1], config.schedule, length, 64, H200).light_seconds
     assert f"takes {row['ms_per_iteration'] / 1e3 / light:.1f} times as long as its bytes at 4.3 TB/s" in " ".join(
         README.split()
     )

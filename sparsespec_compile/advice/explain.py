@@ -2,17 +2,18 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console, Group
 from rich.table import Table
 
 from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
-from sparsespec_compile.advice.prediction import Prediction, ceilings_for, cycle, drafted_positions, predict_mean
+from sparsespec_compile.advice.prediction import Prediction, predict_cycle
 from sparsespec_compile.advice.workload import Workload, workload
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost.terms import IterationCost
+from sparsespec_compile.runtime.drafters import cycles_of
 from sparsespec_compile.runtime.phases import phases_in_use
 
 WIDTH = 140
@@ -104,10 +105,9 @@ def explain(
         CeilingsError: the device is unknown.
         AdviceError: impossible lengths or batch.
     """
-    load, ceilings = workload(lengths, batch), ceilings_for(config, ceilings_of(device))
-    budget = drafted_positions(config, load.length)
+    load, ceilings = workload(lengths, batch), ceilings_of(device)
     prediction, plain = (
-        predict_mean(cost, cycle(load.batch, k, load.length, budget, config.schedule), ceilings)
-        for k in (config.most_draft_tokens, 0)
+        predict_cycle(cost, kind, config.schedule, load.length, load.batch, ceilings)
+        for kind in (cycles_of(config)[-1], *cycles_of(replace(config, draft_tokens=0)))
     )
     return Explanation(cost, config, load, ceilings.name, prediction, plain)

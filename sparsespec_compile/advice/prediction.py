@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparsespec_compile.advice.ceilings import Ceilings
-from sparsespec_compile.config import Schedule, SpecConfig
+from sparsespec_compile.config import Schedule
 from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
+from sparsespec_compile.runtime.drafters import Cycle
 from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.phases import phases_in_use
 
@@ -94,17 +95,31 @@ def predict_mean(cost: IterationCost, mix: Sequence[tuple[float, Iteration]], ce
 
 
 def cycle(
-    batch: int, draft_tokens: int, length: float, budget: float, schedule: Schedule = "grouped"
+    batch: int,
+    draft_tokens: int,
+    length: float,
+    budget: float,
+    schedule: Schedule = "grouped",
+    passes: int | None = None,
 ) -> list[tuple[float, Iteration]]:
     """The iterations of a cycle in the steady state: `batch` requests, as evenly over the phases in use as can be.
 
     Of those, `batch % phases` have one verifying request more than the others; in the other phases none verifies.
 
+    Args:
+        batch: requests that decode.
+        draft_tokens: drafts of a cycle.
+        length: mean cached length.
+        budget: cached positions that a draft iteration reads.
+        schedule: as in `SpecConfig`.
+        passes: draft iterations of a cycle; None = one for each draft.
+
     Returns:
         kinds of iterations and their share, which add up to 1.
     """
-    iterations = draft_tokens + 1
-    phases = phases_in_use(schedule, draft_tokens, batch)
+    passes = draft_tokens if passes is None else passes
+    iterations = passes + 1
+    phases = phases_in_use(schedule, passes, batch)
     few, larger = divmod(batch, phases)
     kinds = [
         ((iterations - phases) / iterations, 0),
@@ -114,24 +129,21 @@ def cycle(
     return [(share, _iteration(batch, verifying, draft_tokens, length, budget)) for share, verifying in kinds if share]
 
 
-def drafted_positions(config: SpecConfig, length: float) -> float:
-    """Of `length` cached positions, those that a draft is meant to read: its budget, or everything."""
-    return length if config.drafter == "full" else config.budget(round(length))
+def predict_cycle(
+    cost: IterationCost, kind: Cycle, schedule: Schedule, length: float, batch: int, ceilings: Ceilings
+) -> Prediction:
+    """The mean time of an iteration in cycles of this kind."""
+    budget = kind.drafter.positions(length)
+    mix = cycle(batch, kind.drafts, length, budget, schedule, kind.passes)
+    device = ceilings if kind.drafter.reads_scores else replace(ceilings, scoring_overhead_s=0.0)
+    return predict_mean(cost, mix, device)
 
 
-def ceilings_for(config: SpecConfig, ceilings: Ceilings) -> Ceilings:
-    """A device as a drafter sees it: only "pillar" has scores given out."""
-    return ceilings if config.drafter == "pillar" else replace(ceilings, scoring_overhead_s=0.0)
+def iteration_time(cost: IterationCost, schedule: Schedule, ceilings: Ceilings) -> IterationTime:
+    """Predicted seconds of a mean iteration, by cycle, mean cached length and requests."""
 
-
-def iteration_time(cost: IterationCost, config: SpecConfig, ceilings: Ceilings) -> IterationTime:
-    """Predicted seconds of a mean iteration, by drafts of a cycle, mean cached length and requests."""
-
-    device = ceilings_for(config, ceilings)
-
-    def seconds(drafts: int, length: float, requests: int) -> float:
-        mix = cycle(requests, drafts, length, drafted_positions(config, length), config.schedule)
-        return predict_mean(cost, mix, device).seconds
+    def seconds(kind: Cycle, length: float, requests: int) -> float:
+        return predict_cycle(cost, kind, schedule, length, requests, ceilings).seconds
 
     return seconds
 

@@ -1,5 +1,6 @@
 """Builds a step over a state of a given size, after checking that it fits the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +9,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.capture import StepRunner
-from sparsespec_compile.runtime.drafters import Policy
+from sparsespec_compile.runtime.drafters import Drafter
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.iteration_times import IterationTime
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
@@ -36,7 +37,7 @@ class Target:
         dtype: of keys and values.
         device: where it runs.
         compiler: applied to the functions around the graph; such as `torch.compile`.
-        iteration_time: what "auto" chooses the number of drafts by; None = the number is fixed.
+        iteration_time: what "auto" predicts iterations to take; None = only measured times tell.
         weight_bytes: what the model's parameters take on the device, for the memory plan.
     """
 
@@ -49,13 +50,13 @@ class Target:
     weight_bytes: int = 0
 
 
-def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: int, pages: int) -> Capacity:
+def capacity_for(config: SpecConfig, drafters: Sequence[Drafter], slots: int, tokens: int, pages: int) -> Capacity:
     """Sizes of a state for `slots` requests of up to `tokens` tokens and a pool of `pages`.
 
     A compiled graph treats sizes of 0 and 1 as special cases; sizes from 2 on share one compilation.
     """
     scored = 2
-    if policy is not None and policy.reads_scores:
+    if any(drafter.reads_scores for drafter in drafters):
         together = most_together(config.schedule, config.most_draft_tokens, slots)
         if config.draft_tokens == "auto":
             together = max(together, -(-slots // 2), GROUPED_ROWS // 2)  # as in cycles of one draft
@@ -64,7 +65,7 @@ def capacity_for(config: SpecConfig, policy: Policy | None, slots: int, tokens: 
 
 
 def build_runner(
-    target: Target, config: SpecConfig, policy: Policy | None, capacity: Capacity
+    target: Target, config: SpecConfig, drafters: Sequence[Drafter], capacity: Capacity
 ) -> tuple[StepRunner, MemoryPlan]:
     """Allocate everything but the pool, find out what a step needs beside it, then give the pool what is left.
 
@@ -75,7 +76,12 @@ def build_runner(
     try:
         state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
         step = Step(
-            target.forward, state, _inputs(target, config, capacity), policy, config.most_draft_tokens, target.compiler
+            target.forward,
+            state,
+            _inputs(target, config, capacity),
+            drafters,
+            config.most_draft_tokens,
+            target.compiler,
         )
         capture = config.cuda_graphs and target.device.type == "cuda"
         # What graphs keep for their activations stays theirs while the next one is warmed up outside of it.

@@ -1,11 +1,14 @@
-"""What drafts read: policies that differ only in what they write into the pillar index.
+"""Where drafts come from: each drafter is one class, and a cycle is one of them with a number of drafts.
 
-A draft reads the indexed positions and everything from `recent_start` on. Each policy is called once an iteration,
-inside the step, after the model has run, with the number of positions each request had scored.
+Every drafter writes its drafts into `State.tokens`, each at its position behind the request's newest token; a
+verification reads them there, so the text never depends on the drafter. Drafters that run the model draft one token in
+each draft iteration, and differ in which cached positions these read: the step leaves their drafts in `State.tokens`.
+Others propose all drafts of a cycle at once, at the end of the iteration before (`Drafter.update`); prompts stand in
+`State.tokens` too, so that they can be searched.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,43 +21,81 @@ SINK_TOKENS = 4
 """First positions that the window drafter always reads (StreamingLLM's attention sinks)."""
 
 
-class Policy(NamedTuple):
-    """How pillars are renewed.
+@dataclass(frozen=True)
+class Drafter:
+    """A source of drafts. This class drafts with the model and reads every position: there is no index to keep.
+
+    Args:
+        config: the settings.
 
     Attributes:
-        renew: (state, score_slot int32 [S], scored_length int32 [S]): renew the pillars of requests with
-            scored_length >= 0, whose scores are `state.scores[score_slot]`; leave others (-1) alone.
-        reads_scores: whether it reads scores, so that the model must give them out.
+        name: as in `SpecConfig.drafter`.
+        keeps_index: whether its draft iterations read an index that verifications renew: a request whose latest
+            verification did not renew it drafts nothing before one that does.
+        reads_scores: whether `update` reads `State.scores`, so that verifications must give them out.
     """
 
-    renew: Callable[[State, Tensor, Tensor], None]
-    reads_scores: bool
+    config: SpecConfig
+
+    name: ClassVar[str] = "full"
+    keeps_index: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = False
+
+    def passes(self, drafts: int) -> int:
+        """Draft iterations of a cycle of `drafts` drafts, before the iteration that verifies them."""
+        return drafts
+
+    def positions(self, length: float) -> float:
+        """Of `length` cached positions those that a draft iteration reads, for predictions of its time."""
+        return length
+
+    def update(self, state: State, score_slot: Tensor, scored_length: Tensor) -> None:
+        """Prepare the next drafts on the device. Called in the step, after drafts were accepted and lengths advanced.
+
+        Iterations in which every request has a single row and nobody is scored leave the call out.
+
+        Args:
+            state: `tokens` up to and including position `length` are final. The next drafts belong behind them.
+            score_slot: int32 [S], row of `state.scores` that belongs to a slot.
+            scored_length: int32 [S], positions before the scored rows of a slot; -1 = it was not scored.
+        """
 
 
-def budgets(length: Tensor, config: SpecConfig) -> Tensor:
-    """`SpecConfig.budget` on the device: int32 [S] for int32 [S]."""
-    share = torch.ceil(length.double() * config.budget_ratio)  # double, as Python computes it
-    return share.clamp(min=config.min_budget).int()
+class PillarDrafter(Drafter):
+    """Reads the positions with the highest attention in the last verification (paper, PillarAttn)."""
 
+    name = "pillar"
+    keeps_index = True
+    reads_scores = True
 
-def choose_policy(config: SpecConfig) -> Policy | None:
-    """The policy of `config.drafter`; None when the initial state (no pillars, everything recent) stays as it is."""
-    if config.most_draft_tokens == 0 or config.drafter == "full":
-        return None
+    def positions(self, length: float) -> float:
+        """The budget."""
+        return min(length, self.config.budget(round(length)))
 
-    def pillar(state: State, score_slot: Tensor, scored_length: Tensor) -> None:
-        """Positions with the highest attention in the last verification (paper, PillarAttn), and the ones before it."""
-        budget = budgets(scored_length, config)
-        local = torch.minimum((budget.double() * config.local_ratio).int(), scored_length.clamp(min=0))
+    def update(self, state: State, score_slot: Tensor, scored_length: Tensor) -> None:
+        """Index the positions with the highest scores, and let "recent" begin earlier for the local share."""
+        budget = budgets(scored_length, self.config)
+        local = torch.minimum((budget.double() * self.config.local_ratio).int(), scored_length.clamp(min=0))
         selected_from = torch.where(scored_length >= 0, scored_length - local, -1).int()
         torch.ops.sparsespec.select_pillars(
             state.scores, score_slot, selected_from, budget - local, state.pillar_index, state.pillar_count
         )
         _renew(state.recent_start, selected_from, scored_length)
 
-    def window(state: State, score_slot: Tensor, scored_length: Tensor) -> None:
-        """The first positions and the latest ones, as many as `pillar` would choose (StreamingLLM, MagicDec)."""
-        count = torch.minimum(budgets(scored_length, config), scored_length)
+
+class WindowDrafter(Drafter):
+    """Reads the first positions and the latest ones, as many as `PillarDrafter` (StreamingLLM, MagicDec)."""
+
+    name = "window"
+    keeps_index = True
+
+    def positions(self, length: float) -> float:
+        """The budget."""
+        return min(length, self.config.budget(round(length)))
+
+    def update(self, state: State, score_slot: Tensor, scored_length: Tensor) -> None:
+        """Index the first and the latest positions."""
+        count = torch.minimum(budgets(scored_length, self.config), scored_length)
         entry = torch.arange(state.pillar_index.shape[-1], dtype=torch.int32, device=count.device)
         skipped = scored_length - count  # positions between the sinks and the window
         index = torch.where(entry < SINK_TOKENS, entry, entry + skipped[:, None])
@@ -63,7 +104,59 @@ def choose_policy(config: SpecConfig) -> Policy | None:
         _renew(state.pillar_count, count, scored_length)
         _renew(state.recent_start, scored_length, scored_length)
 
-    return Policy(pillar, True) if config.drafter == "pillar" else Policy(window, False)
+
+class NoDrafter(Drafter):
+    """Plain decoding: every iteration is a verification of one row."""
+
+    name = "none"
+
+
+_DRAFTERS: dict[str, type[Drafter]] = {kind.name: kind for kind in (Drafter, PillarDrafter, WindowDrafter)}
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What requests do from one verification to the next.
+
+    Attributes:
+        drafter: where the drafts come from.
+        drafts: their number, k; 0 = plain decoding.
+    """
+
+    drafter: Drafter
+    drafts: int
+
+    @property
+    def passes(self) -> int:
+        """Draft iterations; one more verifies."""
+        return self.drafter.passes(self.drafts)
+
+    @property
+    def proposed(self) -> int:
+        """Drafts that stand in `State.tokens` when the cycle begins."""
+        return self.drafts - self.passes
+
+
+def cycles_of(config: SpecConfig) -> list[Cycle]:
+    """The cycles that `config` allows: one, or for `draft_tokens="auto"` plain decoding and all numbers of drafts.
+
+    The longest comes last.
+    """
+    drafter = _DRAFTERS[config.drafter](config)
+    first = 0 if config.draft_tokens == "auto" else config.draft_tokens
+    numbers = range(first, config.most_draft_tokens + 1)
+    return [Cycle(drafter if drafts else NoDrafter(config), drafts) for drafts in numbers]
+
+
+def drafters_of(config: SpecConfig) -> tuple[Drafter, ...]:
+    """The drafters whose state a step has to keep up."""
+    return tuple({cycle.drafter: None for cycle in cycles_of(config) if cycle.drafts})
+
+
+def budgets(length: Tensor, config: SpecConfig) -> Tensor:
+    """`SpecConfig.budget` on the device: int32 [S] for int32 [S]."""
+    share = torch.ceil(length.double() * config.budget_ratio)  # double, as Python computes it
+    return share.clamp(min=config.min_budget).int()
 
 
 def _renew(target: Tensor, value: Tensor, scored_length: Tensor) -> None:

@@ -11,8 +11,8 @@ from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
 from sparsespec_compile.runtime.build import Target, build_runner, capacity_for
 from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.captured_step import CapturedStep
-from sparsespec_compile.runtime.draft_length import DraftLength
-from sparsespec_compile.runtime.drafters import choose_policy
+from sparsespec_compile.runtime.cycle_chooser import CycleChooser, chooser_for
+from sparsespec_compile.runtime.drafters import cycles_of, drafters_of
 from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases
@@ -54,12 +54,12 @@ class Engine:
         self.config = config
         self.stats = Stats(config.most_draft_tokens)
         self.memory_plan: MemoryPlan | None = None
-        self._policy = choose_policy(config)
+        self._drafters = drafters_of(config)
         self._runner: StepRunner | None = None
         self._tier: HostTier | None = None
         self._asked: Capacity | None = None
         self._active: Session | None = None
-        self._chooser: DraftLength | None = None  # what it learns of device and texts is kept from call to call
+        self._chooser: CycleChooser | None = None  # what it learns of device and texts is kept from call to call
 
     def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
         """Yield (request, tokens) whenever tokens of a request become final; at the end every request is finished.
@@ -95,9 +95,7 @@ class Engine:
         runner, tier = self._prepared(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
-        predicted = self.target.iteration_time
-        if predicted is not None and self._chooser is None:
-            self._chooser = DraftLength(self.config.most_draft_tokens, predicted)
+        self._chooser = self._chooser or chooser_for(self.config, self.target.iteration_time)
         scheduler = self._scheduler(runner, tier)
         session = Session(scheduler, runner, recorder, self._chooser, overlap=self.config.overlap)
         self._active = session
@@ -117,9 +115,9 @@ class Engine:
     def capture(self, max_requests: int, max_length: int, vocabulary: int | None = None) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine; see `CapturedStep`."""
         pages = max(max_requests, 2) * -(-max_length // self.config.page_size)
-        capacity = capacity_for(self.config, self._policy, max_requests, max_length, pages)
+        capacity = capacity_for(self.config, self._drafters, max_requests, max_length, pages)
         with torch.inference_mode(False):
-            runner, plan = build_runner(self.target, self.config, self._policy, capacity)
+            runner, plan = build_runner(self.target, self.config, self._drafters, capacity)
         if runner.step.state.capacity.pages < capacity.pages:
             raise PoolTooSmallError(
                 f"A step for {max_requests} texts of {max_length} tokens needs {capacity.pages} pages of KV, the "
@@ -145,7 +143,7 @@ class Engine:
             self._runner = self._tier = self._asked = None  # the old ones make room before the new ones are allocated
             with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
                 larger = capacity if present is None else capacity.union(present)
-                runner, self.memory_plan = build_runner(self.target, self.config, self._policy, larger)
+                runner, self.memory_plan = build_runner(self.target, self.config, self._drafters, larger)
                 runner.prepare(_decoding_rows(larger.slots, self.config))
                 tier = HostTier(runner.step.state.pool, self._host_pages(runner.step.state))
                 self._runner, self._tier, self._asked = runner, tier, larger
@@ -156,7 +154,7 @@ class Engine:
         slots = min(self.config.max_requests, 1 << (needs.requests - 1).bit_length())
         tokens = -(-needs.longest // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
         pages = needs.pages if self.config.pool_tokens is None else self.config.pool_tokens // self.config.page_size
-        return capacity_for(self.config, self._policy, slots, tokens, pages)
+        return capacity_for(self.config, self._drafters, slots, tokens, pages)
 
     def _check_pool(self, longest: int, state: State) -> None:
         config = self.config
@@ -172,11 +170,11 @@ class Engine:
 
     def _scheduler(self, runner: StepRunner, tier: HostTier) -> Scheduler:
         config, state = self.config, runner.step.state
-        scored = 0
-        if self._policy is not None:  # a policy that reads no scores takes no room in their buffer
-            scored = state.capacity.score_slots if self._policy.reads_scores else state.capacity.slots
+        # Drafters that read no scores take no room in their buffer.
+        reads_scores = any(drafter.reads_scores for drafter in self._drafters)
+        scored = state.capacity.score_slots if reads_scores else state.capacity.slots
         slots = min(state.capacity.slots, config.max_requests)  # a state has room for two at least
-        limits = Limits(slots, config.most_draft_tokens, config.prefill_chunk, scored)
+        limits = Limits(slots, cycles_of(config)[-1], config.prefill_chunk, scored)
         residency = Residency(
             PageAllocator(state.capacity.pages),
             tier,
@@ -184,7 +182,7 @@ class Engine:
             updates=runner.step.inputs.sizes.updates,
             cycle_tokens=config.most_draft_tokens + 1,
         )
-        phases = Phases(config.most_draft_tokens, config.schedule, scored or state.capacity.slots)
+        phases = Phases(limits.cycle.passes, config.schedule, scored)
         return Scheduler(limits, residency, phases)
 
     def _host_pages(self, state: State) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsespec_compile.runtime.drafters import Cycle
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.step import Results
 from sparsespec_compile.runtime.work import Work
@@ -20,11 +21,13 @@ class Frame:
 
     Attributes:
         work: the requests that take part, and what they do.
+        cycle: the cycle as of its planning.
     """
 
     def __init__(self, inputs: Tensor, results: Results) -> None:
         pinned = inputs.is_cuda
         self.work: list[tuple[Request, Work]] = []
+        self.cycle: Cycle
         with torch.inference_mode(False):  # an iterator may be advanced inside of inference mode and outside
             self._upload, self._tokens, self._logprobs = (
                 torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)

@@ -1,54 +1,32 @@
-"""How long an iteration takes, by what was predicted and what was measured.
+"""How long an iteration takes, by what was predicted and what was measured, or by what was measured alone.
 
-A prediction from bytes and FLOPs is off by a factor, where something else bounds a device, and by some percent besides:
-by much the same for numbers of drafts, lengths and batches that are much the same, and by who knows what for others. So
-the logarithm of measured over predicted time is taken for a Gaussian process over the three, on top of an unknown
-constant (Rasmussen and Williams 2006, chapter 2): what was measured counts in full where it was measured, and fades
-with the distance from there, to the prediction times what all measurements have in common.
+Both ways are Gaussian processes (Rasmussen and Williams 2006, chapter 2): what was measured counts in full where it was
+measured, and fades with the distance from there, in kinds of cycles, lengths and numbers of requests.
 """
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-IterationTime = Callable[[int, float, int], float]
-"""(drafts of a cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
+from sparsespec_compile.runtime.drafters import Cycle, NoDrafter
 
-_FACTOR = 0.5
-"""The mean error at which the device as a whole is as likely to be off by so much. Smaller ones are more likely to
-belong to what was measured, larger ones to everything: the standard deviation of the common factor's logarithm is
-taken to be the square of the mean logarithm measured over this."""
-
-_SHARED = 0.9
-"""Correlation of that factor in plain decoding and in speculation: what is far off may be only one of them."""
-
-_ERROR = 0.08
-"""Standard deviation of the logarithm of actual over predicted time, but for the factor: on an H200, iterations of 0 to
-12 drafts, 1 to 128 requests and 64 to 8,192 tokens took 0.92 to 1.18 times what was predicted
-(benchmarks/results/h200-iteration-times.json)."""
-
-_NOISE = 0.01
-"""That of one measurement."""
+IterationTime = Callable[[Cycle, float, int], float]
+"""(cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
 
 _OCTAVES = 2.0
-"""Factors of two in drafts + 1, in length or in requests, over which what is known of an error falls to 1 / e."""
+"""Factors of two in drafts + 1, in length or in requests, over which what is known falls to 1 / e."""
 
-_PLAIN = -4.0
-"""Where plain decoding stands among logarithms of drafts + 1: apart, as no scores are given out and none are drafts."""
+_APART = 4.0
+"""The same distance between drafters, plain decoding among them: other rows, other kernels, scores or none."""
 
 _SHORT = 512.0
 """Added to lengths: below, the cache hardly counts."""
-
-_KEPT = 64
-"""Measurements that are kept. What was tried before them is tried again if it may pay."""
-
-_REMEMBERED = 256
-"""Predictions that are kept; one takes some 0.1 ms."""
 
 
 @dataclass(frozen=True)
@@ -64,47 +42,222 @@ class Load:
     requests: int
 
 
-class IterationTimes:
-    """Estimates times of iterations.
+class IterationTimes(ABC):
+    """Estimates mean times of iterations."""
+
+    @abstractmethod
+    def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
+        """Take note of the mean time of an iteration."""
+
+    @abstractmethod
+    def expected(self, cycle: Cycle, load: Load) -> float | None:
+        """Seconds that a measurement should not exceed by far; None where nothing is known."""
+
+    @abstractmethod
+    def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of a mean iteration of each cycle [n], up to a common factor, and the standard deviation of their
+        logarithm [n]."""
+
+
+class PredictedTimes(IterationTimes):
+    """Corrects a prediction by measurements.
+
+    A prediction from bytes and FLOPs is off by a factor, where something else bounds a device, and by some percent
+    besides: by much the same for cycles, lengths and batches that are much the same, and by who knows what for others.
+    So the logarithm of measured over predicted time is taken for a Gaussian process over them, on top of an unknown
+    constant.
 
     Args:
         predicted: the prediction.
     """
 
+    FACTOR = 0.5
+    """The mean error at which the device as a whole is as likely to be off by so much. Smaller ones are more likely to
+    belong to what was measured, larger ones to everything: the standard deviation of the common factor's logarithm is
+    taken to be the square of the mean logarithm measured over this."""
+
+    SHARED = 0.9
+    """Correlation of that factor between drafters: what is far off may be only one of them."""
+
+    ERROR = 0.08
+    """Standard deviation of the logarithm of actual over predicted time, but for the factor: on an H200, iterations of
+    0 to 12 drafts, 1 to 128 requests and 64 to 8,192 tokens took 0.92 to 1.18 times what was predicted
+    (benchmarks/results/h200-iteration-times.json)."""
+
+    NOISE = 0.01
+    """That of one measurement."""
+
+    KEPT = 64
+    """Measurements that are kept. What was tried before them is tried again if it may pay."""
+
+    REMEMBERED = 256
+    """Predictions that are kept; one takes some 0.1 ms."""
+
     def __init__(self, predicted: IterationTime) -> None:
-        self.predicted = lru_cache(_REMEMBERED)(predicted)
-        self._places: deque[np.ndarray] = deque(maxlen=_KEPT)
-        self._errors: deque[float] = deque(maxlen=_KEPT)
+        self._predicted = lru_cache(self.REMEMBERED)(predicted)
+        self._places: deque[_Place] = deque(maxlen=self.KEPT)
+        self._errors: deque[float] = deque(maxlen=self.KEPT)
 
-    def measured(self, drafts: int, load: Load, seconds: float) -> None:
+    def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
-        self._places.append(_place(drafts, load))
-        self._errors.append(math.log(seconds / self.predicted(drafts, load.length, load.requests)))
+        self._places.append(_place(cycle, load))
+        self._errors.append(math.log(seconds / self.expected(cycle, load)))
 
-    def estimate(self, most: int, load: Load) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of a mean iteration of 0 to `most` drafts [most + 1], and the standard deviation of their logarithm
-        [most + 1]."""
-        asked = np.array([_place(drafts, load) for drafts in range(most + 1)])
-        predicted = np.array([self.predicted(drafts, load.length, load.requests) for drafts in range(most + 1)])
+    def expected(self, cycle: Cycle, load: Load) -> float:
+        """The prediction."""
+        return self._predicted(cycle, load.length, load.requests)
+
+    def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of a mean iteration of each cycle [n], and the standard deviation of their logarithm [n]."""
+        predicted = np.array([self.expected(cycle, load) for cycle in cycles])
         if not self._places:
-            return predicted, np.full(most + 1, _ERROR)
-        places = np.array(self._places)
-        factor = (statistics.fmean(self._errors) ** 2 / _FACTOR) ** 2
-        among = _likeness(places, places, factor) + np.eye(len(places)) * _NOISE**2
-        between = _likeness(asked, places, factor)
-        solved = np.linalg.solve(among, between.T)
-        error = np.array(self._errors) @ solved
-        variance = factor + _ERROR**2 - np.einsum("ij,ji->i", between, solved)
-        return predicted * np.exp(error), np.sqrt(np.maximum(variance, 0.0))
+            return predicted, np.full(len(cycles), self.ERROR)
+        factor = (statistics.fmean(self._errors) ** 2 / self.FACTOR) ** 2
+
+        def likeness(one: _Places, other: _Places) -> np.ndarray:
+            shared = factor * np.where(one.same_drafter(other), 1.0, self.SHARED)
+            return shared + self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
+
+        asked, known = _Places([_place(cycle, load) for cycle in cycles]), _Places(self._places)
+        noise = np.full(len(self._places), self.NOISE**2)
+        error, deviation = _regress(likeness, known, np.array(self._errors), noise, asked, factor + self.ERROR**2)
+        return predicted * np.exp(error), deviation
 
 
-def _place(drafts: int, load: Load) -> np.ndarray:
-    cycle = math.log2(drafts + 1) if drafts else _PLAIN
-    return np.array([cycle, math.log2(load.length + _SHORT), math.log2(load.requests)])
+class MeasuredTimes(IterationTimes):
+    """Knows nothing but measurements, and that draft iterations may save what they do not read.
+
+    The logarithm of seconds is what all cycles have in common at a load, of which nothing is known beforehand, plus,
+    for cycles with drafts, what verifying adds and what draft iterations save. That is in proportion to their share of
+    a cycle, so that one number of drafts tells of all others, and at most in proportion to the positions that they
+    leave out, so that nothing is tried where the cache is short. How much it is, must be measured: nothing where a
+    pass takes as long whatever it reads, as that of a small model on a CPU.
+    """
+
+    COMMON = 2.0
+    """Standard deviation of the logarithm of a load's seconds around that of all, of which nothing is known."""
+
+    VERIFYING = 0.05
+    """Expected addition to the logarithm where requests verify drafts, and its standard deviation."""
+
+    SAVING = 0.5
+    """Standard deviation of what draft iterations that read nothing would take off the logarithm, or add to it."""
+
+    ERROR = 0.05
+    """Standard deviation of everything else."""
+
+    NOISE = 0.05
+    """Standard deviation of one measurement."""
+
+    AVERAGED = 4
+    """Measurements at one place that are averaged, in effect."""
+
+    PLACES = 64
+    """Places that are kept. What was tried before them is tried again if it may pay."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Cycle, int, int], tuple[_Place, float, int]] = {}
+
+    def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
+        """Take note of the mean time of an iteration."""
+        key = (cycle, round(8 * math.log2(load.length + _SHORT)), load.requests)
+        _, mean, count = self._known.pop(key, (None, math.log(seconds), 0))
+        count = min(count + 1, self.AVERAGED)
+        self._known[key] = (_place(cycle, load), mean + (math.log(seconds) - mean) / count, count)
+        if len(self._known) > self.PLACES:
+            del self._known[next(iter(self._known))]
+
+    def expected(self, cycle: Cycle, load: Load) -> float | None:
+        """What was measured of this cycle at much the same load; None where nothing was."""
+        mean, deviation = self._posterior([cycle], load)
+        return float(np.exp(mean[0])) if deviation[0] < 0.5 else None
+
+    def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of a mean iteration of each cycle [n], up to a common factor, and the standard deviation of their
+        logarithm [n]: none before anything was measured, so that nothing is tried."""
+        mean, deviation = self._posterior(cycles, load)
+        if not self._known:
+            deviation = np.zeros(len(cycles))
+        return np.exp(mean), deviation
+
+    def _posterior(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+        asked = _Places([_place(cycle, load) for cycle in cycles])
+        prior = self._variance(asked)
+        if not self._known:
+            return self.VERIFYING * asked.drafting, np.sqrt(prior)
+        places, seconds, counts = zip(*self._known.values(), strict=True)
+        known, level = _Places(places), statistics.fmean(seconds)
+        noise = self.NOISE**2 / np.array(counts)
+        above = np.array(seconds) - level - self.VERIFYING * known.drafting
+        mean, deviation = _regress(self._likeness, known, above, noise, asked, prior)
+        return level + self.VERIFYING * asked.drafting + mean, deviation
+
+    def _likeness(self, one: "_Places", other: "_Places") -> np.ndarray:
+        near = np.exp(-one.load_distance(other) / _OCTAVES)
+        alike = one.same_drafter(other) * np.outer(one.drafting, other.drafting)
+        spent = self.VERIFYING**2 + self.SAVING**2 * np.outer(one.saving, other.saving)
+        return (self.COMMON**2 + alike * spent) * near + self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
+
+    def _variance(self, places: "_Places") -> np.ndarray:
+        spent = places.drafting * (self.VERIFYING**2 + self.SAVING**2 * places.saving**2)
+        return self.COMMON**2 + spent + self.ERROR**2
 
 
-def _likeness(one: np.ndarray, other: np.ndarray, factor: float) -> np.ndarray:
-    """Covariance of errors at places [n, 3] and [m, 3], with the variance of the device's factor: [n, m]."""
-    distance = np.abs(one[:, None, :] - other[None, :, :]).sum(-1)
-    alike = (one[:, None, 0] == _PLAIN) == (other[None, :, 0] == _PLAIN)
-    return factor * np.where(alike, 1.0, _SHARED) + _ERROR**2 * np.exp(-distance / _OCTAVES)
+@dataclass(frozen=True)
+class _Place:
+    """Where a measurement stands among all that there could be."""
+
+    drafter: str
+    drafts: float
+    length: float
+    requests: float
+    saving: float
+
+
+def _place(cycle: Cycle, load: Load) -> _Place:
+    left_out = 1.0 - cycle.drafter.positions(load.length) / load.length if load.length else 0.0
+    return _Place(
+        cycle.drafter.name,
+        math.log2(cycle.drafts + 1),
+        math.log2(load.length + _SHORT),
+        math.log2(load.requests),
+        left_out * cycle.passes / (cycle.passes + 1),
+    )
+
+
+class _Places:
+    """Places as columns [n]."""
+
+    def __init__(self, places: Sequence[_Place] | deque[_Place]) -> None:
+        self.drafter = np.array([place.drafter for place in places])
+        self.drafting = (self.drafter != NoDrafter.name).astype(float)
+        self.saving = np.array([place.saving for place in places])
+        self._drafts = np.array([place.drafts for place in places])
+        self._load = np.array([(place.length, place.requests) for place in places])
+
+    def same_drafter(self, other: "_Places") -> np.ndarray:
+        """[n, m]."""
+        return self.drafter[:, None] == other.drafter[None, :]
+
+    def load_distance(self, other: "_Places") -> np.ndarray:
+        """Octaves of length and requests, [n, m]."""
+        return np.abs(self._load[:, None] - other._load[None]).sum(-1)
+
+    def distance(self, other: "_Places") -> np.ndarray:
+        """Octaves of length, requests and drafts + 1, [n, m]."""
+        drafts = np.abs(self._drafts[:, None] - other._drafts[None])
+        return self.load_distance(other) + drafts + np.where(self.same_drafter(other), 0.0, _APART)
+
+
+def _regress(
+    likeness: Callable[[_Places, _Places], np.ndarray],
+    known: _Places,
+    values: np.ndarray,
+    noise: np.ndarray,
+    asked: _Places,
+    variance: float | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation at places of which `variance` is that before anything was known."""
+    between = likeness(asked, known)
+    solved = np.linalg.solve(likeness(known, known) + np.diag(noise), between.T)
+    return values @ solved, np.sqrt(np.maximum(variance - np.einsum("ij,ji->i", between, solved), 0.0))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.drafters import Cycle
 from sparsespec_compile.runtime.phases import Phases
 from sparsespec_compile.runtime.request import FinishReason, Place, Request
 from sparsespec_compile.runtime.residency import Residency
@@ -21,13 +22,13 @@ class Limits:
 
     Attributes:
         slots: requests that hold a slot together.
-        draft_tokens: drafts of a full cycle at most. 0 = plain decoding.
+        cycle: the longest cycle, and the first.
         prefill_chunk: prompt tokens of one iteration, all requests together.
-        scored: requests that can give out scores in one iteration; 0 = none ever does.
+        scored: requests whose index a verification can renew in one iteration.
     """
 
     slots: int
-    draft_tokens: int
+    cycle: Cycle
     prefill_chunk: int
     scored: int
 
@@ -39,7 +40,7 @@ class Scheduler:
         waiting: requests without a slot, in the order in which they came.
         running: requests with a slot, the oldest first.
         iteration: number of the next iteration.
-        draft_tokens: drafts of a full cycle, k, from 0 to the limit; see `set_draft_tokens`.
+        cycle: what requests do from one verification to the next; see `set_cycle`.
     """
 
     def __init__(self, limits: Limits, residency: Residency, phases: Phases) -> None:
@@ -47,7 +48,7 @@ class Scheduler:
         self.residency = residency
         self.phases = phases
         self.iteration = 0
-        self.draft_tokens = limits.draft_tokens
+        self.cycle = limits.cycle
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._free_slots = list(range(limits.slots - 1, -1, -1))
@@ -83,12 +84,12 @@ class Scheduler:
         self.iteration += bool(work)
         return work
 
-    def set_draft_tokens(self, draft_tokens: int) -> None:
-        """Give cycles another number of drafts; those under way end sooner or later than they would have."""
-        if draft_tokens != self.draft_tokens:
-            self.draft_tokens = draft_tokens
+    def set_cycle(self, cycle: Cycle) -> None:
+        """Give requests other cycles; those under way end sooner or later than they would have."""
+        if cycle != self.cycle:
+            self.cycle = cycle
             decoding = [request for request in self.running if request.phase is not None]
-            self.phases.spread(draft_tokens, decoding, self.iteration)
+            self.phases.spread(cycle.passes, decoding, self.iteration)
 
     def release(self, request: Request) -> None:
         """Take back the slot and the pages of a request that ended."""
@@ -124,26 +125,27 @@ class Scheduler:
         self.residency.release(request)
 
     def _decode(self, request: Request, phase: int) -> Work | None:
-        drafts, most = request.drafted, self.draft_tokens
-        scores = self.limits.scored > 0 and most > 0
+        cycle, drafts = self.cycle, request.drafted
+        scores = cycle.drafter.keeps_index
         stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
         # A cycle begun when there were more drafts may finish as it was meant to.
-        longest = self.limits.draft_tokens
+        longest = self.limits.cycle.drafts
         due = phase == request.phase or drafts >= longest or stale
         full = scores and self._scored >= self.limits.scored - self._kept
         if due and full and drafts < longest and not stale:
             due = False
-        if not self.residency.covers(request, min(request.max_length, request.reach + drafts + 1)):
+        rows = max(drafts, cycle.proposed) + 1
+        if not self.residency.covers(request, min(request.max_length, request.reach + rows)):
             return None
         if not due:
             request.drafted += 1
             return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
-        rows = drafts + 1
         # Where the score buffer is full, the old pillars serve for one cycle more.
         scored = self._take_scores(rows) if scores and not full else 0
         request.drafted, request.unread = 0, request.unread + rows
+        whole = rows - 1 == cycle.drafts > 0
         request.fresh = scored > 0 or (scores and request.fresh)
-        return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, whole_cycle=drafts == most > 0)
+        return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, whole_cycle=whole)
 
     def _prefill(self, prompts: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk
@@ -151,7 +153,7 @@ class Scheduler:
             first = request.prefilled
             rows = min(left, len(request.prompt) - first)
             last = first + rows == len(request.prompt)
-            waits = last and self.draft_tokens and self.limits.scored and self._scored == self.limits.scored
+            waits = last and self.cycle.drafter.keeps_index and self._scored == self.limits.scored
             if rows == 0 or waits:
                 continue
             if not self.residency.covers(request, first + rows):
@@ -164,12 +166,10 @@ class Scheduler:
                 continue
             request.phase = self.phases.choose(self.running, self.iteration)
             self.phases.rebalance(self.running)
-            scored = self._take_scores(min(self.draft_tokens + 1, rows)) if self.draft_tokens else 0
+            scored = self._take_scores(min(self.cycle.drafts + 1, rows)) if self.cycle.drafter.keeps_index else 0
             request.fresh = scored > 0
             yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
 
     def _take_scores(self, rows: int) -> int:
-        if self.limits.scored == 0:
-            return 0
         self._scored += 1
         return rows

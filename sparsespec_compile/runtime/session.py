@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from sparsespec_compile.errors import EngineBusyError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.capture import StepRunner
-from sparsespec_compile.runtime.draft_length import DraftLength
+from sparsespec_compile.runtime.cycle_chooser import CycleChooser
 from sparsespec_compile.runtime.frames import Flight
 from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.request import Request
@@ -21,7 +21,7 @@ from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import Work, promise_of
 
 _CHOICE_EVERY = 16
-"""Iterations between two choices of the number of drafts."""
+"""Iterations between two choices of the cycle."""
 
 Output = tuple[Request, list[int]]
 """A request and tokens of it that are final; no tokens when it ended without a new one."""
@@ -34,7 +34,7 @@ class Session:
         scheduler: who runs.
         runner: the step.
         recorder: counts what happens.
-        chooser: chooses the number of drafts as requests run; None = it stays as it is.
+        chooser: chooses the cycle as requests run; None = it stays as it is.
         overlap: whether an iteration is enqueued before the results of the one before are read.
 
     Attributes:
@@ -46,7 +46,7 @@ class Session:
         scheduler: Scheduler,
         runner: StepRunner,
         recorder: StatsRecorder,
-        chooser: DraftLength | None = None,
+        chooser: CycleChooser | None = None,
         *,
         overlap: bool,
     ) -> None:
@@ -61,7 +61,7 @@ class Session:
         self._added: dict[Request, float] = {}
         if chooser is not None:
             chooser.began()
-            scheduler.set_draft_tokens(chooser.current)
+            scheduler.set_cycle(chooser.current)
         self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
     @property
@@ -125,7 +125,7 @@ class Session:
         variant = Variant(_wants_logprobs(work), promise)
         rows, logits = self._packer.pack([item for _, item in work], self._scheduler.residency.updates)
         frame = self._flight.take()
-        frame.work = work
+        frame.work, frame.cycle = work, self._scheduler.cycle
         frame.upload(self._packer.flat, self._inputs.flat)
         self._runner(rows, logits, variant)
         frame.download(self._runner.step.results, logprobs=variant.logprobs)
@@ -136,7 +136,7 @@ class Session:
         asked = time.perf_counter()
         tokens, all_logprobs = frame.read(logprobs=logprobs)
         answered = time.perf_counter()
-        self._recorder.begin_iteration(sum(item.rows for _, item in frame.work), self._scheduler.draft_tokens)
+        self._recorder.begin_iteration(sum(item.rows for _, item in frame.work), frame.cycle)
         outputs = []
         for request, item in frame.work:
             if request.finished:
@@ -152,7 +152,7 @@ class Session:
                 if self._chooser is not None and count:
                     # The end of a text cuts its last cycle off; nothing says that the next draft was wrong.
                     right = min(count - 1, len(added))
-                    self._chooser.verified(right if request.finished else item.rows - 1, right)
+                    self._chooser.verified(frame.cycle, right if request.finished else item.rows - 1, right)
             self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
             self._clock(request, first=len(request.output) == len(added))
             if request.finished:
@@ -176,7 +176,7 @@ class Session:
         if steady and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
             self._chooser.took(seconds, decoding)
         if self._recorder.stats.iterations % _CHOICE_EVERY == 0:
-            self._scheduler.set_draft_tokens(self._chooser.choose(decoding))
+            self._scheduler.set_cycle(self._chooser.choose(decoding))
 
     def _clock(self, request: Request, *, first: bool) -> None:
         if first and request.output:

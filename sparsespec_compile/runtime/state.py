@@ -45,8 +45,8 @@ class State:
     """Everything about the running requests that lives on the device.
 
     Attributes:
-        tokens: int64 [S + 1, N]. Drawn tokens, accepted and drafted, each at its position (prompts come with the
-            inputs). Row S takes the writes of rows that belong to no request.
+        tokens: int64 [S + 1, N]. Tokens of prompts, and drawn ones, accepted and drafted, each at its position. Row S
+            takes the writes of rows that belong to no request.
         length: int32 [S], positions whose K/V in the pool are exact: written by a prefill or by a verification.
         page_table: int32 [S + 1, P], physical page of each logical page; -1 = never reserved. Row S is never read.
         pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers; -1 = unused.

@@ -4,7 +4,7 @@ Nothing here waits for the device or depends on the values it computes, so a ste
 surrounds the graph is two functions of tensors, which a compiler can fuse: `place_rows` before it, `accept` behind it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
 from sparsespec_compile.kernels.step_kind import Promise, promised
-from sparsespec_compile.runtime.drafters import Policy
+from sparsespec_compile.runtime.drafters import Drafter
 from sparsespec_compile.runtime.inputs import StepInputs
 from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
 from sparsespec_compile.runtime.state import State
@@ -85,7 +85,7 @@ class Step:
         forward: the rewritten graph.
         state: what it reads and updates.
         inputs: the iteration's work, in place.
-        policy: renews the pillars after a verification; None = drafts read everything.
+        drafters: what prepares drafts at the end of an iteration.
         draft_tokens: drafts of a full cycle, k.
         compiler: applied to the functions around the graph, such as `torch.compile`.
 
@@ -98,14 +98,14 @@ class Step:
         forward: Forward,
         state: State,
         inputs: StepInputs,
-        policy: Policy | None,
+        drafters: Sequence[Drafter],
         draft_tokens: int,
         compiler: Compiler = as_it_is,
     ) -> None:
         self.forward = forward
         self.state = state
         self.inputs = inputs
-        self.reads_scores = policy is not None and policy.reads_scores
+        self.reads_scores = any(drafter.reads_scores for drafter in drafters)
         self.any_work = Variant(promise=Promise.NOTHING if self.reads_scores else Promise.NO_SCORES)
         self._score_rows = scored_rows_at_most(state.layout.largest_group) if self.reads_scores else 0
         slots = state.capacity.slots
@@ -115,7 +115,7 @@ class Step:
         )
         self._place_rows = compiler(place_rows)
         self._accept = compiler(accept)
-        self._renew = None if policy is None else compiler(policy.renew)
+        self._updates = [compiler(drafter.update) for drafter in drafters if _updates(drafter)]
 
     @torch.no_grad()
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
@@ -141,9 +141,14 @@ class Step:
                 state.pillar_count,
                 state.recent_start,
             )[0]
-        if self._renew is not None and variant.promise is not Promise.SINGLE_ROWS:
-            self._renew(state, inputs.score_slot, placed.scored_length)
         self._accept(state, inputs, placed, out, logit_rows, self.results, variant.logprobs)
+        if variant.promise is not Promise.SINGLE_ROWS:
+            for update in self._updates:
+                update(state, inputs.score_slot, placed.scored_length)
+
+
+def _updates(drafter: Drafter) -> bool:
+    return type(drafter).update is not Drafter.update
 
 
 def place_rows(state: State, inputs: StepInputs, rows: int, most_scored: int) -> Placed:
@@ -164,8 +169,10 @@ def place_rows(state: State, inputs: StepInputs, rows: int, most_scored: int) ->
     real = (slot >= 0) & (place < count[owner])
     slot = torch.where(real, slot, state.capacity.slots)
     position = torch.where(real, cached[owner] + place, 0)
+    # Tokens of prompts come with the inputs, and are kept beside those that were drawn.
     given = inputs.row_token[:rows].long()
-    token = torch.where(given >= 0, given, state.tokens[slot, position])
+    state.tokens.index_put_((torch.where(given >= 0, slot, state.capacity.slots), position), given.clamp(min=0))
+    token = state.tokens[slot, position]
     scored = torch.minimum(inputs.scored, count)
     scored_length = torch.where(scored > 0, cached + count - scored, -1)
     # A prompt's scores take passes of their own anyway.

@@ -16,6 +16,7 @@ from sparsespec_compile.advice.prediction import OVERHEAD, cycle, iteration_time
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost.terms import Iteration, attention, collect
+from sparsespec_compile.runtime.drafters import cycles_of
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -190,8 +191,9 @@ def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
     With kernels before those that the constants are fitted to, whose drafts and plain decoding took longer.
     """
     rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/h200-iteration-times.json").read_text())["rows"]
-    predicted = iteration_time(COST, SpecConfig(draft_tokens="auto"), H200)
-    ratios = [row["seconds"] / predicted(row["draft_tokens"], row["length"], row["requests"]) for row in rows]
+    cycles = cycles_of(SpecConfig(draft_tokens="auto"))
+    predicted = iteration_time(COST, "grouped", H200)
+    ratios = [row["seconds"] / predicted(cycles[row["draft_tokens"]], row["length"], row["requests"]) for row in rows]
     assert len(ratios) == 8 * 13
     assert 1 / 1.2 < min(ratios) < max(ratios) < 1.2
     assert 1.0 < statistics.median(ratios) < 1.1
@@ -205,7 +207,8 @@ def test_requests_verify_in_groups():
 
 def test_the_time_is_that_of_the_schedule_and_the_drafter():
     def seconds(**settings):
-        return iteration_time(COST, SpecConfig(draft_tokens="auto", **settings), H200)(8, 8192, 64)
+        config = SpecConfig(draft_tokens=8, **settings)
+        return iteration_time(COST, config.schedule, H200)(cycles_of(config)[-1], 8192, 64)
 
     assert seconds(schedule="balanced") > seconds()
     assert seconds(drafter="window") < seconds()

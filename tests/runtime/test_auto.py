@@ -7,14 +7,14 @@ import pytest
 import sparsespec_compile as ss
 from sparsespec_compile.errors import CeilingsError, ConfigError
 from sparsespec_compile.runtime.build import capacity_for
-from sparsespec_compile.runtime.draft_length import DraftLength
-from sparsespec_compile.runtime.drafters import choose_policy
+from sparsespec_compile.runtime.cycle_chooser import chooser_for
+from sparsespec_compile.runtime.drafters import cycles_of, drafters_of
 
 from ..support.models import left_padded, tiny
 from ..support.toy import Toy, requests_of, run
 
 
-def steady(drafts, length, requests):
+def steady(cycle, length, requests):
     """Predicted seconds of any iteration."""
     return 4e-3
 
@@ -24,27 +24,27 @@ def test_a_score_buffer_for_the_shortest_cycles():
     slots = {}
     for most in (4, 8, 12, 64):
         config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
-        slots[most] = capacity_for(config, choose_policy(config), 64, 4096, 2048).score_slots
+        slots[most] = capacity_for(config, drafters_of(config), 64, 4096, 2048).score_slots
     assert set(slots.values()) == {64}
     config = ss.SpecConfig(draft_tokens="auto")
     for number, rows in ((128, 128), (200, 128), (300, 150)):
-        assert capacity_for(config, choose_policy(config), number, 4096, 2048).score_slots == rows
+        assert capacity_for(config, drafters_of(config), number, 4096, 2048).score_slots == rows
     fixed = ss.SpecConfig(draft_tokens=12)
-    assert capacity_for(fixed, choose_policy(fixed), 64, 4096, 2048).score_slots == 19
+    assert capacity_for(fixed, drafters_of(fixed), 64, 4096, 2048).score_slots == 19
 
 
 class Changing:
     """Changes its mind at every choice, in an order that meets every change."""
 
-    def __init__(self, most):
-        self.order = [a for first in range(most + 1) for second in range(most + 1) for a in (first, second)]
+    def __init__(self, cycles):
+        self.order = [cycle for first in cycles for second in cycles for cycle in (first, second)]
         self.told = set()
-        self.current = most
+        self.current = cycles[-1]
 
     def began(self):
         self.told.add("session")
 
-    def verified(self, drafts, accepted):
+    def verified(self, cycle, drafts, accepted):
         self.told.add("drafts")
         assert 0 <= accepted <= drafts
 
@@ -59,14 +59,15 @@ class Changing:
 
 @pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
 def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
-    toy, chooser = Toy(), Changing(4)
+    toy = Toy()
     monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: chooser)
     requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
     engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter=drafter, min_budget=4, max_requests=5)
-    engine.target = dataclasses.replace(engine.target, iteration_time=steady)
+    chooser = engine._chooser = Changing(cycles_of(engine.config))
     assert run(engine, requests) == [toy.decode(request) for request in requests]
-    assert set(engine.stats.draft_tokens_by_iteration) == set(range(5))
+    kinds = {("none", 0), *((drafter, drafts) for drafts in range(1, 5))}
+    assert set(engine.stats.cycle_by_iteration) == kinds
+    assert set(engine.stats.by_cycle) == kinds - {("none", 0)}
     assert chooser.told == {"session", "drafts", "times"}
     assert engine.stats.cycles > 0
 
@@ -74,50 +75,47 @@ def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
 def test_what_was_learnt_is_kept_from_call_to_call(monkeypatch):
     made = []
 
-    def make(most, time):
-        made.append(DraftLength(most, time))
+    def make(config, predicted):
+        made.append(chooser_for(config, predicted))
         return made[-1]
 
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", make)
+    monkeypatch.setattr("sparsespec_compile.runtime.engine.chooser_for", make)
     engine = Toy().engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
     engine.target = dataclasses.replace(engine.target, iteration_time=steady)
     run(engine, requests_of((30, 12), 40))
-    made[0].current = 1
+    made[0].current = cycles_of(engine.config)[1]
     run(engine, requests_of((30, 12), 12))
     assert len(made) == 1
-    assert engine.stats.draft_tokens_by_iteration[0] == 1
+    assert engine.stats.cycle_by_iteration[0] == ("pillar", 1)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_times_are_heard_of_whether_the_host_waits_or_not(monkeypatch, overlap):
-    toy, chooser = Toy(), Changing(4)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: chooser)
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", overlap=overlap)
-    engine.target = dataclasses.replace(engine.target, iteration_time=steady)
+def test_times_are_heard_of_whether_the_host_waits_or_not(overlap):
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", overlap=overlap)
+    chooser = engine._chooser = Changing(cycles_of(engine.config))
     run(engine, requests_of((5, 9), 40))
     assert "times" in chooser.told
 
 
-def test_the_end_of_a_text_is_not_taken_for_a_wrong_draft(monkeypatch):
+def test_the_end_of_a_text_is_not_taken_for_a_wrong_draft():
     """Drafts that read everything are all right; texts of 14 tokens end in the middle of cycles of 4."""
     toy, told = Toy(), []
 
     class Told(Changing):
-        def verified(self, drafts, accepted):
+        def verified(self, cycle, drafts, accepted):
             told.append((drafts, accepted))
 
         def choose(self, lengths):
             return self.current
 
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Told(most))
     engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter="full", max_requests=3)
-    engine.target = dataclasses.replace(engine.target, iteration_time=steady)
+    engine._chooser = Told(cycles_of(engine.config))
     run(engine, requests_of((5, 9, 30, 12), 14))
     assert max(drafts for drafts, _ in told) == 4
     assert all(accepted == drafts for drafts, accepted in told)
 
 
-def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):
+def test_drafts_after_plain_decoding_begin_with_fresh_pillars():
     """Pillars of long ago would leave drafts to read everything since: no draft before a verification renews them."""
     toy = Toy()
     engine = toy.engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
@@ -131,10 +129,11 @@ def test_drafts_after_plain_decoding_begin_with_fresh_pillars(monkeypatch):
     class Late(Changing):
         def choose(self, lengths):
             self.asked = getattr(self, "asked", 0) + 1
-            return 0 if self.asked < 3 else 3
+            return cycles[0] if self.asked < 3 else cycles[3]
 
-    engine.target = dataclasses.replace(engine.target, forward=spy, iteration_time=steady)
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.DraftLength", lambda most, time: Late(most))
+    cycles = cycles_of(engine.config)
+    engine.target = dataclasses.replace(engine.target, forward=spy)
+    engine._chooser = Late(cycles)
     requests = requests_of((30, 12), 80)
     assert run(engine, requests) == [toy.decode(request) for request in requests]
     assert max(reads) <= 4 + 3 + 1  # verified, drafted, and the budget's local quarter

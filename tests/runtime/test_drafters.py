@@ -1,12 +1,17 @@
-"""What each policy writes into the pillar index."""
+"""What each drafter writes into the pillar index, and a drafter of another kind in the whole engine."""
 
 import pytest
 import torch
 
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime.drafters import SINK_TOKENS, budgets, choose_policy
+from sparsespec_compile.runtime import drafters
+from sparsespec_compile.runtime.drafters import SINK_TOKENS, Cycle, Drafter, budgets, cycles_of, drafters_of
 from sparsespec_compile.runtime.state import Capacity, State
+from sparsespec_compile.runtime.work import Work
+
+from ..support.toy import Toy, requests_of, run
 
 HEADS, TOKENS, BUDGET = 2, 64, 12
 
@@ -28,9 +33,9 @@ def state():
 
 
 def apply(state, lengths, **settings):
-    policy = choose_policy(SpecConfig(min_budget=BUDGET, budget_ratio=0.01, **settings))
+    (drafter,) = drafters_of(SpecConfig(min_budget=BUDGET, budget_ratio=0.01, **settings))
     slots = torch.tensor([2, 0, 1], dtype=torch.int32)
-    policy.renew(state, slots, torch.tensor(lengths, dtype=torch.int32))
+    drafter.update(state, slots, torch.tensor(lengths, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("local_ratio", [0.0, 0.25, 1.0])
@@ -55,9 +60,16 @@ def test_window_is_the_first_and_the_latest_positions(state):
     assert state.recent_start.tolist() == [40, 5, 77]
 
 
-def test_full_and_plain_need_no_policy():
-    assert choose_policy(SpecConfig(drafter="full")) is None
-    assert choose_policy(SpecConfig(draft_tokens=0)) is None
+def kinds(cycles):
+    return [(cycle.drafter.name, cycle.drafts) for cycle in cycles]
+
+
+def test_what_auto_chooses_among():
+    cycles = cycles_of(SpecConfig(draft_tokens="auto", max_draft_tokens=3, drafter="window"))
+    assert kinds(cycles) == [("none", 0), ("window", 1), ("window", 2), ("window", 3)]
+    assert kinds(cycles_of(SpecConfig(draft_tokens=5))) == [("pillar", 5)]
+    assert kinds(cycles_of(SpecConfig(draft_tokens=0))) == [("none", 0)]
+    assert drafters_of(SpecConfig(draft_tokens=0)) == ()
 
 
 def test_budgets_on_the_device_are_the_configs():
@@ -65,3 +77,82 @@ def test_budgets_on_the_device_are_the_configs():
     for ratio in (0.05, 0.1, 0.33):
         config = SpecConfig(budget_ratio=ratio)
         assert budgets(lengths, config).tolist() == [config.budget(length) for length in lengths.tolist()]
+
+
+class TextDrafter(Drafter):
+    """Proposes four tokens: what followed the latest earlier occurrence of the newest token, prompt included."""
+
+    name = "text"
+
+    def passes(self, drafts):
+        return 0
+
+    def update(self, state, score_slot, scored_length):
+        tokens, slots = state.tokens[:-1], torch.arange(state.capacity.slots)
+        position = torch.arange(tokens.shape[1])
+        newest = tokens[slots, state.length.long().clamp(max=tokens.shape[1] - 1)]
+        found = (tokens == newest[:, None]) & (position < state.length[:, None])
+        latest = torch.where(found, position, 0).amax(1)
+        for nth in range(1, 5):
+            target = state.length.long() + nth
+            row = torch.where(target < tokens.shape[1], slots, state.capacity.slots)
+            proposed = tokens[slots, (latest + nth).clamp(max=tokens.shape[1] - 1)]
+            state.tokens[row, target.clamp(max=tokens.shape[1] - 1)] = proposed
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_drafter_that_proposes_from_the_text_is_no_more_than_a_class(monkeypatch, overlap):
+    """Every iteration verifies; nothing else of the runtime knows of it."""
+    toy = Toy()
+    monkeypatch.setitem(drafters._DRAFTERS, "full", TextDrafter)
+    requests = requests_of((1, 23, 40, 5), 100)
+    engine = toy.engine(draft_tokens=4, drafter="full", max_requests=3, overlap=overlap)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    assert set(engine.stats.by_cycle) == {("text", 4)}
+    assert engine.stats.tokens > 1.2 * engine.stats.target_passes
+
+
+def test_prompts_stand_among_the_tokens():
+    """Where drafters find them, each token at its position, whichever chunk it came with."""
+    step = Toy().engine(draft_tokens=2).capture(2, 64)
+    prompt = [5, 9, 30, 2, 7]
+    step.begin(1, 20)
+    step.fill([Work(1, Mode.PREFILL, rows=3, tokens=prompt[:3])])
+    step.replay()
+    step.fill([Work(1, Mode.PREFILL, rows=2, offset=3, tokens=prompt[3:], logits=1)])
+    count, first, *_ = step.replay().tokens[1].tolist()
+    assert count == 1
+    assert step.state.tokens[1, :6].tolist() == [*prompt, first]
+
+
+def test_the_text_stays_while_drafters_change(monkeypatch):
+    """From plain decoding to drafts by sparse attention to drafts from the text, in every order."""
+    toy, config = Toy(), SpecConfig(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3)
+    pillar = cycles_of(config)
+    cycles = [*pillar[::2], *(Cycle(TextDrafter(config), drafts) for drafts in (1, 4))]
+    monkeypatch.setattr(drafters, "cycles_of", lambda config: cycles)
+    monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
+
+    order = [cycle for first in cycles for second in cycles for cycle in (first, second)]
+
+    class Changing:
+        current = pillar[-1]
+
+        def began(self):
+            pass
+
+        def verified(self, cycle, drafts, accepted):
+            assert cycle in cycles
+
+        def took(self, seconds, lengths):
+            pass
+
+        def choose(self, lengths):
+            order.append(order.pop(0))
+            return order[-1]
+
+    requests = requests_of((1, 5, 23, 40, 11), 90, temperature=0.9)
+    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3)
+    engine._chooser = Changing()
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    assert set(engine.stats.cycle_by_iteration) == set(kinds(cycles))

@@ -2,7 +2,9 @@
 
 import torch
 
+from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.drafters import cycles_of
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.phases import Phases
 from sparsespec_compile.runtime.pool import PageAllocator
@@ -11,6 +13,7 @@ from sparsespec_compile.runtime.residency import Residency
 from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 
 DRAFTS, SCORED = 3, 2
+CYCLES = cycles_of(SpecConfig(draft_tokens="auto"))
 
 
 def scheduler(prefill_chunk=64, updates=100, slots=8):
@@ -19,7 +22,7 @@ def scheduler(prefill_chunk=64, updates=100, slots=8):
     residency = Residency(
         pages, HostTier(torch.zeros(500, 1), 0), page_size=1, updates=updates, cycle_tokens=DRAFTS + 1
     )
-    limits = Limits(slots=slots, draft_tokens=DRAFTS, prefill_chunk=prefill_chunk, scored=SCORED)
+    limits = Limits(slots=slots, cycle=CYCLES[DRAFTS], prefill_chunk=prefill_chunk, scored=SCORED)
     return Scheduler(limits, residency, Phases(DRAFTS, "balanced", SCORED))
 
 
@@ -102,7 +105,7 @@ def test_a_chunk_is_shared_by_all_prompts():
 def test_another_number_of_drafts_spreads_the_requests_over_its_phases():
     made = scheduler()
     requests = decoding(made, drafted=[0] * 4, phase=0)
-    made.set_draft_tokens(1)
+    made.set_cycle(CYCLES[1])
     assert sorted(request.phase for request in requests) == [0, 0, 1, 1]
     made.iteration = 0
     assert [item.mode for item in planned(made).values()].count(Mode.VERIFY) == 2
@@ -114,7 +117,7 @@ def test_fewer_drafts_do_not_make_every_request_verify_at_once():
     requests = decoding(made, drafted=[0, 1, 2, 3] * 2, phase=None)
     for request in requests:
         request.phase = (made.iteration + DRAFTS - request.drafted) % (DRAFTS + 1)
-    made.set_draft_tokens(DRAFTS - 1)
+    made.set_cycle(CYCLES[DRAFTS - 1])
     assert [item.mode for item in planned(made).values()].count(Mode.VERIFY) <= 2
 
 

@@ -163,10 +163,10 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
         return work
 
     def note_step(runner, rows, logits, variant):
-        renew = runner.step._renew
-        runner.step._renew = lambda *given: (renewed.append(len(variants)), renew(*given))
+        updates = (update,) = runner.step._updates
+        runner.step._updates = [lambda *given: (renewed.append(len(variants)), update(*given))]
         step(runner, rows, logits, variant)
-        runner.step._renew = renew
+        runner.step._updates = updates
         variants.append(variant)
 
     monkeypatch.setattr(Scheduler, "plan", note_plan)

@@ -1,4 +1,4 @@
-"""The number of drafts chosen at run time: by prediction, by measured time, by acceptance."""
+"""The cycle chosen at run time: by prediction, by measured time, by acceptance."""
 
 import functools
 import json
@@ -12,7 +12,9 @@ from transformers import LlamaConfig
 import sparsespec_compile as ss
 from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import iteration_time
-from sparsespec_compile.runtime.draft_length import DraftLength
+from sparsespec_compile.runtime.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.drafters import cycles_of
+from sparsespec_compile.runtime.iteration_times import PredictedTimes
 from sparsespec_compile.runtime.session import _CHOICE_EVERY
 
 MOST = ss.SpecConfig().max_draft_tokens
@@ -29,6 +31,33 @@ def seconds(drafts, length, requests, row=ROW):
 def speed(drafts, length, requests, right, row=ROW):
     accepted = sum(right**nth for nth in range(1, drafts + 1))
     return requests * (accepted + 1) / (drafts + 1) / seconds(drafts, length, requests, row)
+
+
+class Numbers:
+    """A chooser among 0 to `most` drafts of one drafter, with numbers in place of cycles.
+
+    Iterations are predicted to take `predicted(drafts, length, requests)` seconds.
+    """
+
+    def __init__(self, most, predicted):
+        self._cycles = cycles_of(ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most))
+        times = PredictedTimes(lambda cycle, length, requests: predicted(cycle.drafts, length, requests))
+        self._chooser = CycleChooser(self._cycles, times, first=self._cycles[-1])
+        self.began, self.took = self._chooser.began, self._chooser.took
+
+    @property
+    def current(self):
+        return self._chooser.current.drafts
+
+    @current.setter
+    def current(self, drafts):
+        self._chooser.current = self._cycles[drafts]
+
+    def verified(self, drafts, accepted):
+        self._chooser.verified(self._cycles[drafts], drafts, accepted)
+
+    def choose(self, lengths):
+        return self._chooser.choose(lengths).drafts
 
 
 def draw(rng, drafts, right):
@@ -53,14 +82,14 @@ def settle(chooser, lengths, right, row=ROW, choices=400, seed=0):
 @pytest.mark.parametrize("right", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize(("length", "requests"), [(200, 256), (200, 4), (8000, 64), (30000, 16), (8000, 1)])
 def test_never_much_slower_than_the_best_fixed_number(length, requests, right):
-    chosen = settle(DraftLength(MOST, seconds), [length] * requests, right)
+    chosen = settle(Numbers(MOST, seconds), [length] * requests, right)
     best = max(speed(drafts, length, requests, right) for drafts in range(MOST + 1))
     assert speed(chosen, length, requests, right) > 0.97 * best
 
 
 def test_predictions_and_acceptance_alone_decide_where_times_are_never_measured():
     """As where every iteration reads a prompt, too."""
-    chooser, rng, seen = DraftLength(MOST, seconds), random.Random(0), []
+    chooser, rng, seen = Numbers(MOST, seconds), random.Random(0), []
     for right in (0.95, 0.0):
         for _ in range(1000):
             chooser.verified(chooser.current, draw(rng, chooser.current, right))
@@ -72,12 +101,12 @@ def test_predictions_and_acceptance_alone_decide_where_times_are_never_measured(
 
 
 def test_plain_for_many_short_requests_and_long_cycles_for_long_ones():
-    assert settle(DraftLength(MOST, seconds), [100] * 2000, 0.6) == 0
-    assert settle(DraftLength(MOST, seconds), [30000] * 16, 0.98) == MOST
+    assert settle(Numbers(MOST, seconds), [100] * 2000, 0.6) == 0
+    assert settle(Numbers(MOST, seconds), [30000] * 16, 0.98) == MOST
 
 
 def test_chooses_again_as_a_batch_drains_and_fills():
-    chooser = DraftLength(MOST, seconds)
+    chooser = Numbers(MOST, seconds)
     assert settle(chooser, [300] * 2000, 0.8) <= 1
     assert settle(chooser, [20000] * 12, 0.8, choices=600) >= 2
     assert settle(chooser, [300] * 2000, 0.8, choices=600) <= 1
@@ -85,16 +114,16 @@ def test_chooses_again_as_a_batch_drains_and_fills():
 
 def test_measured_times_correct_the_prediction():
     """A device on which a row costs ten times what was predicted."""
-    wrong = settle(DraftLength(MOST, lambda *load: seconds(*load)), [2000] * 64, 0.9, row=20 * ROW)
+    wrong = settle(Numbers(MOST, seconds), [2000] * 64, 0.9, row=20 * ROW)
     best = max(speed(drafts, 2000, 64, 0.9, 20 * ROW) for drafts in range(MOST + 1))
     assert speed(wrong, 2000, 64, 0.9, 20 * ROW) > 0.95 * best
-    assert speed(settle(DraftLength(MOST, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
+    assert speed(settle(Numbers(MOST, seconds), [2000] * 64, 0.9), 2000, 64, 0.9, 20 * ROW) < 0.95 * best
 
 
 @pytest.mark.parametrize("factor", [0.3, 3.0])
 def test_a_device_that_is_off_as_a_whole_is_no_reason_to_stay_or_to_wander(factor):
     """What all measurements have in common is believed of what was not tried."""
-    chooser, rng, seen = DraftLength(MOST, seconds), random.Random(0), []
+    chooser, rng, seen = Numbers(MOST, seconds), random.Random(0), []
     for iteration in range(1200):
         drafts = chooser.current
         for _ in range(round(64 / (drafts + 1))):
@@ -121,7 +150,7 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
         accepted = sum(right**nth for nth in range(1, drafts + 1))
         return requests * (accepted + 1) / (drafts + 1) / slower_with_drafts(drafts, length, requests)
 
-    chooser, rng, speeds = DraftLength(MOST, seconds), random.Random(1), []
+    chooser, rng, speeds = Numbers(MOST, seconds), random.Random(1), []
     for now in (64, length):
         speeds.clear()
         for iteration in range(256):
@@ -147,9 +176,14 @@ def measured_on_an_h200():
         ratios[load[0]["requests"], load[0]["length"] // 16 * 16] = [row["seconds"] / row["predicted"] for row in load]
     sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     model = LlamaConfig(**sizes, intermediate_size=12288, num_hidden_layers=36, vocab_size=151936)
-    return ratios, functools.cache(
-        iteration_time(config_cost(model, torch.bfloat16), ss.SpecConfig(draft_tokens="auto"), ss.H200)
-    )
+    return ratios, functools.cache(predicted_by_number(model))
+
+
+def predicted_by_number(model):
+    """Seconds by (drafts, length, requests)."""
+    cycles = cycles_of(ss.SpecConfig(draft_tokens="auto"))
+    predicted = iteration_time(config_cost(model, torch.bfloat16), "grouped", ss.H200)
+    return lambda drafts, length, requests: predicted(cycles[drafts], length, requests)
 
 
 @pytest.mark.parametrize("right", [0.6, 0.9, 0.985])
@@ -167,7 +201,7 @@ def test_nearly_the_best_speed_on_times_of_an_h200(size, right):
     def tokens(drafts):
         return requests * sum(right**nth for nth in range(drafts + 1)) / (drafts + 1)
 
-    chooser, rng, due = DraftLength(MOST, predicted), random.Random(1), 0.0
+    chooser, rng, due = Numbers(MOST, predicted), random.Random(1), 0.0
     for now, present, iterations in ((64, short, 320), (length, ratios[size], 1000)):
         chooser.began()
         written = taken = 0.0
@@ -192,7 +226,7 @@ def one_request_s_speed(right, warm_up, rng):
     Milliseconds of plain decoding, a draft and a verification of 12. Measured on an H200 are 5.32 and the mean over 13
     iterations, 5.12 (benchmarks/LOG.md, 2026-11-26, night); how that divides, and the first three, are assumed.
     """
-    chooser = DraftLength(MOST, measured_on_an_h200()[1])
+    chooser = Numbers(MOST, measured_on_an_h200()[1])
     for length, (plain, drafting, verifying) in ((warm_up, (4.45, 4.47, 5.1)), (8192, (5.32, 5.04, 6.08))):
         chooser.began()
         written, taken, drafted, cycle, iteration = 0, 0.0, 0, chooser.current, 0
@@ -226,7 +260,7 @@ def test_one_request_soon_knows_how_many_drafts_are_right(right):
 
 def run_on(device, predicted, iterations=600):
     """All choices, when iterations take `device(drafts, number in the cycle)`; drafts are right."""
-    chooser, seen = DraftLength(4, lambda drafts, length, requests: predicted(drafts)), []
+    chooser, seen = Numbers(4, lambda drafts, length, requests: predicted(drafts)), []
     for iteration in range(iterations):
         drafts = chooser.current
         chooser.verified(drafts, drafts)
@@ -277,7 +311,7 @@ def test_the_iteration_in_which_all_verify_is_no_outlier():
 def test_a_trial_lasts_for_a_cycle_at_least():
     """Speculation takes half of what was predicted, in cycles longer than a trial; plain decoding came first."""
     predicted = {0: 1.0, 32: 1.03}
-    chooser, seen = DraftLength(32, lambda drafts, length, requests: predicted.get(drafts, 2.0)), []
+    chooser, seen = Numbers(32, lambda drafts, length, requests: predicted.get(drafts, 2.0)), []
     for _ in range(200):
         chooser.verified(32, 32)
     chooser.current = 0
@@ -297,8 +331,8 @@ def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, dr
     """Nearly all drafts are right: the longest cycles pay, unless one draft more means to read every cache again."""
     sizes = {"hidden_size": 4096, "num_attention_heads": q_heads, "num_key_value_heads": 8, "head_dim": 128}
     model = LlamaConfig(**sizes, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
-    predicted = iteration_time(config_cost(model, torch.bfloat16), ss.SpecConfig(), ss.H200)
-    chooser = DraftLength(MOST, predicted)
+    predicted = predicted_by_number(model)
+    chooser = Numbers(MOST, predicted)
     for _ in range(200):
         for _ in range(4):
             chooser.verified(chooser.current, chooser.current)
@@ -308,7 +342,7 @@ def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, dr
 
 
 def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():
-    chooser = DraftLength(4, seconds)
+    chooser = Numbers(4, seconds)
     before = settle(chooser, [8000] * 64, 0.9)
     for _ in range(50):
         chooser.took(5.0, [8000] * 64)
@@ -316,7 +350,7 @@ def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():
 
 
 def test_what_was_given_up_is_tried_again():
-    chooser = DraftLength(4, seconds)
+    chooser = Numbers(4, seconds)
     assert settle(chooser, [20000] * 16, 0.0) == 0
     for _ in range(60_000):
         chooser.took(seconds(chooser.current, 20000, 16), [20000] * 16)

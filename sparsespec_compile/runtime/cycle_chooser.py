@@ -1,0 +1,198 @@
+"""Which cycle requests run, chosen while they run: whether to draft, with what, and how many drafts.
+
+Speculation pays where reading the cache takes long, and costs where many requests fill the arithmetic units anyway, or
+where a pass costs much the same whatever it reads. All of this changes as a batch grows, drains and lengthens. So the
+choice follows from how long iterations are predicted and measured to take, and from how many drafts were accepted.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.runtime.drafters import Cycle, Drafter, cycles_of
+from sparsespec_compile.runtime.iteration_times import (
+    IterationTime,
+    IterationTimes,
+    Load,
+    MeasuredTimes,
+    PredictedTimes,
+)
+
+_FIRST_GUESS = 0.95
+"""Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
+
+_GUESS_VERIFIED = 4.0
+"""Prior weight, in verified drafts. The pooled acceptance rate is the prior for the first draft of a cycle, as with few
+requests it is soon known well; each draft's posterior is the prior for the next one."""
+
+_KEPT_VERIFIED, _KEPT_UNUSED = 0.995, 0.9998
+"""What a verified draft, and each choice, leaves of the weight of earlier ones: 200 of them count, and what was not
+tried for long is tried again."""
+
+_MEASURED = 8
+"""Iterations that are measured at a time at least, in whole cycles."""
+
+_OUTLIER = 2.0
+_RECENT = 127
+_FEWEST = 3
+"""Times beyond `_OUTLIER` times the usual are left out: they hold a compilation, a capture or a pause of the caller's.
+Usual is the median of the recent ones, relative to what was expected, of the same drafter; until there are a few, what
+was expected."""
+
+_CURIOSITY = 0.5
+"""Standard deviations of its time by which a cycle may be faster than estimated, for it to be tried."""
+
+_GAIN_TO_CHANGE = 1.005
+"""A change costs some requests a short cycle, so it must promise this much."""
+
+_SAME_LENGTH = 32.0
+"""Tokens to which mean lengths are rounded."""
+
+_PATIENCE = 4
+"""Choices for which a new cycle is kept until it was measured; where prompts come all the time, it may never be."""
+
+_UNDER_WAY = 2
+"""After a change, times are left out for a cycle and for the iterations that were under way: phases and cycles are
+still of the former kind."""
+
+
+def chooser_for(config: SpecConfig, predicted: IterationTime | None) -> "CycleChooser | None":
+    """The chooser of `draft_tokens="auto"`; None where the number of drafts is fixed.
+
+    Args:
+        config: the settings.
+        predicted: the prediction. None = only measured times tell: plain decoding comes first.
+    """
+    if config.draft_tokens != "auto":
+        return None
+    cycles = cycles_of(config)
+    if predicted is None:
+        return CycleChooser(cycles, MeasuredTimes(), first=cycles[0])
+    return CycleChooser(cycles, PredictedTimes(predicted), first=cycles[-1])
+
+
+class CycleChooser:
+    """Chooses among cycles.
+
+    Args:
+        cycles: the choices.
+        times: estimates how long their iterations take.
+        first: the choice until something is known.
+
+    Attributes:
+        current: the present choice.
+    """
+
+    def __init__(self, cycles: Sequence[Cycle], times: IterationTimes, first: Cycle) -> None:
+        self.current = first
+        self._cycles = list(cycles)
+        self._times = times
+        most: dict[Drafter, int] = {}
+        for cycle in cycles:
+            most[cycle.drafter] = max(cycle.drafts, most.get(cycle.drafter, 0))
+        self._acceptance = {drafter: _Acceptance(drafts) for drafter, drafts in most.items()}
+        self._recent: dict[Drafter, deque[float]] = {drafter: deque(maxlen=_RECENT) for drafter in most}
+        self._measuring: list[tuple[float, Load]] = []
+        self._unsettled = 0
+        self._unjudged = _PATIENCE  # choices that the present cycle is kept for until it was measured
+        self._judged = True  # whether it was measured before they ran out
+
+    def verified(self, cycle: Cycle, drafts: int, accepted: int) -> None:
+        """Take note of a verification: of `drafts` drafts, planned in such a cycle, the first `accepted` were right."""
+        self._acceptance[cycle.drafter].verified(drafts, accepted)
+
+    def began(self) -> None:
+        """Other requests: what was measured of a cycle under way is of no use."""
+        self._measuring.clear()
+
+    def took(self, seconds: float, lengths: list[int]) -> None:
+        """Take note of the time of an iteration in which requests of these cached lengths decoded.
+
+        Iterations of a cycle differ by how many requests verify; their mean is what is estimated.
+        """
+        if not lengths:
+            return
+        if self._unsettled:
+            self._unsettled -= 1
+            return
+        self._measuring.append((seconds, _load(lengths)))
+        iterations, cycle = len(self._measuring), self.current.passes + 1
+        if iterations < _MEASURED or iterations % cycle:
+            return
+        mean = statistics.fmean(seconds for seconds, _ in self._measuring)
+        load = self._measuring[iterations // 2][1]
+        self._measuring.clear()
+        self._unjudged, self._judged = 0, True
+        expected = self._times.expected(self.current, load)
+        ratio = 1.0 if expected is None else mean / expected
+        recent = self._recent[self.current.drafter]
+        recent.append(ratio)
+        if ratio <= _OUTLIER * (statistics.median(recent) if len(recent) >= _FEWEST else 1.0):
+            self._times.measured(self.current, load, mean)
+
+    def choose(self, lengths: list[int]) -> Cycle:
+        """The cycle for requests of these cached lengths; keeps the present one unless another is better.
+
+        The one that may be the fastest is tried: an optimist finds out (upper confidence bounds, Auer 2002). But not
+        while nobody can: a cycle that could not be measured in time is followed by what is estimated to be the fastest.
+        """
+        if not lengths:
+            return self.current
+        for acceptance in self._acceptance.values():
+            acceptance.fade()
+        if self._unjudged:
+            self._unjudged -= 1
+            self._judged = False
+            return self.current
+        seconds, deviation = self._times.estimate(self._cycles, _load(lengths))
+        speed = self._tokens() / seconds * np.exp((_CURIOSITY if self._judged else 0.0) * deviation)
+        best = int(np.argmax(speed))
+        if speed[best] > _GAIN_TO_CHANGE * speed[self._cycles.index(self.current)]:
+            self.current = self._cycles[best]
+            self._measuring.clear()
+            self._unsettled = self.current.passes + 1 + _UNDER_WAY
+            self._unjudged = _PATIENCE
+        return self.current
+
+    def _tokens(self) -> np.ndarray:
+        """Expected tokens of a request in an iteration of each cycle [n]."""
+        accepted = {drafter: acceptance.accepted() for drafter, acceptance in self._acceptance.items()}
+        return np.array([(accepted[c.drafter][c.drafts] + 1) / (c.passes + 1) for c in self._cycles])
+
+
+class _Acceptance:
+    """How many drafts of a drafter are accepted."""
+
+    def __init__(self, most: int) -> None:
+        self._hits = np.zeros(most)
+        self._tries = np.zeros(most)
+
+    def verified(self, drafts: int, accepted: int) -> None:
+        tried = min(accepted + 1, drafts)
+        self._hits[:tried] *= _KEPT_VERIFIED
+        self._tries[:tried] *= _KEPT_VERIFIED
+        self._hits[:accepted] += 1.0
+        self._tries[:tried] += 1.0
+
+    def fade(self) -> None:
+        """Forget a little."""
+        self._hits *= _KEPT_UNUSED
+        self._tries *= _KEPT_UNUSED
+
+    def accepted(self) -> list[float]:
+        """Expected accepted drafts of 0, 1, ... drafts [most + 1]."""
+        expected, chain = [0.0], 1.0
+        right = (self._hits.sum() + _GUESS_VERIFIED * _FIRST_GUESS) / (self._tries.sum() + _GUESS_VERIFIED)
+        for hits, tries in zip(self._hits.tolist(), self._tries.tolist(), strict=True):
+            right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
+            chain *= right
+            expected.append(expected[-1] + chain)
+        return expected
+
+
+def _load(lengths: list[int]) -> Load:
+    """Lengths that are much the same share a prediction, which takes some 0.1 ms."""
+    return Load(round(statistics.fmean(lengths) / _SAME_LENGTH) * _SAME_LENGTH, len(lengths))

@@ -70,8 +70,7 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
         raise ConfigError(f"config must be a SpecConfig(name=value, ...), got {type(config).__name__}.")
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"optimize takes a loaded transformers model, got {type(model).__name__}. Load it first: "
-            "AutoModelForCausalLM.from_pretrained(folder_or_hub_id, dtype=...)."
+            f"optimize takes a loaded transformers model, got {type(model).__name__}. {_way_to_a_model(model)}"
         )
     return OptimizedModel(model, config)
 
@@ -371,6 +370,19 @@ class OptimizedModel:
                     streamer.put(torch.tensor(tokens))
         if streamer is not None:
             streamer.end()
+
+
+def _way_to_a_model(given: Any) -> str:
+    """What to pass instead of something that is no transformers model, such as one that wraps it."""
+    if callable(getattr(given, "merge_and_unload", None)):  # PEFT's
+        return (
+            "It wraps a model in adapters: pass model.merge_and_unload(), which holds them in its weights, or "
+            "model.get_base_model(), which applies them in every layer."
+        )
+    for name in ("_orig_mod", "module", "model"):  # torch.compile's, DistributedDataParallel's, a pipeline's or ours
+        if isinstance(getattr(given, name, None), torch.nn.Module):
+            return f"It wraps a model: pass its .{name}."
+    return "Load it first: AutoModelForCausalLM.from_pretrained(folder_or_hub_id, dtype=...)."
 
 
 def _completions(stream: TokenStream) -> Iterator[Completion]:

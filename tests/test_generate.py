@@ -265,6 +265,21 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match=f"got {type(given).__name__}.*from_pretrained"):
             ss.optimize(given)
 
+    def test_what_wraps_a_model_is_told_what_to_unwrap(self, model, fast):
+        class Adapters(torch.nn.Module):
+            def merge_and_unload(self):
+                return model
+
+        parallel = torch.nn.DataParallel(model)
+        for given, way in [
+            (torch.compile(model), r"OptimizedModule.*pass its \._orig_mod"),
+            (parallel, r"DataParallel.*pass its \.module"),
+            (fast, r"OptimizedModel.*pass its \.model"),
+            (Adapters(), r"Adapters.*pass model\.merge_and_unload\(\)"),
+        ]:
+            with pytest.raises(UnsupportedModelError, match=way):
+                ss.optimize(given)
+
     def test_model_on_no_device(self):
         with pytest.raises(UnsupportedModelError, match="meta"):
             ss.optimize(tiny("llama").to("meta"))

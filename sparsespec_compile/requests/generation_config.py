@@ -63,6 +63,7 @@ _NO_EFFECT = frozenset(
         "assistant_ensemble_weight",
         "target_lookbehind",
         "max_matching_ngram_size",
+        "trust_remote_code",
     }
 )
 
@@ -103,8 +104,6 @@ _CALLS: Mapping[str, str] = {
     "negative_prompt_ids": "Guidance needs the HuggingFace model's own generate.",
     "negative_prompt_attention_mask": "Guidance needs the HuggingFace model's own generate.",
     "custom_generate": "Pass the HuggingFace model to the custom function.",
-    "trust_remote_code": "No code is loaded here.",
-    "use_model_defaults": "The model's generation_config always counts.",
     "inputs_embeds": "Prompts are token ids: input_ids.",
     "position_ids": "Positions follow from attention_mask.",
     "token_type_ids": "Leave them out: tokenizer(..., return_token_type_ids=False).",
@@ -120,7 +119,7 @@ _INSTEAD: Mapping[str, str] = {
     "output_attentions": _FORWARD,
     "output_hidden_states": _FORWARD,
     "max_time": "Read stream() for as long as there is time, then close() it.",
-    "min_new_tokens": "To write on past a stop token, pass eos_token_id=None.",
+    "min_new_tokens": "To write on past stop tokens, pass eos_token_id=None, or SamplingParams(stop_token_ids=()).",
     "prompt_lookup_num_tokens": _SPECULATION,
     "speculation_type": _SPECULATION,
     "use_mtp": _SPECULATION,

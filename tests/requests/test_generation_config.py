@@ -105,7 +105,6 @@ def test_arguments_that_ask_for_nothing_are_accepted():
             "assistant_tokenizer",
             "negative_prompt_ids",
             "negative_prompt_attention_mask",
-            "use_model_defaults",
             "custom_generate",
             "trust_remote_code",
             "past_key_values",
@@ -121,7 +120,13 @@ def test_arguments_that_ask_for_nothing_are_accepted():
         "synced_gpus": False,
         "suppress_tokens": [],
     }
-    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": 1}
+    neutral = {
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "use_cache": True,
+        "trust_remote_code": True,
+        "num_return_sequences": 1,
+    }
     plain = generate(max_new_tokens=4).requests
     for arguments in (nothing, empty, neutral, {"stopping_criteria": []}, {"output_scores": False}):
         read = generate(max_new_tokens=4, **arguments).requests

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, models
+from tokenizers import decoders as decoders_of
 
 from sparsespec_compile.requests.stop_strings import StopStrings
 
@@ -98,3 +100,33 @@ def test_random_texts_end_where_the_whole_text_first_holds_the_string():
         assert stops_at(tokens, Pieces(*pieces), string) == expected
         ended += expected is not None
     assert 50 < ended < 300
+
+
+def decoders():
+    """Decoders that models have, over the same pieces: bytes, words with a mark in front, parts of words."""
+    marks = decoders_of.Sequence(
+        [decoders_of.Replace("▁", " "), decoders_of.ByteFallback(), decoders_of.Fuse(), decoders_of.Strip(" ", 1, 0)]
+    )
+    words = ["a", "b", "ab", "▁a", "▁b", "▁", ".", "##a", "Ġa", "Ġ", "Ã", "©", "<0xC3>", "<0xA9>", "<0xE2>"]
+    for decoder in (marks, decoders_of.ByteLevel(), decoders_of.WordPiece(), decoders_of.Metaspace()):
+        tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="a"))
+        tokenizer.decoder = decoder
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        yield tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", list(decoders()), ids=lambda tokenizer: type(tokenizer.decoder).__name__)
+def test_decoders_that_look_at_neighbours(tokenizer):
+    """Special tokens are skipped; the first token of a text is treated in its own way, and blanks before a stop go."""
+    draw = random.Random(2)
+    ended = 0
+    for _ in range(200):
+        tokens = [draw.randrange(tokenizer.get_vocab_size()) for _ in range(80)]
+        first = draw.randrange(2, 50)
+        string = tokenizer.decode(tokens)[first : first + draw.randint(1, 6)]
+        if not string:
+            continue
+        expected = next((n for n in range(1, 81) if string in tokenizer.decode(tokens[:n])), None)
+        assert stops_at(tokens, tokenizer, string) == expected
+        ended += expected is not None
+    assert ended > 100

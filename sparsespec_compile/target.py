@@ -16,7 +16,7 @@ from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.regions.compile_regions import CompiledForward
 from sparsespec_compile.runtime.build import Target
-from sparsespec_compile.runtime.step import as_it_is
+from sparsespec_compile.runtime.step import as_it_is, without_autocast
 from sparsespec_compile.warm_up import kernels_compiled_beside
 
 
@@ -30,6 +30,12 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
     device = model.device
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedModelError(f"The model is on {device}; kernels exist for CPU and CUDA. Move it there.")
+    with without_autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return _compile(model, config)
+
+
+def _compile(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel, Target]:
+    device = model.device
     auto = config.draft_tokens == "auto"
     ceilings = ceilings_of(device if config.ceilings is None else config.ceilings) if auto else None
     compiled = compile_model(model, page_size=config.page_size)

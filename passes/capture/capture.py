@@ -103,7 +103,7 @@ class _Rehearsal:
         self.windows: dict[int, tuple[Tensor, int | None]] = {}
 
     def mask(self, options: dict) -> Tensor:
-        marker = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool, device=options.get("device"))
+        marker = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool, device=options.get("device") or "cpu")
         self.windows[marker.data_ptr()] = (marker, causal_window(mask_function(options)))
         return marker
 

@@ -44,7 +44,7 @@ def _sees_window(mask_function: MaskFunction, row: int, window: int) -> bool:
     visible = _visible(mask_function, row)
     if visible is None:
         return False
-    position = torch.arange(SPAN)
+    position = torch.arange(SPAN, device="cpu")
     expected = position <= row
     if window:
         expected &= position > row - window
@@ -53,9 +53,9 @@ def _sees_window(mask_function: MaskFunction, row: int, window: int) -> bool:
 
 def _visible(mask_function: MaskFunction, row: int) -> Tensor | None:
     """Which of SPAN keys query `row` sees, bool [SPAN]; None when the function needs more than the indices."""
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    query = torch.full((1, 1, 1, 1), row)
-    key = torch.arange(SPAN).view(1, 1, 1, SPAN)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="cpu")
+    query = torch.full((1, 1, 1, 1), row, device="cpu")
+    key = torch.arange(SPAN, device="cpu").view(1, 1, 1, SPAN)
     try:
         return mask_function(zero, zero, query, key).expand(1, 1, 1, SPAN).reshape(SPAN).bool()
     except (IndexError, RuntimeError):

@@ -69,13 +69,15 @@ class ProveRowLocality(GraphPass):
         The first run has even tokens and positions, the second odd ones.
         """
         model = self.context.model
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         vocabulary = len(next(model.get_input_embeddings().parameters()))
         longest = getattr(model.config, "max_position_embeddings", None)
         positions = min(2 * rows, int(longest)) if longest else 2 * rows
         drawn = []
         for limit in (vocabulary, positions):
-            first, second = (2 * torch.randint(max(limit // 2, 1), (1, rows), generator=generator) for _ in range(2))
+            first, second = (
+                2 * torch.randint(max(limit // 2, 1), (1, rows), generator=generator, device="cpu") for _ in range(2)
+            )
             second += 1
             second[0, there] = first[0, here]
             drawn.append((first.to(model.device), second.to(model.device)))

@@ -361,7 +361,7 @@ def _seeds(seed: Any, texts: int, *, needed: bool) -> list[int]:
     if seed is None:
         if not needed:
             return [0] * texts
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     own = seed.tolist() if isinstance(seed, torch.Tensor | np.ndarray) else seed
     if isinstance(own, Sequence) and not isinstance(own, str):
         return _each("seed", own, texts, "texts")

@@ -91,9 +91,9 @@ def pad(input_ids: Tensor, outputs: list[list[int]], pad_token: int | None) -> T
     """Append each output to its row of `input_ids`, filled up on the right: int64 [batch, width + longest output]."""
     longest = max(len(output) for output in outputs)
     fill = 0 if pad_token is None else pad_token
-    new = torch.full((len(outputs), longest), fill, dtype=torch.int64)
+    new = torch.full((len(outputs), longest), fill, dtype=torch.int64, device="cpu")
     for row, output in zip(new, outputs, strict=True):
-        row[: len(output)] = torch.tensor(output)
+        row[: len(output)] = torch.tensor(output, device="cpu")
     return torch.cat([input_ids.long(), new.to(input_ids.device)], dim=1)
 
 

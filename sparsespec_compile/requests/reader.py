@@ -159,7 +159,9 @@ class RequestReader:
     def _texts(self, index: int, prompt: list[int], params: SamplingParams | None) -> list[Request]:
         if params is None:
             params = default_sampling(self.defaults, len(prompt), self.positions)
-        seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+        seed = params.seed
+        if seed is None:  # greedy texts need none, and must leave torch's generator alone
+            seed = int(torch.randint(2**63 - 1, (), device="cpu")) if params.temperature > 0 else 0
         seeds = [seed] if params.n == 1 else [derive_seed(seed, sample) for sample in range(params.n)]
         stops, stop_strings = params.stop_token_ids, params.stop_strings
         if stops is None:

@@ -78,7 +78,7 @@ def derive_seed(seed: int, index: int) -> int:
     Returns:
         An integer in [0, 2**63).
     """
-    key = (torch.tensor(seed & LOW), torch.tensor((seed >> 32) & LOW))
-    counter = (torch.tensor(index), torch.tensor(0), torch.tensor(0), torch.tensor(1))  # text noise has 0 in the last
-    words = philox(counter, key)
+    numbers = (index, 0, 1, seed & LOW, (seed >> 32) & LOW)  # text noise has 0 where this has 1
+    first, zero, one, low, high = torch.tensor(numbers, dtype=torch.int64, device="cpu").unbind()
+    words = philox((first, zero, zero, one), (low, high))
     return (int(words[0]) | int(words[1]) << 32) & (2**63 - 1)

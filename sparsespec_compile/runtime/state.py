@@ -78,7 +78,7 @@ class State:
         """Replace the pool by one of `pages` pages, before any request holds one."""
         dtype, elements = self.pool.dtype, self.pool.shape[1]
         self.capacity = replace(self.capacity, pages=pages)
-        self.pool = torch.empty(0, dtype=dtype)  # the old one makes room
+        self.pool = torch.empty(0, dtype=dtype, device=self.device)  # the old one makes room
         self.pool = torch.zeros(pages, elements, dtype=dtype, device=self.device)
 
 

@@ -4,7 +4,8 @@ Nothing here waits for the device or depends on the values it computes, so a ste
 surrounds the graph is two functions of tensors, which a compiler can fuse: `place_rows` before it, `accept` behind it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,6 +79,16 @@ class Placed(NamedTuple):
     scored_length: Tensor
 
 
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Computes in the dtypes of the tensors, whatever autocast the caller has switched on."""
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 class Step:
     """The computation of an iteration over one `State`.
 
@@ -120,6 +131,10 @@ class Step:
     @torch.no_grad()
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run the first `rows` packed rows and `logits` rows with logits of the inputs; `results` holds the outcome."""
+        with without_autocast(self.state.device):
+            self._run(rows, logits, variant)
+
+    def _run(self, rows: int, logits: int, variant: Variant) -> None:
         state, inputs = self.state, self.inputs
         placed = self._place_rows(state, inputs, rows, self._score_rows)
         logit_rows = inputs.logit_rows[:logits]

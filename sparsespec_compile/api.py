@@ -133,8 +133,12 @@ class OptimizedModel:
         """True."""
         return True
 
+    def __call__(self, *args: Any, **arguments: Any) -> Any:
+        """The HuggingFace model's own forward pass, uncompiled: for the logits of whole texts."""
+        return self.model(*args, **arguments)
+
     def eval(self) -> "OptimizedModel":
-        """Put the HuggingFace model in evaluation mode; returns self. What was compiled always is."""
+        """Put the HuggingFace model in evaluation mode; returns self. The compiled graph always is in it."""
         self.model.eval()
         return self
 

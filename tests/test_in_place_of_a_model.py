@@ -60,6 +60,7 @@ def test_what_harnesses_read(model, fast):
     for name in ("config", "generation_config", "device", "dtype", "name_or_path", "main_input_name"):
         assert getattr(fast, name) == getattr(model, name)
     assert fast.can_generate()
+    assert torch.equal(fast(torch.tensor([[3, 4]])).logits, model(torch.tensor([[3, 4]])).logits)
     assert fast.eval() is fast.to("cpu") is fast.to(torch.device("cpu")) is fast
     with pytest.raises(StaleParametersError, match=r"stays on its device, cpu, got to\('meta'\)"):
         fast.to("meta")

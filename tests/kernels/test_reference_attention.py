@@ -9,6 +9,7 @@ from sparsespec_compile.kernels.reference import attention as reference
 
 from .cases import Case, Request, Shape, build
 from .naive import expected_output, expected_pool, expected_scores
+from .not_finite import HIDDEN, SHAPES, check_hidden, with_not_finite
 from .steps import LAYERS, MIXED
 
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-12}
@@ -32,6 +33,26 @@ def test_mixed_step_follows_the_definition(layer: str) -> None:
 @pytest.mark.parametrize("window", [0, 5])
 def test_page_sizes_and_windows(page_size: int, window: int) -> None:
     _check_against_definition(build(Shape(page_size=page_size, window=window), MIXED, seed=page_size))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_take_nothing_from_tokens_that_they_do_not_see(shape: str, bad: float) -> None:
+    case = with_not_finite(build(SHAPES[shape], HIDDEN), bad)
+    actual = case.to(torch.float64, score_dtype=torch.float64)
+    check_hidden(case, ops.dual_mode_attention(*actual.arguments()), actual, error=1e-11)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_of_a_site_take_nothing_from_later_ones(bad: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
+    expected = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0)
+    k[:, 1, 5, 3], v[:, 1, 5, 2] = bad, bad
+    actual = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0)
+    torch.testing.assert_close(actual[:, :5], expected[:, :5], rtol=0, atol=0)
+    torch.testing.assert_close(actual[:, :, :2], expected[:, :, :2], rtol=0, atol=0)
+    assert actual[:, 5:, 2:].isnan().all()
 
 
 def test_rows_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ _STOPS = (
 _SPECULATION = "This model speculates by itself, as its SpecConfig says."
 _FORWARD = "Call the HuggingFace model on the finished text for them."
 
-# Arguments of `generate` that are no fields of `GenerationConfig`, and what to use instead. With a value that asks for
+# Arguments of `generate` that are not fields of `GenerationConfig`, and what to use instead. With a value that asks for
 # nothing (None, False, an empty list) each is accepted, so that callers may pass HuggingFace's whole list.
 _CALLS: Mapping[str, str] = {
     "logits_processor": "Logits are drawn from on the device: temperature, top_k, top_p and min_p are what there is.",
@@ -157,7 +157,7 @@ def merge_settings(
     Args:
         model_config: the model's `generation_config`.
         call_config: the one given to the call.
-        arguments: the call's keyword arguments. Those that are no fields of `GenerationConfig` are checked and dropped.
+        arguments: the call's keyword arguments. Those that are not fields of `GenerationConfig` are checked and dropped.
 
     Raises:
         SamplingError: an argument is unknown, or asks for what is not supported.

@@ -157,7 +157,7 @@ def merge_settings(
     Args:
         model_config: the model's `generation_config`.
         call_config: the one given to the call.
-        arguments: the call's keyword arguments. Those that are not fields of `GenerationConfig` are checked and dropped.
+        arguments: the call's keyword arguments. Those that are not `GenerationConfig` fields are checked and dropped.
 
     Raises:
         SamplingError: an argument is unknown, or asks for what is not supported.

@@ -60,12 +60,14 @@ class CompileReport:
         versions: of torch and transformers.
         passes: in the order in which they ran, the capture first.
         attention: in the order of the forward pass.
+        takes_single_rows: whether the graph, captured for two rows at least, gives the same for a row alone.
     """
 
     model: str
     versions: str
     passes: list[PassRecord] = field(default_factory=list)
     attention: list[AttentionRecord] = field(default_factory=list)
+    takes_single_rows: bool = False
 
     @property
     def seconds(self) -> float:

@@ -16,6 +16,7 @@ from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.regions.compile_regions import CompiledForward
 from sparsespec_compile.runtime.build import Target
+from sparsespec_compile.runtime.inputs import MIN_ROWS
 from sparsespec_compile.runtime.step import as_it_is, without_autocast
 from sparsespec_compile.warm_up import kernels_compiled_beside
 
@@ -55,6 +56,8 @@ def _compile(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel,
         compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
         iteration_time=predicted,
         weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
+        # Compiled code holds for two rows at least; run node by node, the graph takes what it was proved to take.
+        fewest_rows=1 if compiled.report.takes_single_rows and not inductor else MIN_ROWS,
     )
 
 

@@ -12,7 +12,8 @@ q, k and v at every site, and the logits. This also catches positions counted fr
 Before = after:
     q, k, v of each site and logits [1, R, V], each with one dimension of size T (or R)
 
-Requires: a normalised graph with its sites. Ensures: nothing is changed.
+Requires: a normalised graph with its sites. Ensures: nothing is changed; the report says whether the graph also takes a
+row alone.
 
 Tolerance. Where a dimension is the rows, both runs' common row is compared at every node, and when it agrees it is made
 equal, so rounding does not add up over layers. Within one block it differs by a few units of rounding at most (experts
@@ -52,6 +53,8 @@ class ProveRowLocality(GraphPass):
             runs = Runs(rows, here, there, self._inputs(rows, here, there))
             with torch.no_grad():
                 Lockstep(graph_module, runs).run()
+        with torch.no_grad():
+            self.context.report.takes_single_rows = takes_single_rows(graph_module, self._inputs(rows, 1, 0)[0])
         self.matches = len(find_calls(graph_module.graph, attention_site))
 
     def _refuse_state(self, graph_module: GraphModule) -> None:
@@ -203,6 +206,37 @@ class Lockstep:
                     suspects.add(source)
                     pending.append(source)
         return next(node for node in self.graph.nodes if node in suspects)
+
+
+def takes_single_rows(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a row alone gives what it gives among others, though the graph was captured for two rows at least.
+
+    A model's code may have had another branch for one row, and a squeeze may drop a dimension of one row.
+
+    Args:
+        graph_module: a graph with its sites, which mixes no rows.
+        inputs: token ids [1, T], positions [1, T] and rows to keep [T], T above 1.
+    """
+    ids, positions, kept = inputs
+    many, one = _Run(graph_module), _Run(graph_module)
+    many.start(inputs)
+    one.start((ids[:, :1], positions[:, :1], kept[:1]))
+    for node in graph_module.graph.nodes:
+        sources = node.all_input_nodes[:3] if node.target is attention_site else node.all_input_nodes
+        axis = {attention_site: 2, "output": 1}.get(node.target)
+        for source in sources if axis is not None else ():
+            ours, theirs = many.env[source].narrow(axis, 0, 1), one.env[source]
+            if ours.shape != theirs.shape or not _agree(ours, theirs):
+                return False
+            _make_equal(ours, theirs)
+        if node.op == "output":
+            return True
+        many.step(node)
+        try:
+            one.step(node)
+        except (RuntimeError, IndexError, ValueError):  # what ops raise for sizes that they cannot take
+            return False
+    return False
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:

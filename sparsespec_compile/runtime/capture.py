@@ -38,10 +38,12 @@ class StepRunner:
     Args:
         step: the computation.
         capture: whether to capture it in CUDA graphs; its state must be on a GPU then.
+        fewest_rows: rows that the step's graph takes at least, when it is not captured.
     """
 
-    def __init__(self, step: Step, *, capture: bool) -> None:
+    def __init__(self, step: Step, *, capture: bool, fewest_rows: int = MIN_ROWS) -> None:
         self.step = step
+        self._fewest_rows = fewest_rows
         sizes = step.inputs.sizes
         self._sizes = row_counts(sizes.rows) if capture else []
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
@@ -70,7 +72,7 @@ class StepRunner:
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""
         if not self._sizes:
-            self.step(max(rows, MIN_ROWS), max(logits, MIN_ROWS), variant)
+            self.step(max(rows, self._fewest_rows), max(logits, self._fewest_rows), variant)
             return
         padded = self._padded(rows)
         with torch.cuda.device_of(self.step.inputs.flat):

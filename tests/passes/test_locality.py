@@ -18,6 +18,10 @@ from .families import DOZEN, tiny
 
 
 def probe(model):
+    return examine(model).matches
+
+
+def examine(model):
     captured = capture(model)
     layout = KVLayout(tuple(site.layer for site in captured.sites), 16)
     context = PassContext(model, layout, CompileReport("", ""))
@@ -25,7 +29,7 @@ def probe(model):
     Normalise(context)(graph_module)
     graph_pass = ProveRowLocality(context)
     graph_pass(graph_module)
-    return graph_pass.matches
+    return graph_pass
 
 
 @pytest.mark.parametrize("family", [*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt"])
@@ -33,6 +37,20 @@ def test_attention_alone_passes(bench, family):
     report = bench(family).compiled.report
     record = next(record for record in report.passes if record.name == "prove row locality")
     assert record.matches == len(report.attention)
+
+
+@pytest.mark.parametrize("family", [*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt"])
+def test_a_row_alone_is_taken(bench, family):
+    assert bench(family).compiled.report.takes_single_rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x * x.shape[1], lambda x: x - x.squeeze().mean(1)[None, :, None]],
+    ids=["another value", "a dimension less"],
+)
+def test_what_one_row_alone_would_change_is_found(monkeypatch, change):
+    assert not examine(patched(monkeypatch, change)).context.report.takes_single_rows
 
 
 @pytest.mark.parametrize(

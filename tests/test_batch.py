@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sparsespec_compile.errors import (
     PromptError,
     StoppedError,
 )
-from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.device.cpu import CpuDevice
 
 from .support.models import VOCABULARY, tiny
 
@@ -359,10 +360,12 @@ def test_a_captured_step_that_is_wrong(fast):
 
 
 def test_generate_returns_whole_texts_or_none(model, monkeypatch):
-    def refuse(tier, pages):
-        raise RuntimeError("CUDA error: out of memory")
+    def refuse(device, shape, dtype):
+        block = Future()
+        block.set_exception(RuntimeError("CUDA error: out of memory"))
+        return block
 
-    monkeypatch.setattr(HostTier, "_allocate", refuse)
+    monkeypatch.setattr(CpuDevice, "host_block", refuse)
     fast = ss.optimize(model, ss.SpecConfig(page_size=4, pool_tokens=64, host_pool_tokens=4096))
     with pytest.raises(PoolTooSmallError, match="neither by the KV pool nor by host memory"):
         fast.generate(torch.ones(4, 5, dtype=torch.int64), max_new_tokens=50, eos_token_id=None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -9,6 +10,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.device.interface import Device, Memory
 from sparsespec_compile.runtime.drafters import Drafter
 from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.iteration_times import IterationTime
@@ -68,16 +70,18 @@ def capacity_for(config: SpecConfig, drafters: Sequence[Drafter], slots: int, to
 
 
 def build_runner(
-    target: Target, config: SpecConfig, drafters: Sequence[Drafter], capacity: Capacity
+    target: Target, config: SpecConfig, drafters: Sequence[Drafter], capacity: Capacity, device: Device
 ) -> tuple[StepRunner, MemoryPlan]:
     """Allocate everything but the pool, find out what a step needs beside it, then give the pool what is left.
+
+    All of it belongs to the current stream of `device`.
 
     Raises:
         MemoryPlanError: the device's free memory does not suffice; the text has every figure.
         PoolTooSmallError: an allocation failed.
     """
     try:
-        state = State(target.layout, replace(capacity, pages=2), target.dtype, target.device)
+        state = State(target.layout, replace(capacity, pages=2), target.dtype, device)
         step = Step(
             target.forward,
             state,
@@ -86,10 +90,10 @@ def build_runner(
             config.most_draft_tokens,
             target.compiler,
         )
-        capture = config.cuda_graphs and target.device.type == "cuda"
+        graphs = device.graphs() if config.cuda_graphs else None
         # What graphs keep for their activations stays theirs while the next one is warmed up outside of it.
-        workspace = _workspace_bytes(step) * (2 if capture else 1)
-        plan = _plan_memory(target, config, capacity, workspace)
+        workspace = _workspace_bytes(step, device.memory) * (1 if graphs is None else 2)
+        plan = _plan_memory(target, config, capacity, workspace, device.memory)
         state.give_pool(plan.parts[POOL] // page_bytes(target.layout, target.dtype))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -99,7 +103,7 @@ def build_runner(
             f"of {capacity.pages * config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
             "max_new_tokens."
         ) from error
-    return StepRunner(step, capture=capture, fewest_rows=target.fewest_rows), plan
+    return StepRunner(step, graphs, fewest_rows=target.fewest_rows), plan
 
 
 def most_rows(config: SpecConfig, slots: int) -> int:
@@ -119,14 +123,15 @@ def _inputs(target: Target, config: SpecConfig, capacity: Capacity) -> StepInput
     return StepInputs(sizes, target.device)
 
 
-def _plan_memory(target: Target, config: SpecConfig, capacity: Capacity, workspace: int) -> MemoryPlan:
+def _plan_memory(
+    target: Target, config: SpecConfig, capacity: Capacity, workspace: int, memory: Memory | None
+) -> MemoryPlan:
     """What everything takes. The pool gets what was asked for, or, if that is not fixed, what the rest leaves of it."""
     parts = {"weights": target.weight_bytes} | state_bytes(target.layout, capacity, target.dtype)
-    if target.device.type != "cuda":
+    if memory is None:
         return MemoryPlan(parts, None)
-    torch.cuda.empty_cache()
     taken = sum(parts.values()) - parts[POOL]
-    available = torch.cuda.mem_get_info(target.device)[0] + taken
+    available = memory.free() + taken
     parts |= {_WORKSPACE: workspace, _GRAPHS: int(available * _GRAPH_SHARE)}
     if config.pool_tokens is None:
         page = page_bytes(target.layout, target.dtype)
@@ -137,22 +142,17 @@ def _plan_memory(target: Target, config: SpecConfig, capacity: Capacity, workspa
     return plan
 
 
-def _workspace_bytes(step: Step) -> int:
-    """What a step of the most rows takes beside its state, found by running one without work; 0 on a CPU.
+def _workspace_bytes(step: Step, memory: Memory | None) -> int:
+    """What a step of the most rows takes beside its state, found by running one without work; 0 without a limit.
 
     The first runs also compile, the last one counts. It gives log-probabilities, which takes most.
     """
-    device = step.state.device
-    if device.type != "cuda":
+    if memory is None:
         return 0
     sizes, largest = step.inputs.sizes, replace(step.any_work, logprobs=True)
     for rows, logits in first_runs(sizes):
         step(rows, logits, largest)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step(sizes.rows, sizes.logits, largest)
-    return torch.cuda.max_memory_allocated(device) - before
+    return memory.taken_by(partial(step, sizes.rows, sizes.logits, largest))
 
 
 def first_runs(sizes: InputSizes) -> list[tuple[int, int]]:

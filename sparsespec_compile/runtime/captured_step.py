@@ -6,6 +6,7 @@ import torch
 
 from sparsespec_compile.errors import ConfigError
 from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.inputs import InputPacker, StepInputs
 from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.state import State
@@ -21,6 +22,10 @@ class CapturedStep:
     answer from the device, so any number can be enqueued ahead. On a GPU a replay is a CUDA graph, on a CPU the same
     computation runs at once.
 
+    Unlike a generation's steps, which run on a stream of the engine's own, `fill` and `replay` enqueue on the calling
+    thread's current stream. Call all of them, `OptimizedModel.capture` included, under one stream, or let the streams
+    wait for each other.
+
     An iteration holds at most `inputs.sizes.rows` packed rows, `inputs.sizes.logits` rows with logits, and, if pillars
     are chosen by score, as many scored requests as `state.scores` has rows: requests that verify in different
     iterations share them.
@@ -34,8 +39,9 @@ class CapturedStep:
         state: what outlives an iteration; see `State`.
     """
 
-    def __init__(self, runner: StepRunner, vocabulary: int | None = None) -> None:
+    def __init__(self, runner: StepRunner, device: Device, vocabulary: int | None = None) -> None:
         self._runner = runner
+        self._device = device
         self._longest: dict[int, int] = {}
         self._packer = InputPacker(runner.step.inputs.sizes)
         self._filled = (0, 0, runner.step.any_work)
@@ -114,5 +120,6 @@ class CapturedStep:
         filled_rows, filled_logits, variant = self._filled
         if rows is not None or logits is not None:
             variant = self._runner.step.any_work
-        self._runner(filled_rows if rows is None else rows, filled_logits if logits is None else logits, variant)
+        rows, logits = filled_rows if rows is None else rows, filled_logits if logits is None else logits
+        self._device.current().run(lambda: self._runner(rows, logits, variant))
         return self.results

@@ -12,6 +12,8 @@ from sparsespec_compile.runtime.build import Target, build_runner, capacity_for
 from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.captured_step import CapturedStep
 from sparsespec_compile.runtime.cycle_chooser import CycleChooser, chooser_for
+from sparsespec_compile.runtime.device import open_device
+from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.drafters import cycles_of, drafters_of
 from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
@@ -47,10 +49,23 @@ class Engine:
     """Runs requests through the graph until their texts are complete.
 
     The state on the device is built for the first call and kept; a call that needs more gets one that serves both.
+
+    Steps, uploads and downloads run on a stream of the engine's own, whatever stream is current in the calling thread.
+    It waits for the caller's stream where a session begins, since the caller may just have changed the model's
+    parameters, and the caller's stream waits for it where the session ends, since a step that is still under way reads
+    them. Results are read on the host. State is allocated on the engine's stream, so its memory is not used again
+    before the steps that use it have run.
+
+    Args:
+        target: what runs.
+        config: how.
+        device: what it runs on; None = the implementation for `target.device`.
     """
 
-    def __init__(self, target: Target, config: SpecConfig) -> None:
+    def __init__(self, target: Target, config: SpecConfig, device: Device | None = None) -> None:
         self.target = target
+        self._device = open_device(target.device) if device is None else device
+        self._stream = self._device.stream()
         self.config = config
         self.stats = Stats(config.most_draft_tokens)
         self.memory_plan: MemoryPlan | None = None
@@ -92,17 +107,19 @@ class Engine:
                 "This model is already generating. Exhaust or close the earlier generation first, end it with stop(), "
                 "or optimize the model once more for generations that run side by side."
             )
+        self._stream.wait(self._device.current().record())
         runner, tier = self._prepared(needs)
         recorder = StatsRecorder(self.target.layout, self.config)
         self.stats = recorder.stats
         self._chooser = self._chooser or chooser_for(self.config, self.target.iteration_time)
         scheduler = self._scheduler(runner, tier)
-        session = Session(scheduler, runner, recorder, self._chooser, overlap=self.config.overlap)
+        session = Session(scheduler, runner, self._stream, recorder, self._chooser, overlap=self.config.overlap)
         self._active = session
         try:
             yield session
         finally:
             session.close()
+            self._device.current().wait(self._stream.record())
             if self._active is session:
                 self._active = None
 
@@ -117,14 +134,14 @@ class Engine:
         pages = max(max_requests, 2) * -(-max_length // self.config.page_size)
         capacity = capacity_for(self.config, self._drafters, max_requests, max_length, pages)
         with torch.inference_mode(False):
-            runner, plan = build_runner(self.target, self.config, self._drafters, capacity)
+            runner, plan = build_runner(self.target, self.config, self._drafters, capacity, self._device)
         if runner.step.state.capacity.pages < capacity.pages:
             raise PoolTooSmallError(
                 f"A step for {max_requests} texts of {max_length} tokens needs {capacity.pages} pages of KV, the "
                 f"device has room for {runner.step.state.capacity.pages}. Lower max_requests or max_length."
             )
         self.memory_plan = plan
-        return CapturedStep(runner, vocabulary)
+        return CapturedStep(runner, self._device, vocabulary)
 
     def needs(self, lengths: Sequence[int]) -> Needs:
         """The needs of requests with these prompt and new tokens together."""
@@ -139,13 +156,15 @@ class Engine:
         present = self._asked  # what the state was built for; its pool may have got fewer pages
         if self._runner is None or self._tier is None or present is None or not present.covers(capacity):
             if self._tier is not None:
+                self._stream.record().wait()
                 self._tier.wait()  # its memory is unpinned with it
             self._runner = self._tier = self._asked = None  # the old ones make room before the new ones are allocated
-            with torch.inference_mode(False):  # or the state could not be written to outside of it, in a later call
+            # In inference mode the state would be made so that no later call outside of it could write to it.
+            with torch.inference_mode(False), self._stream.active():
                 larger = capacity if present is None else capacity.union(present)
-                runner, self.memory_plan = build_runner(self.target, self.config, self._drafters, larger)
+                runner, self.memory_plan = build_runner(self.target, self.config, self._drafters, larger, self._device)
                 runner.prepare(_decoding_rows(larger.slots, self.config))
-                tier = HostTier(runner.step.state.pool, self._host_pages(runner.step.state))
+                tier = HostTier(self._stream, runner.step.state.pool, self._host_pages(runner.step.state))
                 self._runner, self._tier, self._asked = runner, tier, larger
         self._check_pool(needs.longest, self._runner.step.state)
         return self._runner, self._tier
@@ -188,7 +207,7 @@ class Engine:
     def _host_pages(self, state: State) -> int:
         if self.config.host_pool_tokens is not None:
             return self.config.host_pool_tokens // self.config.page_size
-        if not state.pool.is_cuda:
+        if self._device.memory is None:  # the pool lies in host memory
             return 0
         return int(available_host_bytes() * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
 

@@ -7,9 +7,9 @@ are free again once its results were read.
 from collections import deque
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from sparsespec_compile.runtime.device.interface import Stream
 from sparsespec_compile.runtime.drafters import Cycle
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.step import Results
@@ -24,34 +24,32 @@ class Frame:
         cycle: the cycle as of its planning.
     """
 
-    def __init__(self, inputs: Tensor, results: Results) -> None:
-        pinned = inputs.is_cuda
+    def __init__(self, stream: Stream, inputs: Tensor, results: Results) -> None:
         self.work: list[tuple[Request, Work]] = []
         self.cycle: Cycle
-        with torch.inference_mode(False):  # an iterator may be advanced inside of inference mode and outside
-            self._upload, self._tokens, self._logprobs = (
-                torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-                for tensor in (inputs, results.tokens, results.logprobs)
-            )
-        self._arrived = torch.cuda.Event() if pinned else None
+        self._stream = stream
+        self._upload, self._tokens, self._logprobs = (
+            stream.device.host_buffer(tuple(tensor.shape), tensor.dtype)
+            for tensor in (inputs, results.tokens, results.logprobs)
+        )
+        self._arrived = stream.record()
 
     def upload(self, packed: np.ndarray, inputs: Tensor) -> None:
         """Enqueue the copy of `packed` to the device's inputs."""
         self._upload.numpy()[:] = packed
-        inputs.copy_(self._upload, non_blocking=True)
+        self._stream.copy((inputs, self._upload))
 
     def download(self, results: Results, *, logprobs: bool) -> None:
         """Enqueue the copy of the results to the host."""
-        self._tokens.copy_(results.tokens, non_blocking=True)
+        pairs = [(self._tokens, results.tokens)]
         if logprobs:
-            self._logprobs.copy_(results.logprobs, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(results.tokens.device))
+            pairs.append((self._logprobs, results.logprobs))
+        self._stream.copy(*pairs)
+        self._arrived = self._stream.record()
 
     def read(self, *, logprobs: bool) -> tuple[list[list[int]], list[list[float]]]:
         """Wait for the results; a row of tokens and one of log-probabilities (empty unless wanted) for each slot."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._arrived.wait()
         return self._tokens.tolist(), self._logprobs.tolist() if logprobs else []
 
 
@@ -59,13 +57,14 @@ class Flight:
     """Frames in the order in which they were enqueued.
 
     Args:
+        stream: what the steps run on.
         inputs, results: the step's own tensors.
         depth: frames that may be enqueued and unread.
     """
 
-    def __init__(self, inputs: Tensor, results: Results, depth: int) -> None:
+    def __init__(self, stream: Stream, inputs: Tensor, results: Results, depth: int) -> None:
         self.depth = depth
-        self._free = [Frame(inputs, results) for _ in range(depth)]
+        self._free = [Frame(stream, inputs, results) for _ in range(depth)]
         self._enqueued: deque[Frame] = deque()
 
     def __len__(self) -> int:

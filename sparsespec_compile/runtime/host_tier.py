@@ -2,19 +2,18 @@
 
 Whole requests move, page by page, on a stream of their own, so that steps go on meanwhile; nothing is recomputed
 (paper, dynamic KV manager). A page holds all layers' K/V of its tokens and moves in one copy. Memory is taken as it is
-needed, up to a cap, and pinned by a thread, ahead of who leaves next; who finds none yet asks again in the next
-iteration. On a CPU the copies are ordinary ones, and all is done at once.
+needed, up to a cap; a background thread pins it ahead of the next offload, and an offload that finds none retries in
+the next iteration.
 """
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from sparsespec_compile.runtime.pinned import pinned
+from sparsespec_compile.runtime.device.interface import Event, Stream
 from sparsespec_compile.runtime.pool import PageAllocator
 
 _BLOCK_BYTES = 2**24
@@ -46,13 +45,13 @@ class Transfer:
         to_host: the direction.
     """
 
-    def __init__(self, device_pages: list[int], host_pages: list[int], *, to_host: bool) -> None:
+    def __init__(self, device_pages: list[int], host_pages: list[int], fence: Event, *, to_host: bool) -> None:
         self.device_pages = device_pages
         self.host_pages = host_pages
         self.to_host = to_host
         self._sent = 0
-        self._fence: torch.cuda.Event | None = None
-        self._end: torch.cuda.Event | None = None
+        self._fence = fence
+        self._end: Event | None = None
 
     @property
     def enqueued(self) -> bool:
@@ -64,6 +63,7 @@ class HostTier:
     """Moves pages between a pool and host memory.
 
     Args:
+        steps: the stream of the steps that read and write the pool.
         pool: [pages, elements_per_page].
         pages: pages of host memory at most; 0 = there is no host tier.
 
@@ -71,17 +71,17 @@ class HostTier:
         capacity: pages that host memory can hold; falls to what is there when the system gives no more.
     """
 
-    def __init__(self, pool: Tensor, pages: int) -> None:
+    def __init__(self, steps: Stream, pool: Tensor, pages: int) -> None:
         self.capacity = pages
+        self._steps = steps
+        self._copies = steps.device.stream()
         self._pool = pool
         self._block_pages = max(1, min(pages, _BLOCK_BYTES // (pool.shape[1] * pool.itemsize)))
         self._blocks: list[Tensor] = []
         self._coming: Future[Tensor] | None = None
-        self._thread: ThreadPoolExecutor | None = None
         self._free = PageAllocator(0)
         self._longest = 0
         self._moving: deque[Transfer] = deque()
-        self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
 
     @property
     def held(self) -> int:
@@ -112,9 +112,9 @@ class HostTier:
 
     def advance(self) -> Iterator[Transfer]:
         """Enqueue some more copies; yields the transfers that are complete, in the order in which they began."""
-        if self._beside():
+        if self._steps.device.asynchronous:
             self._grow(self._longest)  # for who leaves next
-        room = _COPIES_AT_ONCE if self._stream is not None else sum(len(t.device_pages) for t in self._moving)
+        room = _COPIES_AT_ONCE if self._steps.device.asynchronous else sum(len(t.device_pages) for t in self._moving)
         for transfer in self._moving:
             if room and not transfer.enqueued:
                 room -= self._copy(transfer, room)
@@ -123,8 +123,7 @@ class HostTier:
 
     def wait(self) -> None:
         """Wait until what was enqueued is copied, and host memory that is on the way is there."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._copies.record().wait()
         self._add_block(wait=True)
 
     def clear(self) -> None:
@@ -135,30 +134,27 @@ class HostTier:
         self._free = PageAllocator(self._free.pages)
 
     def _begin(self, device_pages: list[int], host_pages: list[int], *, to_host: bool) -> Transfer:
-        transfer = Transfer(device_pages, host_pages, to_host=to_host)
-        if self._stream is not None:
-            # Steps under way still write: a leaving request's own tokens, or, into pages that a request which has just
-            # ended gave back, tokens that nobody will read.
-            transfer._fence = torch.cuda.current_stream(self._pool.device).record_event()
+        # Steps under way still write: a leaving request's own tokens, or, into pages that a request which has just
+        # ended gave back, tokens that nobody will read.
+        transfer = Transfer(device_pages, host_pages, self._steps.record(), to_host=to_host)
         self._moving.append(transfer)
         return transfer
 
     def _copy(self, transfer: Transfer, most: int) -> int:
         first, last = transfer._sent, min(transfer._sent + most, len(transfer.device_pages))
-        with torch.cuda.stream(self._stream):  # does nothing for None
-            if self._stream is not None and transfer._fence is not None:
-                self._stream.wait_event(transfer._fence)
-            for nth in range(first, last):
-                on_device, on_host = self._pool[transfer.device_pages[nth]], self._page(transfer.host_pages[nth])
-                target, source = (on_host, on_device) if transfer.to_host else (on_device, on_host)
-                target.copy_(source, non_blocking=True)
-            transfer._sent = last
-            if self._stream is not None and transfer.enqueued:
-                transfer._end = self._stream.record_event()
+        self._copies.wait(transfer._fence)
+        on_device = [self._pool[page] for page in transfer.device_pages[first:last]]
+        on_host = [self._page(page) for page in transfer.host_pages[first:last]]
+        targets, sources = (on_host, on_device) if transfer.to_host else (on_device, on_host)
+        self._copies.copy(*zip(targets, sources, strict=True))
+        transfer._sent = last
+        if transfer.enqueued:
+            transfer._end = self._copies.record()
         return last - first
 
     def _complete(self, transfer: Transfer) -> bool:
-        return transfer.enqueued and (transfer._end is None or transfer._end.query())
+        # A request that holds no page yet leaves with nothing to copy.
+        return transfer.enqueued and (transfer._end is None or transfer._end.done)
 
     def _page(self, number: int) -> Tensor:
         return self._blocks[number // self._block_pages][number % self._block_pages]
@@ -172,24 +168,9 @@ class HostTier:
         """Take host memory until `count` pages are free: at once, or, by a thread, the next block of it."""
         self._add_block(wait=False)
         while self._coming is None and self._free.free < count and self._free.pages < self.capacity:
-            self._coming = self._next_block()
+            pages = min(self._block_pages, self.capacity - self._free.pages)
+            self._coming = self._steps.device.host_block((pages, self._pool.shape[1]), self._pool.dtype)
             self._add_block(wait=False)
-
-    def _beside(self) -> bool:
-        """Whether memory is had by a thread: touching and pinning a block takes as long as a step."""
-        return self._pool.is_cuda
-
-    def _next_block(self) -> "Future[Tensor]":
-        pages = min(self._block_pages, self.capacity - self._free.pages)
-        if self._beside():
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="sparsespec-host-memory")
-            return self._thread.submit(self._allocate, pages)
-        done: Future[Tensor] = Future()
-        try:
-            done.set_result(self._allocate(pages))
-        except _NO_MEMORY as error:
-            done.set_exception(error)
-        return done
 
     def _add_block(self, *, wait: bool) -> None:
         if self._coming is None or not (wait or self._coming.done()):
@@ -202,11 +183,3 @@ class HostTier:
             return
         self._blocks.append(block)
         self._free.grow(block.shape[0])
-
-    def _allocate(self, pages: int) -> Tensor:
-        size = (pages, self._pool.shape[1])
-        # It is written to in later calls too, inside of inference mode or not; and a thread begins on the first device.
-        with torch.inference_mode(False), torch.cuda.device_of(self._pool):
-            if self._pool.is_cuda:
-                return pinned(size, self._pool.dtype)
-            return torch.empty(size, dtype=self._pool.dtype, device="cpu")

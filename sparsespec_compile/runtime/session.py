@@ -7,11 +7,13 @@ verification). No request sits an iteration out for that: what it does next does
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from sparsespec_compile.errors import EngineBusyError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.device.interface import Stream
 from sparsespec_compile.runtime.frames import Flight
 from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.request import Request
@@ -33,6 +35,7 @@ class Session:
     Args:
         scheduler: who runs.
         runner: the step.
+        stream: what it runs on.
         recorder: counts what happens.
         chooser: chooses the cycle as requests run; None = it stays as it is.
         overlap: whether an iteration is enqueued before the results of the one before are read.
@@ -45,6 +48,7 @@ class Session:
         self,
         scheduler: Scheduler,
         runner: StepRunner,
+        stream: Stream,
         recorder: StatsRecorder,
         chooser: CycleChooser | None = None,
         *,
@@ -52,6 +56,7 @@ class Session:
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
+        self._stream = stream
         self._recorder = recorder
         self._chooser = chooser
         self._landed_at = math.nan
@@ -62,7 +67,7 @@ class Session:
         if chooser is not None:
             chooser.began()
             scheduler.set_cycle(chooser.current)
-        self._flight = Flight(self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
+        self._flight = Flight(stream, self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
 
     @property
     def longest(self) -> int:
@@ -127,7 +132,7 @@ class Session:
         frame = self._flight.take()
         frame.work, frame.cycle = work, self._scheduler.cycle
         frame.upload(self._packer.flat, self._inputs.flat)
-        self._runner(rows, logits, variant)
+        self._stream.run(partial(self._runner, rows, logits, variant))
         frame.download(self._runner.step.results, logprobs=variant.logprobs)
 
     def _land(self) -> Iterator[Output]:

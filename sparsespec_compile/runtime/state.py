@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.runtime.device.interface import Device
 
 POOL = "KV pool"
 
@@ -56,30 +57,31 @@ class State:
         scores: float32 [C, H, N], what the pillars of this iteration's verified requests are chosen by.
     """
 
-    def __init__(self, layout: KVLayout, capacity: Capacity, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, capacity: Capacity, dtype: torch.dtype, device: Device) -> None:
         slots, heads = capacity.slots, layout.total_kv_heads
 
         def ints(*shape: int, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=torch.int32, device=device)
+            return torch.full(shape, fill, dtype=torch.int32, device=self.device)
 
         self.capacity = capacity
         self.layout = layout
-        self.device = device
-        self.tokens = torch.zeros(slots + 1, capacity.tokens, dtype=torch.int64, device=device)
+        self.device = device.torch_device
+        self._memory = device
+        self.tokens = device.zeros(slots + 1, capacity.tokens, dtype=torch.int64)
         self.length = ints(slots)
         self.page_table = ints(slots + 1, request_pages(layout, capacity), fill=-1)
         self.pillar_index = ints(slots, heads, capacity.pillars, fill=-1)
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
-        self.pool = torch.zeros(capacity.pages, layout.elements_per_page, dtype=dtype, device=device)
-        self.scores = torch.zeros(capacity.score_slots, heads, capacity.tokens, dtype=torch.float32, device=device)
+        self.pool = device.zeros(capacity.pages, layout.elements_per_page, dtype=dtype)
+        self.scores = device.zeros(capacity.score_slots, heads, capacity.tokens, dtype=torch.float32)
 
     def give_pool(self, pages: int) -> None:
         """Replace the pool by one of `pages` pages, before any request holds one."""
         dtype, elements = self.pool.dtype, self.pool.shape[1]
         self.capacity = replace(self.capacity, pages=pages)
         self.pool = torch.empty(0, dtype=dtype, device=self.device)  # the old one makes room
-        self.pool = torch.zeros(pages, elements, dtype=dtype, device=self.device)
+        self.pool = self._memory.zeros(pages, elements, dtype=dtype)
 
 
 def request_pages(layout: KVLayout, capacity: Capacity) -> int:

@@ -7,6 +7,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime import drafters
+from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.drafters import SINK_TOKENS, Cycle, Drafter, budgets, cycles_of, drafters_of
 from sparsespec_compile.runtime.state import Capacity, State
 from sparsespec_compile.runtime.work import Work
@@ -23,7 +24,7 @@ def state():
         layout,
         Capacity(slots=3, tokens=TOKENS, pages=16, pillars=BUDGET, score_slots=3),
         torch.float32,
-        torch.device("cpu"),
+        CpuDevice(),
     )
     generator = torch.Generator().manual_seed(0)
     made.scores.copy_(torch.rand(made.scores.shape, generator=generator))

@@ -3,10 +3,12 @@
 import random
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
+from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.request import FinishReason, Place
 
@@ -118,41 +120,68 @@ def test_no_request_starves(toy):
     assert sorted(ended) == list(range(8))
 
 
+class Threaded(CpuDevice):
+    """Gets host memory by a thread, as CUDA, where pinning a block takes as long as several iterations."""
+
+    asynchronous = True
+
+    def __init__(self, seconds=0.0, error=None):
+        self.threads = set()
+        self._seconds = seconds
+        self._error = error
+        self._executor = ThreadPoolExecutor(1)
+
+    def host_block(self, shape, dtype):
+        return self._executor.submit(self._get, shape, dtype)
+
+    def _get(self, shape, dtype):
+        self.threads.add(threading.current_thread())
+        time.sleep(self._seconds)
+        if self._error is not None:
+            raise self._error
+        return self.host_buffer(shape, dtype)
+
+
+class Refusing(CpuDevice):
+    """Has no host memory for pages."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def host_block(self, shape, dtype):
+        block = Future()
+        block.set_exception(self._error)
+        return block
+
+
+def tier_of(pool, pages, device=None):
+    return HostTier((device or CpuDevice()).stream(), pool, pages)
+
+
 def test_steps_go_on_while_a_thread_gets_host_memory(toy, monkeypatch):
-    """As on CUDA, where pinning a block takes as long as several iterations."""
-    allocate, threads, waited = HostTier._allocate, set(), []
-
-    def slowly(tier, pages):
-        threads.add(threading.current_thread())
-        time.sleep(0.02)
-        return allocate(tier, pages)
-
-    reserve = HostTier._reserve
+    reserve, waited = HostTier._reserve, []
 
     def note(tier, count):
         pages = reserve(tier, count)
         waited.extend([count] * (pages is None and tier.growing))
         return pages
 
-    monkeypatch.setattr(HostTier, "_beside", lambda tier: True)
-    monkeypatch.setattr(HostTier, "_allocate", slowly)
     monkeypatch.setattr(HostTier, "_reserve", note)
     monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 2**12)
-    requests = requests_of(LENGTHS, 60)
-    engine = small(toy)
+    requests, device = requests_of(LENGTHS, 60), Threaded(seconds=0.02)
+    engine = small(toy, device=device)
     assert run(engine, requests) == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
     assert waited, "host memory was not waited for"
-    assert threads
-    assert threading.current_thread() not in threads
+    assert device.threads
+    assert threading.current_thread() not in device.threads
     assert engine.stats.pages_offloaded > 0
     assert all(request.finish_reason is FinishReason.LENGTH for request in requests)
 
 
 def test_memory_for_the_next_to_leave_is_on_the_way(monkeypatch):
     """A block an iteration, until as many pages are free as the longest that left had, and no more than allowed."""
-    monkeypatch.setattr(HostTier, "_beside", lambda tier: True)
     monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 4 * 3 * 8)
-    tier = HostTier(torch.zeros(16, 8), 10)
+    tier = tier_of(torch.zeros(16, 8), 10, Threaded())
 
     def iterate(times):
         for _ in range(times):
@@ -174,16 +203,22 @@ def test_memory_for_the_next_to_leave_is_on_the_way(monkeypatch):
     assert len(first.host_pages) == 4
 
 
+def test_a_request_without_pages_leaves_at_once():
+    tier = tier_of(torch.zeros(16, 8), 10)
+    transfer = tier.offload([])
+    assert list(tier.advance()) == [transfer]
+
+
 @pytest.mark.parametrize(("mebibytes", "pages"), [(1, 16), (2.25, 7), (20, 1)])
 def test_pages_of_a_block_of_memory(mebibytes, pages):
     pool = torch.empty(1, int(mebibytes * 2**18), device="meta")
-    assert HostTier(pool, 10**6)._block_pages == pages
-    assert HostTier(pool, 1)._block_pages == 1
+    assert tier_of(pool, 10**6)._block_pages == pages
+    assert tier_of(pool, 1)._block_pages == 1
 
 
 def test_without_a_thread_no_more_memory_is_taken_than_needed(monkeypatch):
     monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 32)
-    tier = HostTier(torch.zeros(16, 8), 100)
+    tier = tier_of(torch.zeros(16, 8), 100)
     for count, held in ((5, 5), (1, 6)):
         tier.offload(list(range(count)))
         list(tier.advance())
@@ -191,15 +226,10 @@ def test_without_a_thread_no_more_memory_is_taken_than_needed(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), OSError("no memory"), MemoryError()])
-@pytest.mark.parametrize("beside", [False, True])
-def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, monkeypatch, beside, error):
-    def refuse(tier, pages):
-        raise error
-
-    monkeypatch.setattr(HostTier, "_allocate", refuse)
-    monkeypatch.setattr(HostTier, "_beside", lambda tier: beside)
+@pytest.mark.parametrize("by_a_thread", [False, True])
+def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, by_a_thread, error):
     requests = requests_of(LENGTHS, 60)
-    engine = small(toy)
+    engine = small(toy, device=Threaded(error=error) if by_a_thread else Refusing(error))
     run(engine, requests)
     assert engine._tier.capacity == 0, "nobody is admitted for memory that is not there"
     expected = [toy.decode(request) for request in requests_of(LENGTHS, 60)]
@@ -292,7 +322,7 @@ def test_pages_and_blocks(monkeypatch):
     monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 4 * 3 * 8)
     pool = torch.randn(16, 8)
     expected = pool.clone()
-    tier = HostTier(pool, 10)
+    tier = tier_of(pool, 10)
     order = random.Random(0).sample(range(16), 10)
     there = tier.offload(order)
     assert list(tier.advance()) == [there]

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from sparsespec_compile.runtime import pinned as module
-from sparsespec_compile.runtime.pinned import pinned
+from sparsespec_compile.runtime.device import pinned as module
+from sparsespec_compile.runtime.device.pinned import pinned
 
 
 class Driver:

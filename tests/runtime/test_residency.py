@@ -2,6 +2,7 @@
 
 import torch
 
+from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Place, Request
@@ -13,7 +14,11 @@ PAGES, PROMPT, HELD = 40, 5, 8
 def residents(count):
     """Requests of five tokens that hold eight pages of one token each, and would take eleven before long."""
     residency = Residency(
-        PageAllocator(PAGES), HostTier(torch.zeros(PAGES, 1), 300), page_size=1, updates=100, cycle_tokens=2
+        PageAllocator(PAGES),
+        HostTier(CpuDevice().stream(), torch.zeros(PAGES, 1), 300),
+        page_size=1,
+        updates=100,
+        cycle_tokens=2,
     )
     held = []
     for slot in range(count):

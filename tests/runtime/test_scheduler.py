@@ -4,6 +4,7 @@ import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.drafters import cycles_of
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.phases import Phases
@@ -20,7 +21,11 @@ def scheduler(prefill_chunk=64, updates=100, slots=8):
     """At most two requests are scored in an iteration; the pool has room for all, and there is no host tier."""
     pages = PageAllocator(500)
     residency = Residency(
-        pages, HostTier(torch.zeros(500, 1), 0), page_size=1, updates=updates, cycle_tokens=DRAFTS + 1
+        pages,
+        HostTier(CpuDevice().stream(), torch.zeros(500, 1), 0),
+        page_size=1,
+        updates=updates,
+        cycle_tokens=DRAFTS + 1,
     )
     limits = Limits(slots=slots, cycle=CYCLES[DRAFTS], prefill_chunk=prefill_chunk, scored=SCORED)
     return Scheduler(limits, residency, Phases(DRAFTS, "balanced", SCORED))

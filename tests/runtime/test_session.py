@@ -91,39 +91,48 @@ def test_padded_row_counts():
     assert len(row_counts(2624)) < 20
 
 
+class Recorder:
+    """Notes what is captured and replayed, by its rows and promise, in place of CUDA graphs; nothing runs."""
+
+    def __init__(self):
+        self.events = []
+
+    def capture(self, work, warm_ups):
+        rows, _, variant = work.args
+        self.events.append((rows, variant.promise))
+        return self
+
+    def replay(self):
+        self.events.append("replay")
+
+
+def recorded(toy, monkeypatch, **settings):
+    """A runner for at most 100 rows of two slots, and what it captures and replays."""
+    monkeypatch.setattr("sparsespec_compile.runtime.capture.row_counts", lambda most: row_counts(100))
+    graphs = Recorder()
+    return StepRunner(toy.engine(**settings).capture(2, 64)._runner.step, graphs), graphs.events
+
+
 def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     """The largest first, for the others fit into its memory; none twice; one row of each slot in steps of their own.
 
     In the largest a prompt may end.
     """
-    runner = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
-    runner._sizes, captured = row_counts(100), []
-
-    def capture(rows, variant):
-        captured.append((rows, variant.promise))
-        runner._graphs[rows, variant] = None
-
-    monkeypatch.setattr(runner, "_capture", capture)
+    runner, events = recorded(toy, monkeypatch)
     runner.prepare(10)
     several = Promise.ONLY_VERIFICATIONS_SCORED
-    assert captured == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SINGLE_ROWS)]
+    assert events == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SINGLE_ROWS)]
     runner.prepare(33)
-    assert captured[4:] == [(64, several)]
-    plain = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
-    plain._sizes = row_counts(100)
-    captured.clear()
-    monkeypatch.setattr(plain, "_capture", lambda rows, variant: captured.append((rows, variant.promise)))
+    assert events[4:] == [(64, several)]
+    plain, events = recorded(toy, monkeypatch)
     plain.prepare(2)
-    assert captured == [(100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)]
+    assert events == [(100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)]
 
 
 def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
-    step = toy.engine(drafter="window").capture(2, 64)._runner.step
-    runner = StepRunner(step, capture=False)
-    runner._sizes, captured = row_counts(100), []
-    monkeypatch.setattr(runner, "_capture", lambda rows, variant: captured.append((rows, variant.promise)))
+    runner, events = recorded(toy, monkeypatch, drafter="window")
     runner.prepare(10)
-    assert captured == [
+    assert events == [
         (100, Promise.NO_SCORES),
         (2, Promise.NO_SCORES),
         (16, Promise.NO_SCORES),
@@ -133,22 +142,27 @@ def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
 
 def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
     """The others fit into its memory; of single rows there are never so many."""
-    runner = StepRunner(toy.engine().capture(2, 64)._runner.step, capture=False)
-    runner._sizes, events = row_counts(100), []
-
-    class Graph:
-        def replay(self):
-            events.append("replay")
-
-    def capture(rows, variant):
-        events.append((rows, variant.promise))
-        runner._graphs[rows, variant] = Graph()
-
-    monkeypatch.setattr(runner, "_capture", capture)
+    runner, events = recorded(toy, monkeypatch)
     for rows, variant in ((2, Variant(promise=Promise.SINGLE_ROWS)), (60, Variant())):
         runner(rows, rows, variant)
     largest, few = (100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)
     assert events == [largest, few, "replay", (64, Promise.NOTHING), "replay"]
+
+
+def test_a_capture_that_finds_no_memory_leaves_the_inputs_as_they_were(toy, monkeypatch):
+    runner, _ = recorded(toy, monkeypatch)
+    inputs = runner.step.inputs
+    inputs.flat.copy_(torch.arange(inputs.flat.numel()))
+    expected = inputs.flat.clone()
+
+    def refuse(work, warm_ups):
+        assert not inputs.mode.any(), "the runs before a capture have no work"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Recorder, "capture", lambda graphs, work, warm_ups: refuse(work, warm_ups))
+    with pytest.raises(PoolTooSmallError, match="No memory to capture a step of 100 rows"):
+        runner(60, 60, Variant())
+    assert torch.equal(inputs.flat, expected)
 
 
 def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeypatch):

@@ -10,6 +10,7 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import draw_tokens
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.build import Target
+from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows
@@ -70,12 +71,12 @@ class Toy:
 
         return run
 
-    def engine(self, **settings) -> Engine:
+    def engine(self, device: Device | None = None, **settings) -> Engine:
         config = SpecConfig(**settings)
         target = Target(
             self.forward(config.page_size), self.layout(config.page_size), torch.float32, torch.device("cpu")
         )
-        return Engine(target, config)
+        return Engine(target, config, device)
 
     def logits(self, tokens: list[int]) -> Tensor:
         """Last row's logits by dense attention over the whole sequence: no cache, no op, no pages."""

@@ -1,0 +1,144 @@
+"""A CUDA GPU as a device."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sparsespec_compile.runtime.device.interface import Device, Event
+from sparsespec_compile.runtime.device.pinned import pinned
+
+
+class CudaEvent:
+    """A point in a CUDA stream."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    @property
+    def done(self) -> bool:
+        """Whether the stream has passed it."""
+        return self.event.query()
+
+    def wait(self) -> None:
+        """Block the host until then."""
+        self.event.synchronize()
+
+
+class CudaStream:
+    """A CUDA stream. What runs on it also finds its device to be the current one."""
+
+    def __init__(self, device: "CudaDevice", stream: torch.cuda.Stream) -> None:
+        self.device: Device = device
+        self._stream = stream
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Call `work`, whose operations are enqueued."""
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def copy(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Enqueue the copies."""
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+
+    def record(self) -> CudaEvent:
+        """An event behind everything enqueued so far."""
+        return CudaEvent(self._stream.record_event())
+
+    def wait(self, event: Event) -> None:
+        """Enqueue a wait."""
+        self._stream.wait_event(cast(CudaEvent, event).event)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Make it the current stream, and its device the current device."""
+        return torch.cuda.stream(self._stream)
+
+
+class CudaGraphs:
+    """Captures CUDA graphs on a stream of its own, into one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._memory: Any = None  # what `CUDAGraph.pool` gives: torch has no public name for its type
+
+    def capture(self, work: Callable[[], None], warm_ups: int) -> torch.cuda.CUDAGraph:
+        """See `interface.Graphs`."""
+        current, stream = torch.cuda.current_stream(self._device), self._stream
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(warm_ups):
+                work()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Torch's own capture stream belongs to the device that captured first, and its default mode lets any other
+        # thread's call break a capture.
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+            work()
+        self._memory = graph.pool()
+        return graph
+
+
+class CudaMemory:
+    """Memory of a GPU, as torch's allocator sees it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free(self) -> int:
+        """See `interface.Memory`."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def taken_by(self, work: Callable[[], None]) -> int:
+        """See `interface.Memory`."""
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        work()
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+class CudaDevice:
+    """See `interface.Device`."""
+
+    asynchronous = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+        self.memory = CudaMemory(device)
+        self._host_memory = ThreadPoolExecutor(1, thread_name_prefix="sparsespec-host-memory")
+
+    def stream(self) -> CudaStream:
+        """A stream that waits for no other by itself, not for the default one either."""
+        return CudaStream(self, torch.cuda.Stream(self.torch_device))
+
+    def current(self) -> CudaStream:
+        """The current stream of the calling thread on this device."""
+        return CudaStream(self, torch.cuda.current_stream(self.torch_device))
+
+    def graphs(self) -> CudaGraphs:
+        """What captures CUDA graphs."""
+        return CudaGraphs(self.torch_device)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros in the GPU's memory."""
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Pinned memory from torch's allocator, which keeps it until the copies that use it have run."""
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+
+    def host_block(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Future[Tensor]":
+        """Pinned memory, touched and pinned by a thread: it takes as long as a step."""
+        return self._host_memory.submit(self._pin, shape, dtype)
+
+    def _pin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        with torch.cuda.device(self.torch_device):  # a thread begins on the first device
+            return pinned(shape, dtype)

@@ -73,8 +73,7 @@ def measure(
     limits = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = [ss.SamplingParams(seed=i, **limits) for i in range(len(prompts))]
     short = [ss.SamplingParams(seed=i, **{**limits, "max_new_tokens": 32}) for i in range(len(prompts))]
-    longest = max(map(len, prompts)) + arguments.max_new_tokens
-    with fast.stream([prompt[:64] for prompt in prompts], short, max_length=longest) as warm_up:
+    with fast.stream([prompt[:64] for prompt in prompts], short) as warm_up:
         for _ in warm_up:
             pass
     start = time.perf_counter()

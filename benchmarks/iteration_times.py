@@ -110,13 +110,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(fast: ss.OptimizedModel, prompts: list[list[int]], max_length: int, tour: Callable[[], Tour]) -> None:
+def run(fast: ss.OptimizedModel, prompts: list[list[int]], tour: Callable[[], Tour]) -> None:
     """Decode until everything is measured."""
     sampling = [
         ss.SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0.6, seed=i, stop_token_ids=())
         for i in range(len(prompts))
     ]
-    with fast.stream(prompts, sampling, max_length=max_length) as pieces:
+    with fast.stream(prompts, sampling) as pieces:
         for _ in pieces:
             if tour().done:
                 return
@@ -153,7 +153,7 @@ def main() -> None:
     with patch("sparsespec_compile.runtime.engine.chooser_for", start):
         for requests, length in loads:
             prompts = recorded_traces(tokenizer, requests, length)
-            run(fast, prompts, max(length for _, length in loads) + _NEW_TOKENS, lambda: tours[-1])
+            run(fast, prompts, lambda: tours[-1])
             if arguments.json:
                 where = {"environment": environment(arguments.device), "shape": arguments.shape}
                 result = {**where, "rows": tours[-1].rows}

@@ -67,7 +67,7 @@ def soak(fast: ss.OptimizedModel, count: int, seed: int, sample_every: int) -> d
     rng = random.Random(seed)
     outcome = {"completed": 0, "cancelled": 0, "samples": [], "resident_mib": []}
     added, open_requests = 0, {}
-    with fast.stream([], max_length=LONGEST) as pieces, tqdm(total=count, unit="text") as bar:
+    with fast.stream([]) as pieces, tqdm(total=count, unit="text") as bar:
 
         def arrive(most: int) -> None:
             nonlocal added

@@ -18,6 +18,7 @@ from sparsespec_compile.errors import (
     CopyError,
     PoolTooSmallError,
     PromptError,
+    RequestFailedError,
     SamplingError,
     StaleParametersError,
     StoppedError,
@@ -202,12 +203,14 @@ class OptimizedModel:
             SamplingError: unknown, unsupported or impossible arguments.
             ContextLengthError: prompt and new tokens exceed the positions that the model can compute.
             PoolTooSmallError: a request does not fit the KV pool.
-            EngineBusyError: a stream of this model is open.
+            EngineFailedError: an iteration shared with another thread's call failed there.
             StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
             StoppedError: `stop` was called meanwhile.
 
         Warns:
             ContextLengthWarning: prompt and new tokens may exceed the positions that a rotary model is made for.
+
+        Calls from several threads are served together, in shared batches; none changes another's text.
         """
         self._compiled.parameters.require()
         if input_ids is not None and inputs is not None:
@@ -241,7 +244,8 @@ class OptimizedModel:
             The texts, `SamplingParams.n` for each prompt, in the order of the prompts.
 
         Raises:
-            As `generate`; a text that memory cannot hold any longer ends with `FinishReason.MEMORY` instead.
+            As `generate`; a text that memory cannot hold any longer ends with `FinishReason.MEMORY` instead, and one
+            whose own tokenizer fails with `FinishReason.ERROR` and `Completion.error`.
         """
         stream = self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress)
         completions = list(_completions(stream))
@@ -266,35 +270,41 @@ class OptimizedModel:
         *,
         tokenizer: Decoder | None = None,
         progress: bool = False,
-        max_length: int | None = None,
+        background: bool = False,
     ) -> TokenStream:
         """`generate_batch`, tokens as they become final.
 
-        The iterator can `add` prompts and `cancel` a prompt's texts; closing it ends all of them.
+        The iterator can `add` prompts and `cancel` a prompt's texts, from any thread; closing it ends all of them.
 
         Args:
-            max_length: tokens of the longest text that will be added, its prompt included; None = as long as the
-                longest of `prompts`. The others as in `generate_batch`.
+            background: whether a thread of the stream's own runs the model, so that texts come forward while nobody
+                waits for a piece. The others as in `generate_batch`.
 
         Raises:
-            ConfigError: `max_length` is below 1.
             As `generate_batch`.
         """
         self._compiled.parameters.require()
         reader = self._reader(tokenizer)
-        if max_length is not None:
-            _require_counts(max_length=max_length)
-            reader.check_length(max_length)
-        stream = TokenStream(self._engine, reader, max_length, progress=progress)
+        stream = TokenStream(self._engine, reader, progress=progress, background=background)
         stream.add(prompts, sampling)
         return stream
 
     def stop(self) -> None:
-        """End what this model is generating, if anything: for an iterator that was left without being closed.
+        """End what this model is generating, if anything, in all threads; callable from any.
 
         A stream then gives out no more; `generate` and `generate_batch`, which owe whole texts, raise `StoppedError`.
         """
         self._engine.stop()
+
+    def release(self) -> None:
+        """Give the memory of KV pool, scores and captured steps back. Compiled code is kept.
+
+        The next generation allocates them anew, sized by the memory that is free then.
+
+        Raises:
+            EngineBusyError: a generation or a stream is unfinished.
+        """
+        self._engine.release()
 
     def capture(self, max_requests: int, max_length: int) -> CapturedStep:
         """A step to fill and replay in a loop of your own; `examples/custom_loop.py` is one.
@@ -368,10 +378,10 @@ class OptimizedModel:
                     f"streamer must have put(tokens) and end(), as transformers' do, got {type(streamer).__name__}."
                 )
             streamer.put(input_ids.cpu())
-        with closing(self._engine.run(requests)) as results:
-            for _, tokens in results:
+        with closing(self._engine.run(requests)) as outputs:
+            for output in outputs:
                 if streamer is not None:
-                    streamer.put(torch.tensor(tokens))
+                    streamer.put(torch.tensor(output.tokens))
         if streamer is not None:
             streamer.end()
 
@@ -413,7 +423,14 @@ def _require_all(unfinished: int, texts: int) -> None:
 
 def _require_complete(requests: list[Request]) -> None:
     """`generate` returns whole texts or none."""
-    _require_all(sum(request.finish_reason is None for request in requests), len(requests))
+    unfinished = sum(request.finish_reason in (None, FinishReason.CANCELLED) for request in requests)
+    _require_all(unfinished, len(requests))
+    for request in requests:
+        if request.error is not None:
+            raise RequestFailedError(
+                f"One of {len(requests)} texts failed: {type(request.error).__name__}: {request.error}. Use "
+                "generate_batch to keep the others."
+            ) from request.error
     ended = sum(request.finish_reason is FinishReason.MEMORY for request in requests)
     if ended:
         raise PoolTooSmallError(

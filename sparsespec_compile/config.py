@@ -56,8 +56,13 @@ class SpecConfig(Settings, error=ConfigError):
         local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
             verification instead of on the highest scores. 0 is the paper's choice.
         page_size: tokens in a page of the KV pool.
-        pool_tokens: tokens the KV pool holds. None: as many as the requests of a call need together, within the
-            device's free memory; requests beyond it wait their turn.
+        pool_tokens: tokens the KV pool holds. None: as many as `max_requests` of the longest texts could need, within
+            `memory_fraction`; requests beyond it wait their turn.
+        memory_fraction: share of the device's free memory, in (0, 1], that the engine's state may take when it is
+            built, for the first request. `OptimizedModel.release` gives it back. On a CPU at most half of the free
+            memory is reserved, and pages of it are taken as they are first used.
+        max_length: tokens of the longest text, prompt included, that room is kept for. None: the model's positions, or
+            fewer where their scores and pillars would take more than a tenth of the memory.
         host_pool_tokens: tokens of KV that host memory takes when the pool is full: whole requests move there and come
             back, nothing is recomputed. Taken as needed, pinned. 0: no request starts before the pool can hold its
             longest text. None: half of the free host memory on CUDA, 0 on CPU.
@@ -85,6 +90,8 @@ class SpecConfig(Settings, error=ConfigError):
     local_ratio: float = 0.25
     page_size: int = 16
     pool_tokens: int | None = None
+    memory_fraction: float = 0.9
+    max_length: int | None = None
     host_pool_tokens: int | None = None
     max_requests: int = 64
     prefill_chunk: int = 2048
@@ -106,6 +113,8 @@ class SpecConfig(Settings, error=ConfigError):
         self._check_int("prefill_chunk", 1, 2**20)
         if self.pool_tokens is not None:
             self._check_int("pool_tokens", self.page_size, 2**40)
+        if self.max_length is not None:
+            self._check_int("max_length", 2, 2**31 - 1)
         if self.host_pool_tokens is not None:
             self._check_int("host_pool_tokens", 0, 2**40)
         for name in ("overlap", "cuda_graphs"):
@@ -114,6 +123,7 @@ class SpecConfig(Settings, error=ConfigError):
         self._check_choice("drafter", get_args(Drafter))
         self._check_choice("schedule", get_args(Schedule))
         self._check_choice("backend", get_args(Backend))
+        self._check_ratio("memory_fraction", zero=False)
         self._check_ratio("budget_ratio", zero=False)
         self._check_ratio("local_ratio", zero=True)
 

@@ -65,7 +65,19 @@ class CopyError(SparseSpecError, TypeError):
 
 
 class EngineBusyError(SparseSpecError, RuntimeError):
-    """A generation was started while another one of the same model is unfinished, or added to after its end."""
+    """A generation was added to after its end, used from within itself, or is in the way of `release`."""
+
+
+class EngineFailedError(SparseSpecError, RuntimeError):
+    """An iteration that a generation shared with another caller's failed there, and its texts were dropped."""
+
+
+class EngineStalledError(SparseSpecError, RuntimeError):
+    """Requests were run for many iterations without any of them coming forward."""
+
+
+class RequestFailedError(SparseSpecError, RuntimeError):
+    """Whole texts were asked for, and one ended with `FinishReason.ERROR`."""
 
 
 class StoppedError(SparseSpecError, RuntimeError):
@@ -84,6 +96,8 @@ __all__ = [
     "CostModelError",
     "EncoderDecoderError",
     "EngineBusyError",
+    "EngineFailedError",
+    "EngineStalledError",
     "ExportError",
     "GraphInvariantError",
     "KernelInputError",
@@ -93,6 +107,7 @@ __all__ = [
     "PoolTooSmallError",
     "PositionError",
     "PromptError",
+    "RequestFailedError",
     "RowMixingError",
     "SamplingError",
     "SparseSpecError",

@@ -1,19 +1,20 @@
 """Many texts at once: as they finish, or token by token."""
 
-import inspect
-from collections.abc import Generator, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from tqdm import tqdm
 
-from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError, PromptError
+from sparsespec_compile.errors import EngineBusyError, PromptError
 from sparsespec_compile.requests.prompts import Prompt
 from sparsespec_compile.requests.reader import RequestReader, Sampling
 from sparsespec_compile.requests.sampling_params import Completion
+from sparsespec_compile.runtime.client import BackgroundDriver, Output
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import FinishReason, Request
-from sparsespec_compile.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,40 @@ class TokenStream:
 
     While it runs, prompts may be added and taken back. Closing it, by `close` or a `with` block, or dropping it ends
     what is unfinished and leaves the model usable; so does `OptimizedModel.stop`.
+
+    Every method may be called from any thread. The thread that waits for a piece runs the model's iterations, unless
+    another thread already does, or the stream has a thread of its own (`background=True`).
     """
 
-    def __init__(self, engine: Engine, reader: RequestReader, max_length: int | None, *, progress: bool) -> None:
-        # Whoever runs does not know the stream: a stream that is dropped in the middle ends at once.
-        self._texts = _Texts(engine, reader, max_length, progress=progress)
-        self._pieces = self._texts.run()
+    def __init__(self, engine: Engine, reader: RequestReader, *, progress: bool, background: bool) -> None:
+        self._engine = engine
+        self._reader = reader
+        self._client = engine.client()
+        self._lock = threading.Lock()  # guards the two that follow
+        self._names: dict[Request, tuple[int, int]] = {}
+        self._prompts = 0
+        self._ended = False
+        self._bar = tqdm(total=0, unit="text", disable=not progress)
+        # The engine does not know the stream: a stream that is dropped in the middle ends at once.
+        weakref.finalize(self, engine.abandon, self._client)
+        if background:
+            BackgroundDriver(engine, self._client)
 
     def __iter__(self) -> Iterator[Tokens]:
         return self
 
     def __next__(self) -> Tokens:
-        return next(self._pieces)
+        try:
+            for output in self._client:
+                piece = self._piece(output)
+                self._show()
+                if piece is not None:
+                    return piece
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        raise StopIteration
 
     def __enter__(self) -> "TokenStream":
         return self
@@ -59,25 +82,41 @@ class TokenStream:
     @property
     def unfinished(self) -> int:
         """Texts that were neither given out whole nor cancelled."""
-        return len(self._texts.names)
+        return len(self._names)
 
     def close(self) -> None:
-        """End everything that is unfinished; also from what the stream calls, or from another thread."""
-        self._texts.ended = True
-        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
-            self._texts.stop()
-        else:
-            self._pieces.close()
+        """End everything that is unfinished; from any thread, and also from what the stream calls."""
+        self._ended = True
+        self._client.close()
+        self._bar.close()
 
     def add(self, prompts: Sequence[Prompt], sampling: Sampling = None) -> list[int]:
         """Queue more prompts; returns their numbers, which count on from the earlier ones.
 
         Raises:
             EngineBusyError: the stream has ended.
-            PoolTooSmallError: a text may become longer than the stream was opened for.
-            As `OptimizedModel.generate_batch` for wrong prompts and settings.
+            As `OptimizedModel.generate_batch` for prompts and settings that are wrong or do not fit.
         """
-        return self._texts.add(prompts, sampling)
+        if self._ended or self._client.closed:
+            raise EngineBusyError("This stream has ended; open another one for more prompts.")
+        read = self._reader.read(prompts, sampling)
+        with self._lock:
+            first = self._prompts
+            self._prompts += len(read)
+            names = {
+                request: (index, sample)
+                for index, texts in enumerate(read, first)
+                for sample, request in enumerate(texts)
+            }
+            self._names |= names
+        try:
+            self._client.submit(list(names))
+        except BaseException:
+            with self._lock:
+                for request in names:
+                    del self._names[request]
+            raise
+        return list(range(first, first + len(read)))
 
     def cancel(self, index: int) -> list[Completion]:
         """End all texts of prompt `index`; returns them as they stand, tokens that were not given out yet included.
@@ -87,103 +126,40 @@ class TokenStream:
         Raises:
             PromptError: the stream has had no such prompt.
         """
-        return self._texts.cancel(index)
-
-
-class _Texts:
-    """The texts of a stream, and what carries them on."""
-
-    def __init__(self, engine: Engine, reader: RequestReader, max_length: int | None, *, progress: bool) -> None:
-        self._engine = engine
-        self._reader = reader
-        self._max_length = max_length
-        self._progress = progress
-        self.names: dict[Request, tuple[int, int]] = {}
-        self._prompts = 0
-        self._session: Session | None = None
-        self.ended = False
-
-    def add(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[int]:
-        """`TokenStream.add`."""
-        if self.ended or (self._session is not None and self._session.closed):
-            raise EngineBusyError("This stream has ended; open another one for more prompts.")
-        read = self._reader.read(prompts, sampling)
-        longest = max((request.max_length for texts in read for request in texts), default=0)
-        if self._session is not None and longest > self._session.longest:
-            raise PoolTooSmallError(
-                f"A text of {longest} tokens does not fit a stream opened for {self._session.longest}: pass "
-                "max_length= to stream()."
-            )
-        first = self._prompts
-        self._prompts += len(read)
-        for index, texts in enumerate(read, first):
-            for sample, request in enumerate(texts):
-                self.names[request] = (index, sample)
-                if self._session is not None:
-                    self._session.add(request)
-        return list(range(first, self._prompts))
-
-    def cancel(self, index: int) -> list[Completion]:
-        """`TokenStream.cancel`."""
         if type(index) is not int or not 0 <= index < self._prompts:
             raise PromptError(f"There is no prompt {index!r}; this stream has had {self._prompts}, numbered from 0.")
-        unfinished = [request for request, (number, _) in self.names.items() if number == index]
-        completions = []
-        for request in unfinished:
-            if self._session is not None:  # before the first piece there is nobody to tell
-                self._session.cancel(request)
-            completions.append(self._complete(request, request.finish_reason or FinishReason.CANCELLED))
-        return completions
+        with self._lock:
+            unfinished = [request for request, (number, _) in self._names.items() if number == index]
+        self._client.cancel(unfinished)
+        completions = [self._complete(request) for request in unfinished]
+        return [completion for completion in completions if completion is not None]
 
-    def stop(self) -> None:
-        """End the session, while `run` is at work."""
-        if self._session is not None:
-            self._session.close()
+    def _piece(self, output: Output) -> Tokens | None:
+        """None for a text that `cancel` gave out meanwhile."""
+        name = self._names.get(output.request)
+        if name is None:
+            return None
+        return Tokens(*name, output.tokens, self._complete(output.request) if output.ended else None)
 
-    def run(self) -> Generator[Tokens, None, None]:
-        """Pieces of all texts until none is left."""
-        lengths = [request.max_length for request in self.names]
-        if self._max_length is not None:
-            lengths += [self._max_length] * self._engine.config.max_requests
-        try:
-            if self.names:
-                with self._engine.session(self._engine.needs(lengths)) as session, self._bar() as bar:
-                    self._session = session
-                    for request in self.names:
-                        session.add(request)
-                    yield from self._advance(session, bar)
-        finally:
-            self.ended, self._session = True, None
+    def _complete(self, request: Request) -> Completion | None:
+        with self._lock:
+            name = self._names.pop(request, None)
+        if name is None:
+            return None
+        reason = request.finish_reason or FinishReason.CANCELLED  # cancelled before the engine had it
+        return Completion(
+            *name, list(request.output), reason, list(request.output_logprobs), request.stats, request.error
+        )
 
-    def _advance(self, session: Session, bar: "tqdm[None]") -> Iterator[Tokens]:
-        while session.busy:
-            for request, tokens in session.advance():
-                if session.closed:
-                    return
-                if request in self.names:  # `cancel` gave the others out
-                    yield self._piece(request, tokens)
-                self._show(bar, session)
-
-    def _piece(self, request: Request, tokens: list[int]) -> Tokens:
-        index, sample = self.names[request]
-        reason = request.finish_reason
-        return Tokens(index, sample, tokens, None if reason is None else self._complete(request, reason))
-
-    def _complete(self, request: Request, reason: FinishReason) -> Completion:
-        index, sample = self.names.pop(request)
-        return Completion(index, sample, request.output, reason, request.output_logprobs, request.stats)
-
-    def _bar(self) -> "tqdm[None]":
-        return tqdm(total=len(self.names), unit="text", disable=not self._progress)
-
-    def _show(self, bar: "tqdm[None]", session: Session) -> None:
+    def _show(self) -> None:
+        bar = self._bar
         if bar.disable:
             return
         stats = self._engine.stats
         seconds = max(bar.format_dict["elapsed"], 1e-9)
-        postfix = {"tokens/s": f"{stats.tokens / seconds:,.0f}", "pool": f"{session.pool_share:.0%}"}
+        postfix = {"tokens/s": f"{stats.tokens / seconds:,.0f}", "pool": f"{self._engine.pool_share:.0%}"}
         if stats.cycles:
-            postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.drafts_per_cycle:.3g}"
-        bar.total = max(bar.total, bar.n + len(self.names))
+            postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.draft_tokens}"
+        bar.total = max(bar.total, bar.n + len(self._names))
         bar.set_postfix(postfix, refresh=False)
-        bar.update(bar.total - len(self.names) - bar.n)
+        bar.update(bar.total - len(self._names) - bar.n)

@@ -55,6 +55,7 @@ def _compile(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel,
         device=device,
         compiler=partial(torch.compile, dynamic=True) if inductor else as_it_is,
         iteration_time=predicted,
+        positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
         # Compiled code holds for two rows at least; run node by node, the graph takes what it was proved to take.
         fewest_rows=1 if compiled.report.takes_single_rows and not inductor else MIN_ROWS,

@@ -203,14 +203,12 @@ def test_cancelling_before_the_start_and_while_waiting(fast, prompts, texts):
 
 def test_prompts_added_while_others_run(fast, prompts, texts):
     completed = {}
-    with fast.stream(prompts[:2], GREEDY, max_length=100) as pieces:
+    with fast.stream(prompts[:2], GREEDY) as pieces:
         for piece in pieces:
             if piece.completion is not None:
                 completed[piece.index] = piece.completion.token_ids
                 if len(completed) == 1:
                     assert pieces.add(prompts[2:], GREEDY) == [2, 3, 4, 5, 6]
-                    with pytest.raises(PoolTooSmallError, match="max_length="):
-                        pieces.add([[1] * 500], GREEDY)
                     assert pieces.add([]) == []
     assert [completed[index] for index in range(len(prompts))] == texts
     with pytest.raises(EngineBusyError, match="has ended"):
@@ -220,8 +218,7 @@ def test_prompts_added_while_others_run(fast, prompts, texts):
 def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):
     pieces = fast.stream(prompts, GREEDY)
     next(pieces)
-    with pytest.raises(EngineBusyError):
-        fast.generate_batch(prompts[:1], GREEDY)
+    assert [c.token_ids for c in fast.generate_batch(prompts[:1], GREEDY)] == texts[:1]
     pieces.close()
     with pytest.raises(StopIteration):
         next(pieces)
@@ -234,8 +231,7 @@ def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):
 
     with pytest.raises(KeyboardInterrupt) as kept:  # the traceback keeps the stream alive, as a notebook does
         interrupted()
-    with pytest.raises(EngineBusyError, match=r"stop\(\)"):
-        fast.generate_batch(prompts, GREEDY)
+    assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
     fast.stop()
     fast.stop()
     assert kept.type is KeyboardInterrupt
@@ -313,16 +309,20 @@ def test_inference_mode_inside_and_outside(model, prompts, texts):
     assert [c.token_ids for c in inside] == [c.token_ids for c in outside] == texts
 
 
-def test_a_callback_that_fails_leaves_the_model_usable(fast, prompts, texts):
+def test_a_tokenizer_that_fails_for_one_text_loses_no_other(fast, prompts, texts):
     class FailingTokenizer(Letters):
         def decode(self, token_ids):
-            if len(token_ids) > 4:
+            if token_ids[0] == texts[2][0]:
                 raise ValueError("a user's own error")
             return super().decode(token_ids)
 
-    params = ss.SamplingParams(max_new_tokens=NEW, stop_strings=["?"])
-    with pytest.raises(ValueError, match="a user's own error"):
-        fast.generate_batch(prompts, params, tokenizer=FailingTokenizer())
+    params = ss.SamplingParams(max_new_tokens=NEW, stop_strings=["?"], stop_token_ids=())
+    completions = fast.generate_batch(prompts, params, tokenizer=FailingTokenizer())
+    failed = [completion for completion in completions if completion.finish_reason is ss.FinishReason.ERROR]
+    assert 2 in [completion.index for completion in failed]
+    assert all(isinstance(completion.error, ValueError) for completion in failed)
+    assert all(c.token_ids == texts[c.index] for c in completions if c not in failed)
+    assert len(failed) < len(prompts)
     assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
 
 
@@ -345,12 +345,6 @@ def test_requests_that_cannot_fit(model):
     small = ss.optimize(model, ss.SpecConfig(pool_tokens=64))
     with pytest.raises(PoolTooSmallError):
         small.generate_batch([[1, 2]], ss.SamplingParams(max_new_tokens=100))
-
-
-def test_a_stream_for_texts_of_an_impossible_length(fast):
-    for length in (0, True, 2.5):
-        with pytest.raises(ConfigError, match="max_length must be an integer of at least 1"):
-            fast.stream([], max_length=length)
 
 
 def test_a_captured_step_that_is_wrong(fast):

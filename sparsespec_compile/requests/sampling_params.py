@@ -81,6 +81,7 @@ class Completion:
         finish_reason: why it ended.
         logprobs: natural log-probability of each new token; empty unless asked for.
         stats: what it took.
+        error: what failed, with `FinishReason.ERROR`; None otherwise.
     """
 
     index: int
@@ -89,6 +90,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[float]
     stats: RequestStats
+    error: Exception | None = None
 
 
 def _is_list(value: Any) -> bool:

@@ -43,6 +43,7 @@ class Target:
         weight_bytes: what the model's parameters take on the device, for the memory plan.
         fewest_rows: rows, and rows with logits, that the graph takes at least. On a CPU a product of one row takes half
             the time of one of two.
+        positions: tokens of the longest text that the model is meant for; None = not known.
     """
 
     forward: Forward
@@ -53,6 +54,7 @@ class Target:
     iteration_time: IterationTime | None = None
     weight_bytes: int = 0
     fewest_rows: int = MIN_ROWS
+    positions: int | None = None
 
 
 def capacity_for(config: SpecConfig, drafters: Sequence[Drafter], slots: int, tokens: int, pages: int) -> Capacity:
@@ -135,8 +137,10 @@ def _plan_memory(
     parts |= {_WORKSPACE: workspace, _GRAPHS: int(available * _GRAPH_SHARE)}
     if config.pool_tokens is None:
         page = page_bytes(target.layout, target.dtype)
-        rest = max(0, available - sum(parts.values()) + parts[POOL])
+        rest = max(0, int(available * config.memory_fraction) - sum(parts.values()) + parts[POOL])
         parts[POOL] = min(parts[POOL], rest // page * page)
+        if parts[POOL] < 2 * page:
+            parts[POOL] = 2 * page  # so that what does not fit is refused with every figure
     plan = MemoryPlan(parts, available)
     plan.require()
     return plan

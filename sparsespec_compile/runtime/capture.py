@@ -49,21 +49,21 @@ class StepRunner:
         self._sizes = row_counts(sizes.rows)
         self._graphs = graphs
         self._captured: dict[tuple[int, Variant], Graph] = {}
+        self._refused: set[tuple[int, Variant]] = set()  # steps for whose capture there was no memory
 
-    def prepare(self, rows: int) -> None:
-        """Capture the steps of up to so many rows, without log-probabilities, so that none is waited for later.
+    def prepare(self, requests: int, rows: int) -> None:
+        """Capture the steps of `requests` with up to `rows` rows, without log-probabilities, before they are needed.
 
-        Where `rows` are no more than there are slots, nobody is expected to have more than one, but for prompts. Steps
-        in which a prompt ends are captured when they are first needed, the largest aside.
+        Where `rows` are no more than `requests`, none is expected to have more than one, but for prompts. Steps in
+        which a prompt ends are captured when they are first needed, the largest aside.
         """
         if self._graphs is None:
             return
         any_work, single = self.step.any_work, Variant(promise=Promise.SINGLE_ROWS)
         several = Variant(promise=max(any_work.promise, Promise.ONLY_VERIFICATIONS_SCORED))
-        slots = self.step.state.capacity.slots
         asked = [(self._sizes[-1], any_work)]
-        asked += [(size, several) for size in self._sizes if rows > slots and size <= self._padded(rows)]
-        asked += [(size, single) for size in self._sizes if size <= self._padded(slots)]
+        asked += [(size, several) for size in self._sizes if rows > requests and size <= self._padded(rows)]
+        asked += [(size, single) for size in self._sizes if size <= self._padded(requests)]
         missing = [key for key in dict.fromkeys(asked) if key not in self._captured]
         for size, variant in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
             self._capture(self._graphs, size, variant)
@@ -77,9 +77,17 @@ class StepRunner:
         if not self._captured:
             # The largest first: the others fit into its memory.
             self._capture(self._graphs, self._sizes[-1], replace(variant, promise=self.step.any_work.promise))
-        if (padded, variant) not in self._captured:
-            self._capture(self._graphs, padded, variant)
-        self._captured[padded, variant].replay()
+        key = (padded, variant)
+        if key not in self._captured and key not in self._refused:
+            try:
+                self._capture(self._graphs, *key)
+            except PoolTooSmallError:
+                if (self._sizes[-1], self.step.any_work) not in self._captured or variant.logprobs:
+                    raise
+                self._refused.add(key)
+        if key in self._refused:  # the largest step does whatever the others do, if more slowly
+            key = (self._sizes[-1], self.step.any_work)
+        self._captured[key].replay()
 
     def _padded(self, rows: int) -> int:
         return next(size for size in self._sizes if size >= rows)

@@ -1,59 +1,68 @@
-"""Builds what requests run on, to their size, and keeps it from call to call."""
+"""The owner of a model's state on the device: one loop that serves every caller, from any thread."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Sequence
 
 import torch
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import EngineBusyError, PoolTooSmallError
+from sparsespec_compile.errors import EngineBusyError, EngineFailedError, PoolTooSmallError
 from sparsespec_compile.runtime.build import Target, build_runner, capacity_for
-from sparsespec_compile.runtime.capture import StepRunner
 from sparsespec_compile.runtime.captured_step import CapturedStep
+from sparsespec_compile.runtime.client import Client, Output
 from sparsespec_compile.runtime.cycle_chooser import CycleChooser, chooser_for
 from sparsespec_compile.runtime.device import open_device
 from sparsespec_compile.runtime.device.interface import Device
-from sparsespec_compile.runtime.drafters import cycles_of, drafters_of
+from sparsespec_compile.runtime.drafters import drafters_of
 from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases
-from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.residency import Residency
-from sparsespec_compile.runtime.scheduler import Limits, Scheduler
-from sparsespec_compile.runtime.session import Output, Session
-from sparsespec_compile.runtime.state import Capacity, State
-from sparsespec_compile.runtime.stats import Stats, StatsRecorder
+from sparsespec_compile.runtime.session import Session
+from sparsespec_compile.runtime.sizing import engine_capacity
+from sparsespec_compile.runtime.stats import Stats
 
-_TOKENS_MULTIPLE = 256  # the longest request is rounded up to this, so that similar calls share their state
-_HOST_MEMORY_SHARE = 0.5  # of the free host memory, for requests that leave the device
+_HOST_TIER_SHARE = 0.5
+"""Of the free host memory, for requests that leave the device."""
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a set of requests asks of a state.
+class _Command:
+    """Something to be done between two iterations, and how it ended."""
 
-    Attributes:
-        requests: how many there are.
-        longest: prompt and new tokens of the longest.
-        pages: pages for the longest texts of as many as can hold a slot.
-    """
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self.done = False
+        self.error: BaseException | None = None
 
-    requests: int
-    longest: int
-    pages: int
+    def run(self) -> None:
+        """Do it. An `Exception` belongs to whoever gave the command; anything else goes on to the caller."""
+        try:
+            self._action()
+        except Exception as error:
+            self.error = error
+        except BaseException:
+            self.error = EngineFailedError("The thread that carried this call out was interrupted. Call again.")
+            raise
+        finally:
+            self.done = True
 
 
 class Engine:
     """Runs requests through the graph until their texts are complete.
 
-    The state on the device is built for the first call and kept; a call that needs more gets one that serves both.
+    One thread at a time drives the engine: it carries out the commands that have come in (submit, cancel, close, stop)
+    and then one iteration for the requests of all clients. Any thread may become the driver, for as long as it waits
+    for an output of its own. A command of another thread is queued and carried out by the driver between two
+    iterations; without a driver, the thread carries it out itself. So scheduler, KV cache and step are only ever
+    touched by one thread, and nobody waits for longer than one iteration.
+
+    The state on the device is built for the first request, by the configuration and the device's memory, and kept
+    until `release`.
 
     Steps, uploads and downloads run on a stream of the engine's own, whatever stream is current in the calling thread.
-    It waits for the caller's stream where a session begins, since the caller may just have changed the model's
-    parameters, and the caller's stream waits for it where the session ends, since a step that is still under way reads
-    them. Results are read on the host. State is allocated on the engine's stream, so its memory is not used again
+    It waits for the caller's stream where requests are submitted, since the caller may just have changed the model's
+    parameters, and the caller's stream waits for it where a client is closed, since a step that is still under way
+    reads them. Results are read on the host. State is allocated on the engine's stream, so its memory is not used again
     before the steps that use it have run.
 
     Args:
@@ -70,64 +79,118 @@ class Engine:
         self.stats = Stats(config.most_draft_tokens)
         self.memory_plan: MemoryPlan | None = None
         self._drafters = drafters_of(config)
-        self._runner: StepRunner | None = None
-        self._tier: HostTier | None = None
-        self._asked: Capacity | None = None
-        self._active: Session | None = None
+        self._session: Session | None = None
+        self._longest = 0  # tokens of the longest request for which a state was built
         self._chooser: CycleChooser | None = None  # what it learns of device and texts is kept from call to call
+        self._turn = threading.Condition()  # guards what follows, and is notified of every change
+        self._driver: int | None = None  # identifier of the thread that drives
+        self._commands: deque[_Command] = deque()
+        self._clients: list[Client] = []
+        self._owners: dict[Request, Client] = {}
+
+    def client(self) -> Client:
+        """A new client; it takes part once it has submitted a request."""
+        return Client(self)
 
     def run(self, requests: Sequence[Request]) -> Generator[Output, None, None]:
-        """Yield (request, tokens) whenever tokens of a request become final; at the end every request is finished.
+        """Yield outputs whenever tokens of a request become final; at the end every request is finished.
 
-        Closing the iterator, or an exception at any place, gives back all slots and pages: the engine stays usable.
+        Closing the iterator, or an exception at any place, gives back all slots and pages.
 
         Raises:
-            PoolTooSmallError: a request needs more tokens than the pool holds. Nothing was run.
-            EngineBusyError: an earlier iterator of this engine is neither exhausted nor closed.
+            As `Client.submit`, and `EngineFailedError` when another caller's iteration failed.
         """
+        with self.client() as client:
+            client.submit(requests)
+            yield from client
+
+    def submit(self, client: Client, requests: Sequence[Request]) -> None:
+        """`Client.submit`."""
         if not requests:
             return
-        with self.session(self.needs([request.max_length for request in requests])) as session:
+        submitted = self._device.current().record()
+
+        def action() -> None:
+            if client.closed:
+                raise EngineBusyError("This generation has ended; start another one for more prompts.")
+            self._stream.wait(submitted)
+            session = self._session_for(requests)
+            session.require_room(requests)
+            if not self._clients:
+                self.stats = session.restart()
+            session.prepare(len(requests))
+            with self._turn:
+                if client not in self._clients:
+                    self._clients.append(client)
+                client.own(requests)
+                self._owners.update(dict.fromkeys(requests, client))
             for request in requests:
                 session.add(request)
-            while session.busy:
-                yield from session.advance()
 
-    @contextmanager
-    def session(self, needs: Needs) -> Generator[Session, None, None]:
-        """A session for requests of at most these needs; leaving it drops what is unfinished.
+        self._command(action)
 
-        Raises:
-            PoolTooSmallError: the pool cannot hold the longest request.
-            MemoryPlanError: the device's memory cannot hold the state.
-            EngineBusyError: another session of this engine is open.
-        """
-        if self._active is not None:
-            raise EngineBusyError(
-                "This model is already generating. Exhaust or close the earlier generation first, end it with stop(), "
-                "or optimize the model once more for generations that run side by side."
-            )
-        self._stream.wait(self._device.current().record())
-        runner, tier = self._prepared(needs)
-        recorder = StatsRecorder(self.target.layout, self.config)
-        self.stats = recorder.stats
-        self._chooser = self._chooser or chooser_for(self.config, self.target.iteration_time)
-        scheduler = self._scheduler(runner, tier)
-        session = Session(scheduler, runner, self._stream, recorder, self._chooser, overlap=self.config.overlap)
-        self._active = session
-        try:
-            yield session
-        finally:
-            session.close()
+    def cancel(self, client: Client, requests: Sequence[Request]) -> None:
+        """`Client.cancel`."""
+        if self._driver == threading.get_ident():  # called by what an iteration calls: the rest is done at its end
+            for request in requests:
+                request.cancel()
+        self._command(lambda: self._drop(client, requests))
+
+    def close(self, client: Client) -> None:
+        """`Client.close`."""
+        with self._turn:
+            closed, client.closed = client.closed, True
+            self._turn.notify_all()
+        if not closed:
+            self._command(lambda: self._leave(client))
             self._device.current().wait(self._stream.record())
-            if self._active is session:
-                self._active = None
+
+    def abandon(self, client: Client) -> None:
+        """Close a client without waiting or locking, for finalizers, which run at any point of any thread."""
+        if not client.closed:
+            client.closed = True
+            self._commands.append(_Command(lambda: self._leave(client)))
 
     def stop(self) -> None:
-        """End the session that is open, if one is, wherever its iterator is kept."""
-        if self._active is not None:
-            self._active.close()
-            self._active = None
+        """Close every client that is open, whoever has it. Threads that wait for outputs return."""
+        with self._turn:
+            clients = list(self._clients)
+        for client in clients:
+            self.close(client)
+
+    def release(self) -> None:
+        """Give the state's memory back. Compiled code is kept; the next request allocates the state anew.
+
+        Raises:
+            EngineBusyError: a client is open.
+        """
+
+        def action() -> None:
+            if self._clients:
+                raise EngineBusyError(
+                    f"{len(self._clients)} generation(s) of this model are unfinished. Exhaust or close them, or end "
+                    "them with stop(), before release()."
+                )
+            session, self._session, self.memory_plan = self._session, None, None
+            if session is not None:
+                session.shut_down()
+
+        self._command(action)
+
+    def next_output(self, client: Client) -> Output | None:
+        """The client's next output, for which this thread drives the engine if no other does; None when none will come.
+
+        Raises:
+            EngineFailedError: an iteration failed in another thread, which dropped this client's requests.
+            EngineBusyError: called from within an iteration, as by a tokenizer's `decode`.
+            Whatever failed in an iteration of this thread.
+        """
+        return self._take_turns(client, take=True)
+
+    def drive(self, client: Client) -> bool:
+        """Run one iteration, or wait for one or for a request of the client; False once the client is closed."""
+        self._take_turns(client, take=False)
+        return not client.closed
 
     def capture(self, max_requests: int, max_length: int, vocabulary: int | None = None) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine; see `CapturedStep`."""
@@ -143,79 +206,156 @@ class Engine:
         self.memory_plan = plan
         return CapturedStep(runner, self._device, vocabulary)
 
-    def needs(self, lengths: Sequence[int]) -> Needs:
-        """The needs of requests with these prompt and new tokens together."""
-        page = self.config.page_size
-        slots = min(self.config.max_requests, len(lengths))
-        pages = sum(sorted((-(-length // page) for length in lengths), reverse=True)[:slots])
-        return Needs(len(lengths), max(lengths), pages)
+    @property
+    def pool_share(self) -> float:
+        """Share of the pool's pages in use, 0.0 to 1.0."""
+        session = self._session
+        return 0.0 if session is None else session.pool_share
 
-    def _prepared(self, needs: Needs) -> tuple[StepRunner, HostTier]:
-        """Step and host tier over a state that serves `needs`, built anew only when the present one is too small."""
-        capacity = self._capacity(needs)
-        present = self._asked  # what the state was built for; its pool may have got fewer pages
-        if self._runner is None or self._tier is None or present is None or not present.covers(capacity):
-            if self._tier is not None:
-                self._stream.record().wait()
-                self._tier.wait()  # its memory is unpinned with it
-            self._runner = self._tier = self._asked = None  # the old ones make room before the new ones are allocated
+    def _take_turns(self, client: Client, *, take: bool) -> Output | None:
+        me = threading.get_ident()
+        if self._driver == me:
+            raise EngineBusyError(
+                "An output was asked for from within an iteration, by something that it calls, such as a tokenizer's "
+                "decode. Ask from outside of it."
+            )
+        while True:
+            try:
+                with self._turn:
+                    while True:
+                        if take and client.failure is not None:
+                            raise client.failure
+                        if client.closed:
+                            return None
+                        output = client.take() if take else None
+                        if output is not None or (take and not client.live):
+                            return output
+                        if self._driver is None and (client.live or self._commands):
+                            self._driver = me
+                            break
+                        self._turn.wait()
+                self._iterate()
+                if not take:
+                    return None
+            finally:
+                self._hand_over(me)
+
+    def _iterate(self) -> None:
+        """Carry out the commands that have come in, and run an iteration. By the driver."""
+        session = None
+        try:
+            self._run_commands()
+            session = self._session
+            if session is None or not session.busy:
+                return
+            outputs = session.advance()
+            with self._turn:
+                for output in outputs:
+                    owner = self._owners.get(output.request)
+                    if owner is not None:
+                        owner.deliver(output)
+                        if output.ended:
+                            del self._owners[output.request]
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _command(self, action: Callable[[], None]) -> None:
+        """Carry `action` out between two iterations, and raise its error. From within one, it is done at its end."""
+        command, me = _Command(action), threading.get_ident()
+        self._commands.append(command)
+        if self._driver == me:
+            return
+        try:
+            with self._turn:
+                while not command.done and self._driver is not None:
+                    self._turn.wait()
+                if not command.done:
+                    self._driver = me
+            if self._driver == me:
+                try:
+                    self._run_commands()
+                except BaseException as error:
+                    self._fail(error)
+                    raise
+        finally:
+            self._hand_over(me)
+        if command.error is not None:
+            raise command.error
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft().run()
+            with self._turn:
+                self._turn.notify_all()
+
+    def _hand_over(self, me: int) -> None:
+        with self._turn:
+            if self._driver == me:
+                self._driver = None
+            self._turn.notify_all()
+
+    def _session_for(self, requests: Sequence[Request]) -> Session:
+        longest = max(request.max_length for request in requests)
+        session, sized_by_model = self._session, self.config.max_length is None and self.config.pool_tokens is None
+        if session is not None and not self._clients and sized_by_model and longest > session.state.capacity.tokens:
+            # Rotary models go on behind their positions. While others generate, their state cannot change.
+            session.shut_down()
+            self._session = None
+        if self._session is None:
+            self._longest = max(self._longest, longest)
             # In inference mode the state would be made so that no later call outside of it could write to it.
             with torch.inference_mode(False), self._stream.active():
-                larger = capacity if present is None else capacity.union(present)
-                runner, self.memory_plan = build_runner(self.target, self.config, self._drafters, larger, self._device)
-                runner.prepare(_decoding_rows(larger.slots, self.config))
-                tier = HostTier(self._stream, runner.step.state.pool, self._host_pages(runner.step.state))
-                self._runner, self._tier, self._asked = runner, tier, larger
-        self._check_pool(needs.longest, self._runner.step.state)
-        return self._runner, self._tier
+                self._session = self._new_session()
+        return self._session
 
-    def _capacity(self, needs: Needs) -> Capacity:
-        slots = min(self.config.max_requests, 1 << (needs.requests - 1).bit_length())
-        tokens = -(-needs.longest // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        pages = needs.pages if self.config.pool_tokens is None else self.config.pool_tokens // self.config.page_size
-        return capacity_for(self.config, self._drafters, slots, tokens, pages)
-
-    def _check_pool(self, longest: int, state: State) -> None:
+    def _new_session(self) -> Session:
         config = self.config
-        held = state.capacity.pages * config.page_size
-        if config.pool_tokens is not None:
-            held = config.pool_tokens // config.page_size * config.page_size
-        if longest > held:
-            raise PoolTooSmallError(
-                f"A request needs {longest} tokens (prompt and max_new_tokens together), the KV pool holds "
-                f"{held}. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
-                + ("." if config.pool_tokens is not None else " above what fits the device's free memory.")
-            )
+        capacity = engine_capacity(self.target, config, self._drafters, self._device, self._longest)
+        runner, self.memory_plan = build_runner(self.target, config, self._drafters, capacity, self._device)
+        pool = runner.step.state.pool
+        host_pages = 0
+        if config.host_pool_tokens is not None:
+            host_pages = config.host_pool_tokens // config.page_size
+        elif self._device.memory is not None:  # else the pool lies in host memory itself
+            host_pages = int(available_host_bytes() * _HOST_TIER_SHARE) // (pool.shape[1] * pool.itemsize)
+        self._chooser = self._chooser or chooser_for(config, self.target.iteration_time)
+        tier = HostTier(self._stream, pool, host_pages)
+        return Session(config, runner, self._stream, tier, self._drafters, self._chooser)
 
-    def _scheduler(self, runner: StepRunner, tier: HostTier) -> Scheduler:
-        config, state = self.config, runner.step.state
-        # Drafters that read no scores take no room in their buffer.
-        reads_scores = any(drafter.reads_scores for drafter in self._drafters)
-        scored = state.capacity.score_slots if reads_scores else state.capacity.slots
-        slots = min(state.capacity.slots, config.max_requests)  # a state has room for two at least
-        limits = Limits(slots, cycles_of(config)[-1], config.prefill_chunk, scored)
-        residency = Residency(
-            PageAllocator(state.capacity.pages),
-            tier,
-            page_size=config.page_size,
-            updates=runner.step.inputs.sizes.updates,
-            cycle_tokens=config.most_draft_tokens + 1,
-        )
-        phases = Phases(limits.cycle.passes, config.schedule, scored)
-        return Scheduler(limits, residency, phases)
+    def _drop(self, client: Client, requests: Collection[Request]) -> None:
+        with self._turn:
+            client.forget(requests)
+            owned = [request for request in requests if self._owners.pop(request, None) is not None]
+            self._turn.notify_all()
+        for request in owned:
+            if self._session is not None:
+                self._session.cancel(request)
 
-    def _host_pages(self, state: State) -> int:
-        if self.config.host_pool_tokens is not None:
-            return self.config.host_pool_tokens // self.config.page_size
-        if self._device.memory is None:  # the pool lies in host memory
-            return 0
-        return int(available_host_bytes() * _HOST_MEMORY_SHARE) // (state.pool.shape[1] * state.pool.itemsize)
+    def _leave(self, client: Client) -> None:
+        if client not in self._clients:
+            return
+        last = len(self._clients) == 1
+        if self._session is not None and last:
+            self._session.settle()
+        self._drop(client, client.live)
+        with self._turn:
+            self._clients.remove(client)
 
-
-def _decoding_rows(slots: int, config: SpecConfig) -> int:
-    """Rows of an iteration in which every slot decodes, and as many as may verify; half while their number changes."""
-    most = config.most_draft_tokens
-    together = slots if config.schedule == "in_phase" else -(-slots // (most + 1))
-    if config.schedule == "grouped":
-        together = min(slots, max(together, GROUPED_ROWS // (most + 1)))
-    return slots + most * (max(together, slots // 2) if config.draft_tokens == "auto" else together)
+    def _fail(self, error: BaseException) -> None:
+        """Drop everything after an iteration ended in the middle: what host and device know may differ by now."""
+        session, self._session = self._session, None
+        with self._turn:
+            for client in self._clients:
+                client.closed = True
+                client.forget(client.live)
+                client.failure = EngineFailedError(
+                    f"An iteration that this generation shared failed in thread {threading.current_thread().name!r} "
+                    f"({type(error).__name__}: {error}), and its texts were dropped. Generate them again."
+                )
+                client.failure.__cause__ = error
+            self._clients.clear()
+            self._owners.clear()
+        if session is not None:
+            session.reset()
+            self._session = session  # not if the reset was interrupted: the next request builds a new one

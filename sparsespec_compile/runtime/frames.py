@@ -22,11 +22,13 @@ class Frame:
     Attributes:
         work: the requests that take part, and what they do.
         cycle: the cycle as of its planning.
+        logprobs: whether its results hold log-probabilities.
     """
 
     def __init__(self, stream: Stream, inputs: Tensor, results: Results) -> None:
         self.work: list[tuple[Request, Work]] = []
         self.cycle: Cycle
+        self.logprobs = False
         self._stream = stream
         self._upload, self._tokens, self._logprobs = (
             stream.device.host_buffer(tuple(tensor.shape), tensor.dtype)

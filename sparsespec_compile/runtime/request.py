@@ -32,6 +32,8 @@ class FinishReason(str, Enum):
     """The caller took the request back."""
     MEMORY = "memory"
     """Neither the pool nor host memory could hold it any longer; the text so far is right."""
+    ERROR = "error"
+    """Something that this request alone needs failed, such as a tokenizer's `decode`; the text so far is right."""
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Request:
         output: the tokens that are final so far.
         output_logprobs: natural log-probabilities of `output` under the model itself.
         finish_reason: why `output` is complete; None = it is not.
+        error: what failed, with `FinishReason.ERROR`; None otherwise.
         slot: row in the state tensors, -1 while waiting or done.
         place: where its K/V are.
         pages: pages of the pool that it holds, or that hold it in host memory.
@@ -93,6 +96,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
     slot: int = -1
     place: Place = Place.NOWHERE
     pages: list[int] = field(default_factory=list)
@@ -144,7 +148,27 @@ class Request:
             self.finish_reason = self._reason(token)
         return self.output[before:]
 
+    def cancel(self) -> None:
+        """End it where it stands, unless it has ended."""
+        if not self.finished:
+            self.finish_reason = FinishReason.CANCELLED
+
+    def fail(self, error: Exception) -> None:
+        """End it where it stands, because of `error`."""
+        self.error = error
+        self.finish_reason = FinishReason.ERROR
+
     def _reason(self, token: int) -> FinishReason | None:
-        if token in self.stop_tokens or (self.stop_check is not None and self.stop_check(self.output)):
+        if token in self.stop_tokens:
             return FinishReason.STOP
+        if self.stop_check is not None:
+            try:
+                stops = self.stop_check(self.output)
+            except Exception as error:  # the caller's own code: whatever it raises ends this request and no other
+                self.error = error
+                return FinishReason.ERROR
+            if self.finished:  # the check may cancel the request
+                return self.finish_reason
+            if stops:
+                return FinishReason.STOP
         return FinishReason.LENGTH if len(self.output) == self.max_new_tokens else None

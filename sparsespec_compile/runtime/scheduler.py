@@ -97,8 +97,7 @@ class Scheduler:
         self.phases.rebalance(self.running)
 
     def cancel(self, request: Request) -> None:
-        """Take a request back wherever it is."""
-        request.finish_reason = FinishReason.CANCELLED
+        """Take a request that has ended back, wherever it is."""
         if request in self.running:
             self.release(request)
         elif request in self.waiting:

@@ -1,79 +1,79 @@
 """The loop: requests in, final tokens out.
 
-The host plans and enqueues an iteration while the one before runs, and reads results one iteration late (paper, delayed
-verification). No request sits an iteration out for that: what it does next does not depend on what was accepted.
+The host plans and enqueues an iteration while the previous one runs, and reads results one iteration late (paper,
+delayed verification). No request sits an iteration out for that: what it does next does not depend on what was
+accepted.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
-from sparsespec_compile.errors import EngineBusyError
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import EngineStalledError, PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.client import Output
 from sparsespec_compile.runtime.cycle_chooser import CycleChooser
 from sparsespec_compile.runtime.device.interface import Stream
+from sparsespec_compile.runtime.drafters import Drafter, cycles_of
 from sparsespec_compile.runtime.frames import Flight
+from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.inputs import InputPacker
+from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases
+from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.scheduler import Scheduler
-from sparsespec_compile.runtime.stats import StatsRecorder
+from sparsespec_compile.runtime.residency import Residency
+from sparsespec_compile.runtime.scheduler import Limits, Scheduler
+from sparsespec_compile.runtime.state import State
+from sparsespec_compile.runtime.stats import Stats, StatsRecorder
 from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import Work, promise_of
 
 _CHOICE_EVERY = 16
 """Iterations between two choices of the cycle."""
 
-Output = tuple[Request, list[int]]
-"""A request and tokens of it that are final; no tokens when it ended without a new one."""
+_STALLED_ITERATIONS = 2000
+"""Iterations in a row without a token, a prompt's row or a page on its way, after which something must be wrong."""
 
 
 class Session:
-    """Runs requests until their texts are complete. One at a time works on a state.
+    """Runs requests until their texts are complete. One thread at a time uses it: the engine's driver.
 
     Args:
-        scheduler: who runs.
-        runner: the step.
+        config: the settings.
+        runner: the step, over the state that requests share.
         stream: what it runs on.
-        recorder: counts what happens.
+        tier: where requests go when the pool is full.
+        drafters: whose state the step keeps up.
         chooser: chooses the cycle as requests run; None = it stays as it is.
-        overlap: whether an iteration is enqueued before the results of the one before are read.
-
-    Attributes:
-        closed: whether it was ended for good.
     """
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        config: SpecConfig,
         runner: StepRunner,
         stream: Stream,
-        recorder: StatsRecorder,
+        tier: HostTier,
+        drafters: Sequence[Drafter],
         chooser: CycleChooser | None = None,
-        *,
-        overlap: bool,
     ) -> None:
-        self._scheduler = scheduler
+        self._config = config
         self._runner = runner
         self._stream = stream
-        self._recorder = recorder
+        self._tier = tier
+        self._drafters = tuple(drafters)
         self._chooser = chooser
-        self._landed_at = math.nan
         self._inputs = runner.step.inputs
         self._packer = InputPacker(self._inputs.sizes)
-        self.closed = False
+        self._recorder = StatsRecorder(runner.step.state.layout, config)
+        self._flight = Flight(stream, self._inputs.flat, runner.step.results, depth=2 if config.overlap else 1)
+        self._scheduler = self._new_scheduler()
+        self._landed_at = math.nan
+        self._idle_iterations = 0
         self._added: dict[Request, float] = {}
-        if chooser is not None:
-            chooser.began()
-            scheduler.set_cycle(chooser.current)
-        self._flight = Flight(stream, self._inputs.flat, runner.step.results, depth=2 if overlap else 1)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request that fits, prompt and new ones together."""
-        state = self._runner.step.state
-        return min(state.capacity.tokens, state.capacity.pages * state.layout.page_size)
 
     @property
     def busy(self) -> bool:
@@ -86,63 +86,172 @@ class Session:
         allocator = self._scheduler.residency.allocator
         return 1 - allocator.free / max(allocator.pages, 1)
 
+    def restart(self) -> Stats:
+        """Count anew, for requests to come; nothing is running. Returns the new counts, which go on changing."""
+        self._recorder = StatsRecorder(self.state.layout, self._config)
+        self._landed_at, self._idle_iterations = math.nan, 0
+        if self._chooser is not None:
+            self._chooser.began()
+            self._scheduler.set_cycle(self._chooser.current)
+        return self._recorder.stats
+
+    def require_room(self, requests: Sequence[Request]) -> None:
+        """Raises PoolTooSmallError for a request that the state can never hold."""
+        state, page_size = self.state, self._config.page_size
+        longest = max(request.max_length for request in requests)
+        held = state.capacity.pages * page_size
+        if longest > held:
+            raise PoolTooSmallError(
+                f"A request needs {longest} tokens (prompt and max_new_tokens together), the KV pool holds "
+                f"{held}. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
+                + ("." if self._config.pool_tokens is not None else " above what fits the device's free memory.")
+            )
+        if longest > state.capacity.tokens:
+            raise PoolTooSmallError(
+                f"A request needs {longest} tokens (prompt and max_new_tokens together), the engine's state was sized "
+                f"for texts of {state.capacity.tokens}. Lower max_new_tokens, shorten the prompt, or set "
+                "SpecConfig.max_length. (A text beyond the model's positions may start while no other is running.)"
+            )
+
+    def prepare(self, requests: int) -> None:
+        """Capture the steps that so many more requests will need, where steps are captured.
+
+        Raises:
+            PoolTooSmallError: there is no memory for them.
+        """
+        waiting = len(self._scheduler.running) + len(self._scheduler.waiting)
+        slots = min(self._scheduler.limits.slots, waiting + requests)
+        self._runner.prepare(slots, decoding_rows(slots, self._config))
+
     def add(self, request: Request) -> None:
-        """Queue a request; it must fit the state's capacity. EngineBusyError when the session was closed."""
-        if self.closed:
-            raise EngineBusyError("This generation was ended; start another one for more prompts.")
+        """Queue a request for which there is room."""
         self._added[request] = time.perf_counter()
         self._scheduler.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """End a request where it stands; its output so far stays."""
-        if not request.finished:
+        if request in self._added:
+            request.cancel()
             self._scheduler.cancel(request)
             self._clock(request, first=False)
 
-    def advance(self) -> Iterator[Output]:
-        """Enqueue one iteration and read the results of the one that has been under way longest, if it is time."""
+    def advance(self) -> list[Output]:
+        """Enqueue one iteration and read the results of the one that has been under way longest, if it is time.
+
+        Raises:
+            EngineStalledError: nothing has come forward for too many iterations.
+        """
         started = time.perf_counter()
         for request in self._scheduler.admit():
             self._packer.admit(request.slot, request.max_length, request.params)
         work = self._scheduler.plan()
+        outputs: list[Output] = []
         if work or self._scheduler.residency.updates:
-            self._enqueue(work)
+            outputs += self._enqueue(work)
         self._recorder.stats.host_seconds += time.perf_counter() - started
         if len(self._flight) == self._flight.depth or (not work and len(self._flight)):
-            yield from self._land()
+            outputs += self._land()
         elif not work and self._scheduler.busy:
-            yield from self._unblock()
+            outputs += self._unblock()
+        self._watch(work, outputs)
+        return outputs
 
-    def close(self) -> None:
-        """Drop every request and give back all slots and pages. Nothing is busy any more; further calls do nothing."""
-        if self.closed:
-            return
-        self.closed = True
+    @property
+    def state(self) -> State:
+        """The state that requests share."""
+        return self._runner.step.state
+
+    def settle(self) -> None:
+        """Finish after the last request: write the pages still in use into the counts, then give all of them back."""
         stats, residency = self._recorder.stats, self._scheduler.residency
         stats.pages_offloaded = residency.pages_offloaded
         stats.pages_held = residency.allocator.pages - residency.allocator.free + residency.tier.held
+        for request in list(self._added):
+            self.cancel(request)
         while len(self._flight):
-            self._flight.give_back(self._flight.land())
-        self._scheduler.clear()
+            self._land()
+        residency.clear()
 
-    def _enqueue(self, work: list[tuple[Request, Work]]) -> None:
+    def reset(self) -> None:
+        """Drop every request and forget what was under way, as after an iteration that failed in the middle."""
+        self._flight = Flight(self._stream, self._inputs.flat, self._runner.step.results, depth=self._flight.depth)
+        self._scheduler.clear()
+        self._scheduler = self._new_scheduler()
+        self._added.clear()
+
+    def shut_down(self) -> None:
+        """Wait for everything that was enqueued, before the memory of state and host tier is given back."""
+        self._stream.record().wait()
+        self._tier.clear()
+
+    def _new_scheduler(self) -> Scheduler:
+        config, state = self._config, self.state
+        # Drafters that read no scores take no room in their buffer.
+        reads_scores = any(drafter.reads_scores for drafter in self._drafters)
+        scored = state.capacity.score_slots if reads_scores else state.capacity.slots
+        slots = min(state.capacity.slots, config.max_requests)  # a state has room for two at least
+        limits = Limits(slots, cycles_of(config)[-1], config.prefill_chunk, scored)
+        residency = Residency(
+            PageAllocator(state.capacity.pages),
+            self._tier,
+            page_size=config.page_size,
+            updates=self._inputs.sizes.updates,
+            cycle_tokens=config.most_draft_tokens + 1,
+        )
+        phases = Phases(limits.cycle.passes, config.schedule, scored)
+        scheduler = Scheduler(limits, residency, phases)
+        if self._chooser is not None:
+            scheduler.set_cycle(self._chooser.current)
+        return scheduler
+
+    def _watch(self, work: list[tuple[Request, Work]], outputs: list[Output]) -> None:
+        prefilled = any(item.mode == Mode.PREFILL for _, item in work)
+        if outputs or prefilled or self._scheduler.residency.moving or not self._scheduler.busy:
+            self._idle_iterations = 0
+            return
+        self._idle_iterations += 1
+        if self._idle_iterations >= _STALLED_ITERATIONS:
+            raise EngineStalledError(
+                f"No token became final in {self._idle_iterations} iterations, with {len(self._scheduler.running)} "
+                f"requests running and {len(self._scheduler.waiting)} waiting. This is a fault of the engine: please "
+                "report it with the settings. The model can be used again."
+            )
+
+    def _enqueue(self, work: list[tuple[Request, Work]]) -> list[Output]:
         promise = promise_of((item for _, item in work), self._runner.step.reads_scores)
-        variant = Variant(_wants_logprobs(work), promise)
+        wants_logprobs = any(request.logprobs for request, _ in work)
+        variant = Variant(wants_logprobs, promise)
         rows, logits = self._packer.pack([item for _, item in work], self._scheduler.residency.updates)
         frame = self._flight.take()
         frame.work, frame.cycle = work, self._scheduler.cycle
         frame.upload(self._packer.flat, self._inputs.flat)
-        self._stream.run(partial(self._runner, rows, logits, variant))
+        failed: list[Output] = []
+        try:
+            self._stream.run(partial(self._runner, rows, logits, variant))
+        except PoolTooSmallError as error:
+            if not wants_logprobs:
+                raise
+            # There is no memory for a step that gives log-probabilities: only the requests that want them end.
+            failed = [self._fail(request, error) for request, _ in work if request.logprobs and not request.finished]
+            variant = replace(variant, logprobs=False)
+            self._stream.run(partial(self._runner, rows, logits, variant))
         frame.download(self._runner.step.results, logprobs=variant.logprobs)
+        frame.logprobs = variant.logprobs
+        return failed
 
-    def _land(self) -> Iterator[Output]:
+    def _fail(self, request: Request, error: Exception) -> Output:
+        request.fail(error)
+        self._scheduler.release(request)
+        self._clock(request, first=False)
+        return Output(request, [], True)
+
+    def _land(self) -> list[Output]:
         frame = self._flight.land()
-        logprobs = _wants_logprobs(frame.work)
         asked = time.perf_counter()
-        tokens, all_logprobs = frame.read(logprobs=logprobs)
+        tokens, all_logprobs = frame.read(logprobs=frame.logprobs)
         answered = time.perf_counter()
         self._recorder.begin_iteration(sum(item.rows for _, item in frame.work), frame.cycle)
-        outputs = []
+        outputs: list[Output] = []
         for request, item in frame.work:
             if request.finished:
                 continue  # it ended in an earlier iteration, which was read after this one had been enqueued
@@ -162,13 +271,13 @@ class Session:
             self._clock(request, first=len(request.output) == len(added))
             if request.finished:
                 self._scheduler.release(request)
-            if added:
-                outputs.append((request, added))
+            if added or request.finished:
+                outputs.append(Output(request, added, request.finished))
         self._choose_drafts(frame.work)
         self._flight.give_back(frame)
         self._recorder.stats.waited_seconds += answered - asked
         self._recorder.stats.host_seconds += time.perf_counter() - answered
-        yield from outputs
+        return outputs
 
     def _choose_drafts(self, work: list[tuple[Request, Work]]) -> None:
         """Tell the chooser how long the iteration took, and let it choose, every so often."""
@@ -189,7 +298,7 @@ class Session:
         if request.finished:
             request.stats.seconds = time.perf_counter() - self._added.pop(request)
 
-    def _unblock(self) -> Iterator[Output]:
+    def _unblock(self) -> list[Output]:
         """Nothing can be planned and nothing is under way: wait for pages to move, or end a request."""
         residency = self._scheduler.residency
         if residency.moving:
@@ -197,8 +306,14 @@ class Session:
         else:
             request = self._scheduler.give_up()
             self._clock(request, first=False)
-            yield request, []
+            return [Output(request, [], True)]
+        return []
 
 
-def _wants_logprobs(work: list[tuple[Request, Work]]) -> bool:
-    return any(request.logprobs for request, _ in work)
+def decoding_rows(slots: int, config: SpecConfig) -> int:
+    """Rows of an iteration in which every slot decodes, and as many as may verify; half while their number changes."""
+    most = config.most_draft_tokens
+    together = slots if config.schedule == "in_phase" else -(-slots // (most + 1))
+    if config.schedule == "grouped":
+        together = min(slots, max(together, GROUPED_ROWS // (most + 1)))
+    return slots + most * (max(together, slots // 2) if config.draft_tokens == "auto" else together)

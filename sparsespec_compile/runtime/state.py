@@ -29,17 +29,9 @@ class Capacity:
     pillars: int
     score_slots: int
 
-    def covers(self, other: "Capacity") -> bool:
-        """Whether state of this size serves requests that need `other`."""
-        return self == self.union(other)
-
-    def union(self, other: "Capacity") -> "Capacity":
-        """The smallest capacity that covers both."""
-        return Capacity(*(max(mine, others) for mine, others in zip(_sizes(self), _sizes(other), strict=True)))
-
-
-def _sizes(capacity: Capacity) -> tuple[int, ...]:
-    return (capacity.slots, capacity.tokens, capacity.pages, capacity.pillars, capacity.score_slots)
+    def with_pages(self, pages: int) -> "Capacity":
+        """The same with another number of pages."""
+        return replace(self, pages=pages)
 
 
 class State:
@@ -49,8 +41,9 @@ class State:
         tokens: int64 [S + 1, N]. Tokens of prompts, and drawn ones, accepted and drafted, each at its position. Row S
             takes the writes of rows that belong to no request.
         length: int32 [S], positions whose K/V in the pool are exact: written by a prefill or by a verification.
-        page_table: int32 [S + 1, P], physical page of each logical page; -1 = never reserved. Row S is never read.
-        pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers; -1 = unused.
+        page_table: int32 [S + 1, P], physical page of each logical page that the slot's request holds. Row S is never
+            read.
+        pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers.
         pillar_count: int32 [S], used entries of `pillar_index`.
         recent_start: int32 [S], first position that drafts read densely.
         pool: [pages, elements_per_page] in the model's dtype.
@@ -60,8 +53,8 @@ class State:
     def __init__(self, layout: KVLayout, capacity: Capacity, dtype: torch.dtype, device: Device) -> None:
         slots, heads = capacity.slots, layout.total_kv_heads
 
-        def ints(*shape: int, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=torch.int32, device=self.device)
+        def ints(*shape: int) -> Tensor:
+            return device.zeros(*shape, dtype=torch.int32)
 
         self.capacity = capacity
         self.layout = layout
@@ -69,8 +62,8 @@ class State:
         self._memory = device
         self.tokens = device.zeros(slots + 1, capacity.tokens, dtype=torch.int64)
         self.length = ints(slots)
-        self.page_table = ints(slots + 1, request_pages(layout, capacity), fill=-1)
-        self.pillar_index = ints(slots, heads, capacity.pillars, fill=-1)
+        self.page_table = ints(slots + 1, request_pages(layout, capacity))
+        self.pillar_index = ints(slots, heads, capacity.pillars)
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
         self.pool = device.zeros(capacity.pages, layout.elements_per_page, dtype=dtype)

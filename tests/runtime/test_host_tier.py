@@ -12,7 +12,7 @@ from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.request import FinishReason, Place
 
-from ..support.toy import Toy, requests_of, run
+from ..support.toy import Toy, requests_of, run, stepping
 
 LENGTHS = (3, 9, 30, 2, 17, 8, 25, 12)
 
@@ -67,13 +67,10 @@ def test_prompts_are_sent_once(toy, moves):
 
 
 def test_everything_is_free_afterwards(toy):
-    engine = small(toy)
-    needs = engine.needs([96] * 8)
-    with engine.session(needs) as session:
-        for request in requests_of(LENGTHS, 60):
-            session.add(request)
+    engine = small(toy, max_requests=8)
+    with stepping(engine, requests_of(LENGTHS, 60)) as session:
         while session.busy:
-            list(session.advance())
+            session.advance()
         scheduler = session._scheduler
         assert scheduler.residency.allocator.free == scheduler.residency.allocator.pages == 24
         assert scheduler.residency.tier.held == 0
@@ -84,7 +81,7 @@ def test_everything_is_free_afterwards(toy):
 def test_requests_return_in_the_order_in_which_they_left(toy, monkeypatch):
     left, returned = [], []
     engine = small(toy)
-    with engine.session(engine.needs([96] * 8)) as session:
+    with stepping(engine, requests_of(LENGTHS, 60)) as session:
         residency = session._scheduler.residency
         send_away, arrive = residency._send_away, residency._arrive
 
@@ -100,10 +97,8 @@ def test_requests_return_in_the_order_in_which_they_left(toy, monkeypatch):
 
         monkeypatch.setattr(residency, "_send_away", note_leaving)
         monkeypatch.setattr(residency, "_arrive", note_arrival)
-        for request in requests_of(LENGTHS, 60):
-            session.add(request)
         while session.busy:
-            list(session.advance())
+            session.advance()
     assert len(left) > 3
     assert returned == left
 
@@ -113,9 +108,9 @@ def test_no_request_starves(toy):
     ended = []
     engine = small(toy)
     requests = requests_of([10] * 8, 60)
-    for request, _ in engine.run(requests):
-        if request.finished:
-            ended.append(requests.index(request))
+    for output in engine.run(requests):
+        if output.ended:
+            ended.append(requests.index(output.request))
     assert ended[0] == 0
     assert sorted(ended) == list(range(8))
 
@@ -231,7 +226,7 @@ def test_host_memory_that_runs_out_leaves_the_others_unharmed(toy, by_a_thread, 
     requests = requests_of(LENGTHS, 60)
     engine = small(toy, device=Threaded(error=error) if by_a_thread else Refusing(error))
     run(engine, requests)
-    assert engine._tier.capacity == 0, "nobody is admitted for memory that is not there"
+    assert engine._session._tier.capacity == 0, "nobody is admitted for memory that is not there"
     expected = [toy.decode(request) for request in requests_of(LENGTHS, 60)]
     given_up = [request for request in requests if request.finish_reason is FinishReason.MEMORY]
     assert len(given_up) < len(requests) - 2
@@ -270,15 +265,13 @@ def test_cancelled_wherever_it_is(toy, monkeypatch, place):
     engine = small(toy)
     requests = requests_of(LENGTHS, 60)
     taken = None
-    with engine.session(engine.needs([96] * 8)) as session:
-        for request in requests:
-            session.add(request)
+    with stepping(engine, requests) as session:
         while session.busy:
             if taken is None:
                 taken = next((r for r in requests[1:] if r.place is place and r.output), None)
                 if taken is not None:
                     session.cancel(taken)
-            list(session.advance())
+            session.advance()
         residency = session._scheduler.residency
         assert residency.allocator.free == residency.allocator.pages
         assert residency.tier.held == 0
@@ -308,11 +301,11 @@ def test_an_exception_while_pages_move_leaves_the_engine_usable(toy, monkeypatch
     engine = small(toy)
     generation = engine.run(requests_of(LENGTHS, 60))
     for _ in generation:
-        if engine._tier is not None and engine._tier._moving:
+        if engine._session._tier._moving:
             break
     with pytest.raises(KeyboardInterrupt):
         generation.throw(KeyboardInterrupt)
-    assert engine._tier.held == 0
+    assert engine._session._tier.held == 0
     requests = requests_of(LENGTHS, 60)
     assert run(engine, requests) == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
 
@@ -336,14 +329,14 @@ def test_pages_and_blocks(monkeypatch):
     assert tier.held == 0
 
 
-def test_a_tier_is_waited_for_before_a_larger_one_takes_its_place(toy, monkeypatch):
+def test_a_tier_is_waited_for_before_its_memory_is_given_back(toy, monkeypatch):
     """Its memory is unpinned with it, and nothing may be on its way there."""
     engine, waited, wait = small(toy), [], HostTier.wait
     run(engine, requests_of([10], 20))
-    first = engine._tier
+    first = engine._session._tier
     monkeypatch.setattr(HostTier, "wait", lambda tier: waited.append(tier) or wait(tier))
-    generation = engine.run(requests_of([10, 20, 30], 60))
-    next(generation)
-    assert engine._tier is not first
+    engine.release()
     assert waited == [first]
-    generation.close()
+    requests = requests_of([10, 20, 30], 60)
+    assert run(engine, requests) == [toy.decode(request) for request in requests_of([10, 20, 30], 60)]
+    assert engine._session._tier is not first

@@ -17,16 +17,17 @@ from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.requests.sampling_params import SamplingParams
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.capture import StepRunner, row_counts
-from sparsespec_compile.runtime.engine import Engine, _decoding_rows
+from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.frames import Frame
 from sparsespec_compile.runtime.inputs import InputPacker
 from sparsespec_compile.runtime.memory_plan import MemoryPlan
 from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.scheduler import Scheduler
+from sparsespec_compile.runtime.session import decoding_rows
 from sparsespec_compile.runtime.step import Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work
 
-from ..support.toy import Toy, requests_of, run
+from ..support.toy import Toy, requests_of, run, state_of, stepping
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +120,19 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     In the largest a prompt may end.
     """
     runner, events = recorded(toy, monkeypatch)
-    runner.prepare(10)
+    runner.prepare(2, 10)
     several = Promise.ONLY_VERIFICATIONS_SCORED
     assert events == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SINGLE_ROWS)]
-    runner.prepare(33)
+    runner.prepare(2, 33)
     assert events[4:] == [(64, several)]
     plain, events = recorded(toy, monkeypatch)
-    plain.prepare(2)
+    plain.prepare(2, 2)
     assert events == [(100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)]
 
 
 def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
     runner, events = recorded(toy, monkeypatch, drafter="window")
-    runner.prepare(10)
+    runner.prepare(2, 10)
     assert events == [
         (100, Promise.NO_SCORES),
         (2, Promise.NO_SCORES),
@@ -199,14 +200,14 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
 
 
 def test_rows_of_decoding():
-    assert _decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
-    assert _decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 28
-    assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
-    assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="balanced")) == 64 + 8 * 8
-    assert _decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 * 9
-    assert _decoding_rows(512, SpecConfig(draft_tokens=8)) == 512 + 8 * 57
-    assert _decoding_rows(64, SpecConfig(draft_tokens="auto", max_draft_tokens=8)) == 64 + 64 * 4
-    assert _decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
+    assert decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
+    assert decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 28
+    assert decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
+    assert decoding_rows(64, SpecConfig(draft_tokens=8, schedule="balanced")) == 64 + 8 * 8
+    assert decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 * 9
+    assert decoding_rows(512, SpecConfig(draft_tokens=8)) == 512 + 8 * 57
+    assert decoding_rows(64, SpecConfig(draft_tokens="auto", max_draft_tokens=8)) == 64 + 64 * 4
+    assert decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
 
 
 def test_inputs_may_be_written_without_fill(toy):
@@ -232,8 +233,8 @@ def test_inputs_may_be_written_without_fill(toy):
 def test_an_engine_captures_before_it_runs(toy, monkeypatch):
     prepared = []
 
-    def prepare(runner, rows):
-        prepared.append(rows)
+    def prepare(runner, requests, rows):
+        prepared.append((requests, rows))
         if len(prepared) == 1:
             raise PoolTooSmallError("no memory")
 
@@ -242,17 +243,17 @@ def test_an_engine_captures_before_it_runs(toy, monkeypatch):
     with pytest.raises(PoolTooSmallError, match="no memory"):
         run(engine, requests_of((3,) * 8, 20))
     run(engine, requests_of((3,), 20))
-    assert prepared == [8 * 5, 2 * 5]  # what failed is not asked for again
+    assert prepared == [(8, 8 * 5), (1, 5)]  # what failed is not asked for again
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):
     engine = toy.engine(draft_tokens=4, min_budget=4)
     run(engine, requests_of((3,) * 8, 20))
     run(engine, requests_of((300,), 20))
-    state = engine._runner.step.state
+    state = state_of(engine)
     run(engine, requests_of((3,) * 8, 20))
     run(engine, requests_of((300,), 20))
-    assert engine._runner.step.state is state
+    assert state_of(engine) is state
 
 
 def test_scores_are_kept_for_the_requests_that_verify_together_only(toy):
@@ -260,16 +261,16 @@ def test_scores_are_kept_for_the_requests_that_verify_together_only(toy):
     engine = toy.engine(**config)
     requests = requests_of([5] * 64, 20)
     texts = run(engine, requests)
-    assert engine._runner.step.state.scores.shape[0] == 28
+    assert state_of(engine).scores.shape[0] == 28
     everyone = toy.engine(**config, schedule="in_phase")
     assert run(everyone, requests_of([5] * 64, 20)) == texts
-    assert everyone._runner.step.state.scores.shape[0] == 64
+    assert state_of(everyone).scores.shape[0] == 64
 
 
 def test_memory_plan_counts_what_is_allocated(toy):
     engine = toy.engine(draft_tokens=4, min_budget=4)
     run(engine, requests_of((5, 9), 20))
-    state = engine._runner.step.state
+    state = state_of(engine)
     parts = engine.memory_plan.parts
     assert parts["KV pool"] == state.pool.nbytes
     assert parts["attention scores"] == state.scores.nbytes
@@ -436,25 +437,20 @@ def test_no_request_sits_out(toy, drafter):
 
 def test_a_single_slot_runs_one_request_at_a_time(toy):
     engine = toy.engine(draft_tokens=2, min_budget=4, max_requests=1)
-    with engine.session(engine.needs([40] * 3)) as session:
-        for request in requests_of((5, 9, 12), 10):
-            session.add(request)
+    with stepping(engine, requests_of((5, 9, 12), 10)) as session:
         while session.busy:
-            list(session.advance())
+            session.advance()
             assert len(session._scheduler.running) <= 1
 
 
 def test_nothing_of_a_finished_request_is_kept(toy):
     engine = toy.engine(draft_tokens=4, min_budget=4)
-    with engine.session(engine.needs([40] * 4)) as session:
-        requests = [weakref.ref(request) for request in _added(session, (5, 9, 12, 3))]
-        while session.busy:
-            list(session.advance())
-        gc.collect()
-        assert [request() for request in requests] == [None] * 4
-
-
-def _added(session, lengths):
-    for request in requests_of(lengths, 20):
-        session.add(request)
-        yield request
+    with engine.client() as client:
+        requests = requests_of((5, 9, 12, 3), 20)
+        client.submit(requests)
+        kept = [weakref.ref(request) for request in requests]
+        del requests
+        for output in client:
+            del output
+    gc.collect()
+    assert [request() for request in kept] == [None] * 4

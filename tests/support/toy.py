@@ -1,6 +1,8 @@
 """A transformer of a few lines on the dual-mode op, so that the runtime is tested without a compiler or HuggingFace."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,8 @@ from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.engine import Engine
 from sparsespec_compile.runtime.request import Request
 from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows
+from sparsespec_compile.runtime.session import Session
+from sparsespec_compile.runtime.state import State
 
 HIDDEN, Q_HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4, 2, 8, 37
 
@@ -116,6 +120,19 @@ def requests_of(lengths, new_tokens, stop_tokens=(), **params) -> list[Request]:
         Request(prompt, new_tokens, DrawParams(**params, **({"seed": i + 7} if params else {})), frozenset(stop_tokens))
         for i, prompt in enumerate(prompts(*lengths))
     ]
+
+
+@contextmanager
+def stepping(engine: Engine, requests: Sequence[Request]) -> Iterator[Session]:
+    """The engine's session with these requests in it, to be advanced by hand; leaving it drops what is unfinished."""
+    with engine.client() as client:
+        client.submit(requests)
+        yield engine._session
+
+
+def state_of(engine: Engine) -> State:
+    """The engine's state on the device."""
+    return engine._session.state
 
 
 def run(engine: Engine, requests: list[Request]) -> list[list[int]]:

@@ -27,7 +27,9 @@ _SHORTEST = 1024
 """Tokens of a text that are allowed for whatever memory there is."""
 
 
-def engine_capacity(target: Target, config: SpecConfig, drafters: Sequence[Drafter], device: Device, longest: int) -> Capacity:
+def engine_capacity(
+    target: Target, config: SpecConfig, drafters: Sequence[Drafter], device: Device, longest: int
+) -> Capacity:
     """Sizes of the engine's state. The pool's pages are those that could be used; memory may leave room for fewer.
 
     Args:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
+from typing import Any
 
 import sympy
 import torch
 import torch._inductor
 import torch.compiler.config
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._inductor.runtime import cache_dir_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import VersionError
 
@@ -122,3 +127,37 @@ def mask_function(options: Mapping[str, object]) -> Callable[[Tensor, Tensor, Te
             "version that pyproject.toml allows."
         )
     return function
+
+
+def implementing_functions(config: PreTrainedConfig) -> dict[str, object]:
+    """What `implementations` stand for: the function of each name, None where it is written in the model's own file."""
+    chosen = implementations(config)
+    return {
+        ATTENTION_SETTING: ALL_ATTENTION_FUNCTIONS.get(chosen[ATTENTION_SETTING]),
+        EXPERTS_SETTING: ALL_EXPERTS_FUNCTIONS.get(chosen[EXPERTS_SETTING]),
+    }
+
+
+def forward_hooks(module: nn.Module) -> list[object]:
+    """The hooks around a module's forward pass, in the order in which they run."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def global_forward_hooks() -> list[object]:
+    """The hooks around the forward pass of every module of the process, in the order in which they run."""
+    return [*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()]
+
+
+def before_compile(function: Any) -> Any:
+    """What `torch.compile` was given to make a function; anything else as it is."""
+    while isinstance(function, FunctionType) and str(function.__globals__["__name__"]).startswith("torch._dynamo."):
+        function = vars(function)["__wrapped__"]
+    return function
+
+
+def switches_autocast_on(function: object) -> bool:
+    """Whether a function is what `torch.autocast(...)` as a decorator makes of another, and switched on."""
+    if not isinstance(function, FunctionType) or function.__globals__ is not vars(torch.amp.autocast_mode):
+        return False
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    return any(isinstance(value, torch.autocast) and value._enabled for value in held)

@@ -29,6 +29,10 @@ class UnsupportedAttentionError(UnsupportedModelError):
     """An attention layer asks for something that the dual-mode op does not apply: sinks, biases, masks, ALiBi."""
 
 
+class MixedPrecisionError(UnsupportedModelError):
+    """The model's forward pass is wrapped to run under autocast, so it does not compute in its parameters' dtype."""
+
+
 class PositionError(UnsupportedModelError):
     """The model's positions cannot be given token by token, which packing needs."""
 
@@ -50,7 +54,11 @@ class GraphInvariantError(CompileError):
 
 
 class StaleParametersError(CompileError):
-    """The model's parameters no longer share storage with the compiled graph."""
+    """The model is no longer the one that was compiled: a parameter, a setting, a function or a hook has changed."""
+
+
+class TrainingModeError(CompileError):
+    """The model is in training mode and would drop values at random, so that it has no text to reproduce."""
 
 
 class CostModelError(CompileError):

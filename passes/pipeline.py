@@ -16,7 +16,7 @@ from .capture.capture import Captured, capture
 from .capture.requirements import check_model, check_versions
 from .layout import KVLayout
 from .proofs.locality import ProveRowLocality
-from .proofs.unchanged import SharedParameters
+from .proofs.unchanged import ModelRecord
 from .proofs.verify import VERIFY_VARIABLE, verify, verify_shapes
 from .regions.compile_regions import CompiledForward, OnCompiled, RegionCompiler, compile_regions, inductor
 from .regions.split import SplitGraph, split
@@ -51,14 +51,14 @@ class CompiledModel:
         split: the same computation, cut into regions; equal layers are one of them.
         layout: its attention layers, and how pool, scores and pillars are laid out.
         report: what was done.
-        parameters: where the model's parameters were at the end of the compilation.
+        record: what the model was at the end of the compilation, to notice changes that the graph does not follow.
     """
 
     graph_module: GraphModule
     split: SplitGraph
     layout: KVLayout
     report: CompileReport
-    parameters: SharedParameters
+    record: ModelRecord
 
     def compile_regions(
         self, compiler: RegionCompiler = inductor, on_compiled: OnCompiled | None = None
@@ -85,8 +85,7 @@ def compile_model(model: PreTrainedModel, *, page_size: int) -> CompiledModel:
 
     Args:
         model: a decoder-only causal LM of transformers. Its parameters are shared with the result; projections that
-            share an input have theirs moved into one storage, of which they become views. Nothing else about the
-            model changes.
+            share an input have theirs moved into the memory of one tensor. Nothing else about the model changes.
         page_size: tokens of a page of the KV pool.
 
     Raises:
@@ -112,7 +111,7 @@ def _compile(model: PreTrainedModel, page_size: int, dumper: Dumper) -> Compiled
     except BaseException:
         give_back_storage(context.moved)
         raise
-    return CompiledModel(graph_module, regions, context.layout, report, SharedParameters(model))
+    return CompiledModel(graph_module, regions, context.layout, report, ModelRecord(model))
 
 
 def _context(model: PreTrainedModel, captured: Captured, page_size: int, report: CompileReport) -> PassContext:

@@ -204,7 +204,8 @@ class OptimizedModel:
             ContextLengthError: prompt and new tokens exceed the positions that the model can compute.
             PoolTooSmallError: a request does not fit the KV pool.
             EngineFailedError: an iteration shared with another thread's call failed there.
-            StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
+            StaleParametersError: the model is no longer the one that was compiled; the text says what has changed.
+            TrainingModeError: the model is in training mode, in which it drops values at random.
             StoppedError: `stop` was called meanwhile.
 
         Warns:
@@ -212,7 +213,7 @@ class OptimizedModel:
 
         Calls from several threads are served together, in shared batches; none changes another's text.
         """
-        self._compiled.parameters.require()
+        self._compiled.record.require()
         if input_ids is not None and inputs is not None:
             raise PromptError("generate got both input_ids and inputs, which name the same: pass one of them.")
         batch = self._reader(tokenizer).read_padded(
@@ -283,7 +284,7 @@ class OptimizedModel:
         Raises:
             As `generate_batch`.
         """
-        self._compiled.parameters.require()
+        self._compiled.record.require()
         reader = self._reader(tokenizer)
         stream = TokenStream(self._engine, reader, progress=progress, background=background)
         stream.add(prompts, sampling)
@@ -317,9 +318,10 @@ class OptimizedModel:
             ConfigError: sizes below 1.
             ContextLengthError: `max_length` exceeds the model's positions.
             MemoryPlanError, PoolTooSmallError: the sizes do not fit the device.
-            StaleParametersError: the model was moved or its parameters were replaced since `optimize`.
+            StaleParametersError: the model is no longer the one that was compiled; the text says what has changed.
+            TrainingModeError: the model is in training mode, in which it drops values at random.
         """
-        self._compiled.parameters.require()
+        self._compiled.record.require()
         _require_counts(max_requests=max_requests, max_length=max_length)
         reader = self._reader()
         reader.check_length(max_length)
@@ -381,7 +383,7 @@ class OptimizedModel:
         with closing(self._engine.run(requests)) as outputs:
             for output in outputs:
                 if streamer is not None:
-                    streamer.put(torch.tensor(output.tokens))
+                    streamer.put(torch.tensor(output.tokens, device="cpu"))
         if streamer is not None:
             streamer.end()
 

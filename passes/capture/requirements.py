@@ -17,6 +17,7 @@ from ..errors import (
     VersionError,
 )
 from .interface import model_configs
+from .wrappers import check_global_hooks, check_precision
 
 OLDEST = {"torch": "2.11", "transformers": "5.6"}
 
@@ -47,6 +48,7 @@ def check_model(model: object) -> None:
     Raises:
         UnsupportedModelError: not a `PreTrainedModel`, no language-modelling head, or parameters that cannot be shared.
         EncoderDecoderError: an encoder-decoder, or the decoder of one.
+        MixedPrecisionError: a forward pass that runs under autocast.
         RowMixingError: layers that carry state along the tokens.
         UnsupportedAttentionError: ALiBi, or layers that select tokens themselves.
         PositionError: rotary frequencies that follow the longest sequence of a call.
@@ -57,6 +59,8 @@ def check_model(model: object) -> None:
             "AutoModelForCausalLM.from_pretrained."
         )
     _check_kind(model)
+    check_precision(dict(model.named_modules()))
+    check_global_hooks()
     _check_cross_attention(model)
     _check_parameters(model)
     for config in model_configs(model):

@@ -8,10 +8,10 @@ After:
     y: [1, T, a + b + c] = aten.linear(x, w [a + b + c, H])
     q: [1, T, a] = aten.slice(y, 2, 0, a); k: [1, T, b] = aten.slice(y, 2, a, a + b); v likewise
 
-`w` is the storage, and the model's own parameters become views of its rows: a change in place of one reaches the
-graph, no bytes are doubled, and `state_dict` and `save_pretrained` give what they gave before. Biases are joined
-likewise. What cannot be joined (a parameter that is tied, used more than once, itself a view, or of another type) is
-left as it is, with the reason in the notes.
+The model's own parameters move into the memory of `w`: a change in place of one reaches the graph, no bytes are
+doubled, and `state_dict`, `save_pretrained` and `save_model` give what they gave before. Biases are joined likewise.
+What cannot be joined (a parameter that is tied, used more than once, not contiguous, or of another type) is left as it
+is, with the reason in the notes.
 
 Requires: `meta["val"]` on all nodes.
 Ensures: shapes and values of all other nodes are unchanged up to rounding.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -172,39 +173,41 @@ class ParameterTable:
         return None
 
 
-def fuse_storage(parameters: Sequence[nn.Parameter], moved: list[nn.Parameter]) -> Tensor:
-    """One tensor with the rows of all parameters, which become views of it; the old storages are released.
+_fused: WeakValueDictionary[tuple[torch.device, int], Tensor] = WeakValueDictionary()
+"""The fused tensors of all compiled models, by device and address."""
 
-    Parameters that already lie one after the other in one storage, as after an earlier compilation of the same model,
-    are taken as they are. The others are added to `moved`.
+
+def fuse_storage(parameters: Sequence[nn.Parameter], moved: list[nn.Parameter]) -> Tensor:
+    """One tensor with the rows of all parameters, which from then on lie in its memory; the old storages are released.
+
+    Each parameter keeps a storage object that spans its own rows and nothing else, so that libraries which look at
+    storages, as safetensors' `save_model` does, find no sharing. It keeps the memory of the whole tensor alive.
+
+    Parameters that an earlier compilation has fused are taken as they are. The others are added to `moved`.
     """
-    existing = _adjacent(parameters)
+    existing = _fused_before(parameters)
     if existing is not None:
         return existing
     with torch.no_grad():
         fused = torch.cat([parameter.detach() for parameter in parameters])
-    row = 0
-    for parameter in parameters:
-        rows = parameter.shape[0]
-        parameter.data = fused[row : row + rows]
-        row += rows
+    for parameter, rows in zip(parameters, fused.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = torch.from_dlpack(rows)
     moved.extend(parameters)
+    _fused[fused.device, fused.data_ptr()] = fused
     return fused
 
 
 def give_back_storage(parameters: Sequence[nn.Parameter]) -> None:
-    """Undoes `fuse_storage`: each parameter has a storage of its own again."""
+    """Undoes `fuse_storage`: each parameter has memory of its own again."""
     for parameter in parameters:
         parameter.data = parameter.data.clone()
 
 
-def _adjacent(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    first = parameters[0]
-    expected = first.data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for parameter in parameters:
-        if parameter.data_ptr() != expected or parameter.untyped_storage().data_ptr() != storage:
-            return None
-        expected += parameter.numel() * parameter.element_size()
-    rows = sum(parameter.shape[0] for parameter in parameters)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+def _fused_before(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """The fused tensor that consists of just these parameters, in this order; None when there is none."""
+    fused = _fused.get((parameters[0].device, parameters[0].data_ptr()))
+    if fused is None or fused.dtype != parameters[0].dtype or len(fused) != sum(map(len, parameters)):
+        return None
+    parts = fused.split([len(parameter) for parameter in parameters])
+    pairs = zip(parameters, parts, strict=True)
+    return fused if all(own.data_ptr() == part.data_ptr() and own.shape == part.shape for own, part in pairs) else None

@@ -1,5 +1,6 @@
 """Each test names one thing that torch or transformers do not promise, and shows that it still is as relied on."""
 
+import functools
 import types
 from pathlib import Path
 
@@ -141,6 +142,59 @@ def test_a_mask_is_asked_for_with_a_function_of_indices():
 def test_a_mask_without_such_a_function_is_noticed():
     with pytest.raises(VersionError, match=r"asks for a mask with \['kv_length'\]"):
         compat.mask_function({"kv_length": 3})
+
+
+def test_implementations_have_functions_that_a_user_can_register(monkeypatch):
+    def own(module, query, key, value, attention_mask, **options):
+        return query, None
+
+    AttentionInterface.register("tests_own", own)
+    config = LlamaConfig(num_hidden_layers=1)
+    config._attn_implementation = "tests_own"
+    functions = compat.implementing_functions(config)
+    assert functions[compat.ATTENTION_SETTING] is own
+    assert functions[compat.EXPERTS_SETTING] is None or callable(functions[compat.EXPERTS_SETTING])
+    config._attn_implementation = "sdpa"
+    assert compat.implementing_functions(config)[compat.ATTENTION_SETTING].__module__.startswith("transformers.")
+
+
+def test_hooks_are_found_where_torch_keeps_them():
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(print)
+    module.register_forward_pre_hook(repr)
+    assert compat.forward_hooks(module) == [repr, print]
+    handles = [nn.modules.module.register_module_forward_hook(print)]
+    handles.append(nn.modules.module.register_module_forward_pre_hook(repr))
+    assert compat.global_forward_hooks() == [repr, print]
+    for handle in handles:
+        handle.remove()
+    assert compat.global_forward_hooks() == []
+
+
+def does_nothing():
+    pass
+
+
+def test_a_compiled_function_knows_what_it_was():
+    module = nn.Linear(2, 2)
+    for function in (module.forward, tiny("llama").forward, does_nothing):
+        assert compat.before_compile(torch.compile(function)) == function
+        assert compat.before_compile(function) == function
+
+    @functools.wraps(torch.compile(does_nothing))
+    def around():
+        pass
+
+    assert compat.before_compile(around) is around
+
+
+def test_a_function_decorated_with_autocast_is_recognised():
+    def function():
+        pass
+
+    assert compat.switches_autocast_on(torch.autocast("cpu", torch.bfloat16)(function))
+    assert not compat.switches_autocast_on(torch.autocast("cpu", torch.bfloat16, enabled=False)(function))
+    assert not compat.switches_autocast_on(function)
 
 
 @pytest.mark.parametrize("folder", ["passes", "sparsespec_compile"])

@@ -127,5 +127,6 @@ def test_every_error_of_the_compiler_is_a_named_one():
         errors.PassMatchError,
         errors.GraphInvariantError,
         errors.StaleParametersError,
+        errors.TrainingModeError,
     }
     assert all(issubclass(error, errors.UnsupportedModelError) for error in refusals)

@@ -1,0 +1,107 @@
+"""What stands between a module and the forward pass of its class: hooks, and a `forward` of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from ..compat import before_compile, forward_hooks, global_forward_hooks, switches_autocast_on
+from ..errors import MixedPrecisionError, UnsupportedModelError
+
+HARMLESS_HOOKS = frozenset(
+    {
+        ("transformers.utils.output_capturing", "output_capturing_hook"),
+        ("transformers.modeling_utils", "make_inputs_require_grads"),
+        ("peft.peft_model", "make_inputs_require_grad"),
+        ("peft.mixed_model", "make_inputs_require_grad"),
+        ("peft.utils.other", "make_inputs_require_grad"),
+        ("torch.utils.module_tracker", "_fw_pre_hook"),
+        ("torch.utils.module_tracker", "_fw_post_hook"),
+    }
+)
+"""Module and name of hooks that change no value: they note outputs that were asked for, let gradients through to the
+inputs, or follow which module runs."""
+
+
+def hooks_of(module: nn.Module) -> list[object]:
+    """A module's hooks around its forward pass that may change values, in the order in which they run."""
+    return [hook for hook in forward_hooks(module) if not is_harmless(hook)]
+
+
+def global_hooks() -> list[object]:
+    """The hooks around the forward pass of every module of the process that may change values."""
+    return [hook for hook in global_forward_hooks() if not is_harmless(hook)]
+
+
+def is_harmless(hook: object) -> bool:
+    """Whether a hook is one of `HARMLESS_HOOKS`: it has the name, and was defined in that very module."""
+    function = getattr(hook, "__func__", hook)
+    if not isinstance(function, FunctionType):
+        return False
+    name = str(function.__globals__.get("__name__"))
+    defined = sys.modules.get(name)
+    return (name, function.__name__) in HARMLESS_HOOKS and defined is not None and vars(defined) is function.__globals__
+
+
+def own_forward(module: nn.Module) -> object:
+    """The `forward` that was set on this very module; None when there is none, or when it does what the class's does.
+
+    That of the class may be compiled by `torch.compile`, and have lost decorators of transformers, as Accelerate leaves
+    it when it unwraps a model.
+    """
+    forward: Any = before_compile(vars(module).get("forward"))
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        for function in _layers(type(module).forward):
+            if function is forward.__func__:
+                return None
+            if not _is_of_transformers(function):
+                break
+    return forward
+
+
+def check_precision(modules: Mapping[str, nn.Module]) -> None:
+    """Raises MixedPrecisionError when one of a model's modules, given by path, was wrapped to run under autocast."""
+    for path, module in modules.items():
+        if is_mixed_precision(module):
+            raise MixedPrecisionError(
+                f"{path or type(module).__name__}: its forward was wrapped to run under autocast, as Accelerate's "
+                "prepare does with mixed_precision. Allowed: models that compute in the dtype of their parameters. "
+                "Unwrap it with accelerator.unwrap_model(model, keep_fp32_wrapper=False), or give optimize the model "
+                "before it is prepared, in the dtype it shall run in."
+            )
+
+
+def check_global_hooks() -> None:
+    """Raises UnsupportedModelError when hooks of the whole process may change what modules give, compiled ones too."""
+    hooks = global_hooks()
+    if hooks:
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise UnsupportedModelError(
+            f"{name} is registered as a forward hook of every module of the process (register_module_forward_hook or "
+            "_pre_hook), and may change what any module gives. Allowed: hooks on the modules of a model. Remove it, or "
+            "register it on those."
+        )
+
+
+def is_mixed_precision(module: nn.Module) -> bool:
+    """Whether a module's own `forward` runs under autocast, as Accelerate's mixed precision sets it."""
+    return any(map(_casts, _layers(vars(module).get("forward"))))
+
+
+def _layers(function: object) -> Iterator[object]:
+    """A function, and what it wraps, from the outermost in."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
+
+
+def _is_of_transformers(function: object) -> bool:
+    return isinstance(function, FunctionType) and str(function.__globals__.get("__name__")).startswith("transformers.")
+
+
+def _casts(function: object) -> bool:
+    return type(function).__name__ == "ConvertOutputsToFp32" or switches_autocast_on(function)

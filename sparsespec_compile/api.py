@@ -284,9 +284,8 @@ class OptimizedModel:
         Raises:
             As `generate_batch`.
         """
-        self._compiled.record.require()
-        reader = self._reader(tokenizer)
-        stream = TokenStream(self._engine, reader, progress=progress, background=background)
+        check = self._compiled.record.require
+        stream = TokenStream(self._engine, self._reader(tokenizer), check, progress=progress, background=background)
         stream.add(prompts, sampling)
         return stream
 

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -43,9 +43,12 @@ class TokenStream:
     another thread already does, or the stream has a thread of its own (`background=True`).
     """
 
-    def __init__(self, engine: Engine, reader: RequestReader, *, progress: bool, background: bool) -> None:
+    def __init__(
+        self, engine: Engine, reader: RequestReader, check: Callable[[], None], *, progress: bool, background: bool
+    ) -> None:
         self._engine = engine
         self._reader = reader
+        self._check = check  # that the model is as it was compiled, whenever prompts come
         self._client = engine.client()
         self._lock = threading.Lock()  # guards the two that follow
         self._names: dict[Request, tuple[int, int]] = {}
@@ -99,6 +102,7 @@ class TokenStream:
         """
         if self._ended or self._client.closed:
             raise EngineBusyError("This stream has ended; open another one for more prompts.")
+        self._check()
         read = self._reader.read(prompts, sampling)
         with self._lock:
             first = self._prompts

@@ -71,6 +71,12 @@ def test_what_the_graph_does_not_follow_is_refused_until_it_is_undone(trained, f
             begin()
     attention.scaling = scaling
     assert torch.equal(fast.generate(IDS, MASK, max_new_tokens=NEW), text)
+    with fast.stream([[5, 6]], PARAMS) as stream:
+        attention.scaling = 4 * scaling
+        with pytest.raises(StaleParametersError, match="scaling"):
+            stream.add([[5, 6]], PARAMS)
+        attention.scaling = scaling
+        assert stream.add([[5, 6]], PARAMS) == [1]
     attention.attention_dropout = 0.5
     trained.train()
     for begin in every_way(fast):

@@ -1,7 +1,9 @@
 """What the caller has set around a call (autocast, a default device, generators) neither reaches it nor is changed."""
 
+import ast
 import random
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +107,19 @@ def test_neither_optimize_nor_greedy_texts_nor_given_seeds_advance_a_generator(m
     list(fast.stream([[5, 6, 7]], ss.SamplingParams(max_new_tokens=NEW)))
     list(fast.as_completed([[5, 6, 7]], ss.SamplingParams(max_new_tokens=NEW, n=2)))
     assert generators() == before
+
+
+def test_every_tensor_is_made_on_a_named_device():
+    """Also those that no test above meets, such as the launchers' on a GPU."""
+    root = Path(__file__).parents[1]
+    makers = {maker.__name__ for maker in torch.utils._device._device_constructors()}
+    folders = [root / folder for folder in ("sparsespec_compile", "passes", "kernels")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in {f"torch.{name}" for name in makers}:
+                assert "device" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.Generator":
+                assert call.args or call.keywords, f"{path}:{call.lineno}"
 
 
 @pytest.mark.gpu

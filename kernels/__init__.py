@@ -14,6 +14,7 @@ if __name__ == "sparsespec_compile.kernels":
     import torch
 
     from . import ops
+    from .cpu.attention import dual_mode_attention
     from .errors import KernelUnavailableError
     from .products import halved
     from .reference import attention, sampling, selection
@@ -44,7 +45,7 @@ if __name__ == "sparsespec_compile.kernels":
 
     torch.library.impl("sparsespec::attention_site", ("cpu", "cuda"), attention.attention_site)
     torch.library.impl("sparsespec::halved_product", ("cpu", "cuda"), halved.halved_product)
-    torch.library.impl("sparsespec::dual_mode_attention", "cpu", attention.dual_mode_attention)
+    torch.library.impl("sparsespec::dual_mode_attention", "cpu", dual_mode_attention)
     torch.library.impl("sparsespec::select_pillars", "cpu", selection.select_pillars)
     torch.library.impl("sparsespec::draw_tokens", "cpu", sampling.draw_tokens)
     for _op in LAUNCHERS:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum, IntEnum
+from typing import Any
 
 LARGE_STEP_PAIRS = 16384
 LARGE_STEP_ROWS = 16
@@ -47,14 +48,23 @@ class Promise(IntEnum):
 _promised: ContextVar[Promise] = ContextVar("promised", default=Promise.NOTHING)
 
 
+_memo: ContextVar[dict[Any, Any] | None] = ContextVar("memo", default=None)
+
+
 @contextmanager
 def promised(promise: Promise) -> Iterator[None]:
-    """Within, steps keep this promise."""
-    token = _promised.set(promise)
+    """Within, steps keep this promise, and nobody changes a step's tensors behind torch's back."""
+    token, memo = _promised.set(promise), _memo.set({})
     try:
         yield
     finally:
         _promised.reset(token)
+        _memo.reset(memo)
+
+
+def step_memo() -> dict[Any, Any] | None:
+    """Where the layers of a step keep what they share, gone at the end of ``promised``; None outside of it."""
+    return _memo.get()
 
 
 def present_promise() -> Promise:

@@ -1,4 +1,4 @@
-"""Attention in plain torch: the oracle of the Triton kernels and the engine on CPU.
+"""Attention in plain torch: the oracle of the Triton kernels and of ``kernels.cpu``.
 
 Each request gathers only what its rows read, once, and multiplies per KV head without copying keys for its query
 heads. Float64 inputs are computed in float64, everything else in float32.
@@ -17,7 +17,7 @@ _ROW_BLOCK = 512
 def attention_site(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, layer: int) -> Tensor:
     """Causal attention over T rows as one sequence; see ``kernels.ops``."""
     check_site(q, k, v, window, scale, softcap)
-    k, v = _as_kept(k, v)
+    k, v = as_kept(k, v)
     rows = q.shape[2]
     positions = torch.arange(rows, device=q.device)
     blocks = [q.new_empty(0, q.shape[1], v.shape[3])]
@@ -85,7 +85,7 @@ def _write_kv(
     page_table: Tensor,
 ) -> None:
     """Write the K/V of every row that belongs to a request at its position."""
-    k, v = _as_kept(k, v)
+    k, v = as_kept(k, v)
     counts = row_count.where(request_mode != Mode.IDLE, 0)
     owner = torch.repeat_interleave(counts).long()
     place = torch.arange(owner.shape[0], device=owner.device) - (counts.cumsum(0) - counts)[owner]
@@ -98,7 +98,7 @@ def _write_kv(
     tokens[..., key_dim:].index_put_((page, position % page_size), v[row])
 
 
-def _as_kept(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def as_kept(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as the pool keeps them: values are finite, and a NaN key stands for one that was not."""
     # A sum that is finite says it of every element, and takes one pass. A sum that overflows costs the pass below.
     if v.sum().isfinite():

@@ -18,7 +18,7 @@ FLOAT64 = {"rtol": 1e-11, "atol": 1e-12}
 def _check_against_definition(case: Case) -> None:
     pool = expected_pool(case)
     case = case.to(torch.float64, score_dtype=torch.float64)
-    out = ops.dual_mode_attention(*case.arguments())
+    out = reference.dual_mode_attention(*case.arguments())
     torch.testing.assert_close(out, expected_output(case), **FLOAT64)
     torch.testing.assert_close(case.tensors["scores"], expected_scores(case), **FLOAT64)
     torch.testing.assert_close(case.pool, pool, rtol=0, atol=0, equal_nan=True)
@@ -40,7 +40,7 @@ def test_page_sizes_and_windows(page_size: int, window: int) -> None:
 def test_rows_take_nothing_from_tokens_that_they_do_not_see(shape: str, bad: float) -> None:
     case = with_not_finite(build(SHAPES[shape], HIDDEN), bad)
     actual = case.to(torch.float64, score_dtype=torch.float64)
-    check_hidden(case, ops.dual_mode_attention(*actual.arguments()), actual, error=1e-11)
+    check_hidden(case, reference.dual_mode_attention(*actual.arguments()), actual, error=1e-11)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -67,7 +67,10 @@ def test_float32_stays_float32_and_half_is_computed_in_float32() -> None:
     """Half inputs are rounded at the end only: the result is the float32 one, rounded."""
     case = build(Shape(), MIXED, torch.bfloat16)
     half, single = case.to(torch.bfloat16), case.to(torch.float32)
-    from_half, from_single = ops.dual_mode_attention(*half.arguments()), ops.dual_mode_attention(*single.arguments())
+    from_half, from_single = (
+        reference.dual_mode_attention(*half.arguments()),
+        reference.dual_mode_attention(*single.arguments()),
+    )
     assert from_half.dtype == torch.bfloat16
     torch.testing.assert_close(from_half, from_single.bfloat16(), rtol=0, atol=0)
     torch.testing.assert_close(half.tensors["scores"], single.tensors["scores"], rtol=0, atol=0)
@@ -76,15 +79,15 @@ def test_float32_stays_float32_and_half_is_computed_in_float32() -> None:
 def test_draft_without_pillars_is_full_attention() -> None:
     verify = build(Shape(), [Request(Mode.VERIFY, cached=20, rows=2)])
     draft = build(Shape(), [Request(Mode.DRAFT, cached=20, rows=2)])
-    expected = ops.dual_mode_attention(*verify.arguments())
-    torch.testing.assert_close(ops.dual_mode_attention(*draft.arguments()), expected, **FLOAT64)
+    expected = reference.dual_mode_attention(*verify.arguments())
+    torch.testing.assert_close(reference.dual_mode_attention(*draft.arguments()), expected, **FLOAT64)
 
 
 def test_a_call_without_rows() -> None:
     """Only idle slots, as in a padded step: zeros, and nothing written."""
     case = build(Shape(), [Request(Mode.IDLE, cached=3), Request(Mode.VERIFY, cached=3, rows=0, score_rows=0)])
     before = case.pool.clone()
-    assert torch.count_nonzero(ops.dual_mode_attention(*case.arguments())) == 0
+    assert torch.count_nonzero(reference.dual_mode_attention(*case.arguments())) == 0
     torch.testing.assert_close(case.pool, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -107,6 +110,6 @@ def test_verify_without_pillars_gives_probabilities() -> None:
     for mode in (Mode.VERIFY, Mode.PREFILL):
         case = build(Shape(window=9), [Request(mode, cached=20, rows=3, score_rows=2)])
         case = case.to(torch.float64, score_dtype=torch.float64)
-        ops.dual_mode_attention(*case.arguments())
+        reference.dual_mode_attention(*case.arguments())
         scores.append(case.tensors["scores"])
     torch.testing.assert_close(*scores, **FLOAT64)

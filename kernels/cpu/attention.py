@@ -1,0 +1,313 @@
+"""``dual_mode_attention`` on a CPU, tested against ``kernels.reference``, which says what it computes.
+
+- A row that sees a whole stretch of positions, and a prompt, take torch's fused attention; of a prompt the cached
+  positions and its own rows apart, so that no mask is needed, joined by their log-sum-exps.
+- Verifications and what the fused kernel does not know (soft-caps, values of another width than keys) take explicit
+  logits.
+- Values in the pool are finite (see ``kernels.ops``), so that hidden ones, whose weight is 0, add nothing. Keys may be
+  NaN: logits of hidden keys are replaced, never added to.
+
+Float64 inputs are computed in float64, everything else in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_attention
+from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
+from ..reference.attention import as_kept
+from .plan import Pages, Request, StepPlan, plan_of
+
+_ROW_BLOCK = 512
+"""Rows of a request computed at once where logits or a mask are needed."""
+
+_FEW_ROWS = 16
+"""Rows up to which explicit logits take no longer than the fused kernel's two calls and their join."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+"""torch's fused attention; unlike the public function it also gives the log-sum-exps. It takes grouped heads."""
+
+
+class _Layer(NamedTuple):
+    """The tensors and settings of one call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv: Tensor
+    plan: StepPlan
+    pillar_index: Tensor
+    scale: float
+    window: int
+    softcap: float
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernel knows this kind of attention."""
+        return not self.softcap and self.k.shape[2] == self.v.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    def first_seen(self, position: int) -> int:
+        """The first position that the window leaves a row."""
+        return max(0, position - self.window + 1) if self.window else 0
+
+
+def dual_mode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    scores: Tensor,
+    request_mode: Tensor,
+    row_start: Tensor,
+    row_count: Tensor,
+    cached_length: Tensor,
+    page_table: Tensor,
+    score_rows: Tensor,
+    score_slot: Tensor,
+    pillar_count: Tensor,
+    recent_start: Tensor,
+    pillar_index: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
+    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
+    step = (*given, recent_start)
+    plan = plan_of(step)
+    _check((q, k, v, kv, scores, pillar_index), step, (scale, window, softcap), plan)
+    _write(k, v, kv, plan)
+    layer = _Layer(q, k, v, kv, plan, pillar_index, scale, window, softcap)
+    make = torch.empty if plan.covered == q.shape[0] else torch.zeros
+    out = make(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    for request in plan.requests:
+        if request.mode == Mode.DRAFT:
+            out[request.rows] = _draft(layer, request)
+        else:
+            out[request.rows] = _dense(layer, request, scores)
+    return out
+
+
+def _check(
+    tensors: tuple[Tensor, ...], step: tuple[Tensor, ...], settings: tuple[float, int, float], plan: StepPlan
+) -> None:
+    """``check_attention``, once a step for layers alike."""
+    looked_at = (settings, *((t.dtype, t.shape, t.stride(-1)) for t in tensors))
+    if looked_at not in plan.checked:
+        *layer, pillar_index = tensors
+        check_attention(*layer, dict(zip(STEP_TENSORS, step, strict=True)), pillar_index, settings)
+        plan.checked.add(looked_at)
+
+
+def _write(k: Tensor, v: Tensor, kv: Tensor, plan: StepPlan) -> None:
+    """Write the K/V of every row that belongs to a request at its position."""
+    k, v = as_kept(k, v)
+    page, place, row = plan.written(kv.shape[2])
+    kv.transpose(1, 2).index_put_((page, place), torch.cat((k[row], v[row]), 2))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    low, high = tensor.aminmax()  # both are NaN where any element is
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _tokens(layer: _Layer, request: Request, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Keys [Hkv, n, Dk] and values [Hkv, n, Dv] of positions ``first`` .. ``end - 1`` of the pool."""
+    kv, page_size = layer.kv, layer.kv.shape[2]
+    base = first // page_size
+    pages: Pages = layer.plan.pages(request.slot, base, -(-end // page_size))
+    selected = kv[pages] if isinstance(pages, slice) else kv.index_select(0, pages)
+    token = selected.transpose(0, 1).flatten(1, 2).narrow(1, first - base * page_size, end - first).to(layer.dtype)
+    key_dim = layer.k.shape[2]
+    return token[..., :key_dim], token[..., key_dim:]
+
+
+def _dense(layer: _Layer, request: Request, scores: Tensor) -> Tensor:
+    """Rows [r, Hq, Dv] over every position the window leaves them; writes the scores that are asked for."""
+    q, scored = layer.q[request.rows], request.scored
+    first = layer.first_seen(request.cached)
+    keys, values = _tokens(layer, request, first, request.end)
+    if request.count == 1 and not scored:
+        return _single(layer, q, keys, values)
+    logits = None
+    if request.count > _FEW_ROWS:
+        out = _long(layer, request, keys, values)
+    else:
+        logits = _logits(layer, q, keys, first, request.cached)
+        out = _weighted(logits.softmax(-1), values, layer.q.dtype)
+    if scored:
+        if logits is None or scored < request.count:
+            logits = _logits(layer, q[request.count - scored :], keys, first, request.end - scored)
+        _write_scores(layer, request, logits, scores)
+    return out
+
+
+def _prompt(layer: _Layer, request: Request, keys: Tensor, values: Tensor) -> Tensor:
+    """Rows [r, Hq, D] over keys and values [Hkv, cached + r, D]: all that is cached and, causally, each other."""
+    cached, settings = request.cached, {"scale": layer.scale}
+    q = layer.q[request.rows].to(layer.dtype).transpose(0, 1)[None]
+    out, total = _flash(q, keys[None, :, cached:], values[None, :, cached:], 0.0, True, **settings)
+    if cached:
+        earlier, earlier_total = _flash(q, keys[None, :, :cached], values[None, :, :cached], 0.0, False, **settings)
+        out = torch.lerp(earlier, out, torch.sigmoid(total - earlier_total)[..., None].to(out.dtype))
+    return out[0].transpose(0, 1).to(layer.q.dtype)
+
+
+def _long(layer: _Layer, request: Request, keys: Tensor, values: Tensor) -> Tensor:
+    """Rows [r, Hq, Dv] over keys and values from the first position on that the window leaves the first row."""
+    first = layer.first_seen(request.cached)
+    if layer.fused and not layer.window:
+        return _prompt(layer, request, keys, values)
+    masked = layer.fused and _is_finite(keys)  # a mask is added to the logits of hidden keys
+    blocks = []
+    for low in range(0, request.count, _ROW_BLOCK):
+        high = min(low + _ROW_BLOCK, request.count)
+        position = request.cached + low
+        seen = slice(layer.first_seen(position) - first, request.cached + high - first)
+        q = layer.q[request.first + low : request.first + high]
+        if masked:
+            blocks.append(_masked(layer, q, keys[:, seen], values[:, seen], position))
+        else:
+            logits = _logits(layer, q, keys[:, seen], first + seen.start, position)
+            blocks.append(_weighted(logits.softmax(-1), values[:, seen], layer.q.dtype))
+    return torch.cat(blocks)
+
+
+def _masked(layer: _Layer, q: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+    """Rows q [r, Hq, D], the first at ``position``, over keys and values [Hkv, n, D] up to the last row's."""
+    end = position + q.shape[0]
+    visible = _visible(layer, position, end, end - keys.shape[1])
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.to(layer.dtype).transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=visible,
+        scale=layer.scale,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1).to(q.dtype)
+
+
+def _single(layer: _Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """A row [1, Hq, Dk] that sees every key [Hkv, n, Dk]: the query heads of a KV head are taken for rows of it."""
+    grouped = q.to(layer.dtype).reshape(keys.shape[0], -1, q.shape[2])
+    if layer.fused:
+        out, _ = _flash(grouped[None], keys[None], values[None], 0.0, False, scale=layer.scale)
+        return out.reshape(1, -1, values.shape[2]).to(q.dtype)
+    logits = _capped(layer, torch.bmm(grouped * layer.scale, keys.transpose(1, 2)))
+    return torch.bmm(logits.softmax(-1), values).reshape(1, -1, values.shape[2]).to(q.dtype)
+
+
+def _draft(layer: _Layer, request: Request) -> Tensor:
+    """Rows [r, Hq, Dv] over the pillars and everything from ``recent`` on, both cut by the window."""
+    rows = []
+    for position in range(request.cached, request.end):
+        q = layer.q[request.first + position - request.cached][None]
+        first = max(request.recent, layer.first_seen(position))
+        if request.pillars == request.recent:  # every position before the recent ones is a pillar
+            keys, values = _tokens(layer, request, layer.first_seen(position), position + 1)
+        elif request.pillars == 0:
+            keys, values = _tokens(layer, request, first, position + 1)
+        else:
+            rows.append(_over_pillars(layer, request, q, first, position))
+            continue
+        rows.append(_single(layer, q, keys, values))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _over_pillars(layer: _Layer, request: Request, q: Tensor, first: int, position: int) -> Tensor:
+    """A row [1, Hq, Dv] at ``position`` over its pillars and over ``first`` .. ``position``."""
+    kv, page_size, key_dim = layer.kv, layer.kv.shape[2], layer.k.shape[2]
+    pillar = layer.pillar_index[request.slot, :, : request.pillars]
+    hidden = None
+    if layer.window and layer.first_seen(position) > 0:
+        hidden = pillar < layer.first_seen(position)
+        pillar = pillar.masked_fill(
+            hidden, position
+        )  # what stands there the row sees anyway, so that it spoils nothing
+    at = torch.cat((pillar, torch.arange(first, position + 1, dtype=pillar.dtype).expand(kv.shape[1], -1)), 1)
+    page = layer.plan.table(request.slot)[at // page_size]
+    head = torch.arange(kv.shape[1])[:, None]
+    token = kv[page, head, at % page_size].to(layer.dtype)
+    keys, values = token[..., :key_dim], token[..., key_dim:]
+    if hidden is None:
+        return _single(layer, q, keys, values)
+    grouped = q.to(layer.dtype).reshape(kv.shape[1], -1, key_dim) * layer.scale
+    logits = _capped(layer, torch.bmm(grouped, keys.transpose(1, 2)))
+    logits[..., : request.pillars].masked_fill_(hidden[:, None], -math.inf)
+    return torch.bmm(logits.softmax(-1), values).reshape(1, -1, values.shape[2]).to(q.dtype)
+
+
+def _logits(layer: _Layer, q: Tensor, keys: Tensor, first: int, position: int) -> Tensor:
+    """Logits [Hkv, G, r, n] of rows q [r, Hq, Dk], the first at ``position``, and keys [Hkv, n, Dk] from ``first`` on.
+
+    -inf where a key is hidden.
+    """
+    rows, _, key_dim = q.shape
+    kv_heads, length, _ = keys.shape
+    grouped = (q.to(layer.dtype) * layer.scale).view(rows, kv_heads, -1, key_dim).permute(1, 2, 0, 3)
+    logits = _capped(layer, torch.bmm(grouped.reshape(kv_heads, -1, key_dim), keys.transpose(1, 2)))
+    logits = logits.view(kv_heads, -1, rows, length)
+    beginning = first if layer.window else position + 1  # without a window every row sees what is before the first
+    if beginning < first + length:
+        hidden = ~_visible(layer, position, first + length, beginning, rows)
+        logits[..., beginning - first :].masked_fill_(hidden, -math.inf)
+    return logits
+
+
+def _visible(layer: _Layer, position: int, end: int, beginning: int, rows: int | None = None) -> Tensor:
+    """Which of the positions ``beginning`` .. ``end - 1`` rows from ``position`` on see: [rows, end - beginning]."""
+    row = torch.arange(position, end if rows is None else position + rows)[:, None]
+    key = torch.arange(beginning, end)
+    visible = key <= row
+    return visible & (key > row - layer.window) if layer.window else visible
+
+
+def _capped(layer: _Layer, logits: Tensor) -> Tensor:
+    return torch.tanh(logits / layer.softcap) * layer.softcap if layer.softcap else logits
+
+
+def _weighted(probability: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [r, Hq, Dv] of probabilities [Hkv, G, r, n] and values [Hkv, n, Dv]."""
+    kv_heads, group, rows, length = probability.shape
+    out = torch.bmm(probability.view(kv_heads, group * rows, length), values).view(kv_heads, group, rows, -1)
+    return out.permute(2, 0, 1, 3).reshape(rows, kv_heads * group, -1).to(dtype)
+
+
+def _write_scores(layer: _Layer, request: Request, logits: Tensor, scores: Tensor) -> None:
+    """How much the scored rows, whose logits [Hkv, G, s, n] end at the last row, look at each position before them."""
+    end, scored = request.end, request.scored
+    base = end - logits.shape[3]
+    before = logits[..., : logits.shape[3] - scored]
+    if request.mode == Mode.PREFILL:
+        total = logits.logsumexp(-1, keepdim=True)
+    else:
+        total = _measure(layer, request, logits, base)
+    into = scores[request.score_slot]
+    into[:, :base] = 0
+    into[:, base : end - scored] = (before - total).exp_().clamp_(max=1.0).mean((1, 2))
+
+
+def _measure(layer: _Layer, request: Request, logits: Tensor, base: int) -> Tensor:
+    """Log-sum-exp [Hkv, G, s, 1] over the recent positions and the first pillars."""
+    recent = max(request.recent, base)
+    seen = logits[..., recent - base :]
+    room = max(MEASURING_POSITIONS - (request.end - request.recent), MEASURING_PILLARS)
+    pillar = layer.pillar_index[request.slot, :, : min(request.pillars, room)].long() - base
+    if pillar.shape[1]:
+        at = pillar.clamp(min=0)[:, None, None].expand(*logits.shape[:3], -1)
+        chosen = logits.gather(3, at)
+        if base:  # what lies before the gathered positions is hidden from all rows
+            chosen = chosen.masked_fill((pillar < 0)[:, None, None], -math.inf)
+        seen = torch.cat((chosen, seen), 3)
+    return seen.logsumexp(-1, keepdim=True)

@@ -121,7 +121,8 @@ class Session:
         """
         waiting = len(self._scheduler.running) + len(self._scheduler.waiting)
         slots = min(self._scheduler.limits.slots, waiting + requests)
-        self._runner.prepare(slots, decoding_rows(slots, self._config))
+        with self._stream.active():  # captures clear the steps' inputs, behind the steps under way
+            self._runner.prepare(slots, decoding_rows(slots, self._config))
 
     def add(self, request: Request) -> None:
         """Queue a request for which there is room."""

@@ -70,8 +70,8 @@ def check_precision(modules: Mapping[str, nn.Module]) -> None:
             raise MixedPrecisionError(
                 f"{path or type(module).__name__}: its forward was wrapped to run under autocast, as Accelerate's "
                 "prepare does with mixed_precision. Allowed: models that compute in the dtype of their parameters. "
-                "Unwrap it with accelerator.unwrap_model(model, keep_fp32_wrapper=False), or give optimize the model "
-                "before it is prepared, in the dtype it shall run in."
+                "Load it in the dtype it shall run in, and unwrap it with accelerator.unwrap_model(model, "
+                "keep_fp32_wrapper=False)."
             )
 
 

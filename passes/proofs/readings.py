@@ -283,7 +283,7 @@ def describe(frozen: object) -> str:
     if isinstance(frozen, Same):
         return f"a {type(frozen.value).__name__}"
     if isinstance(frozen, type):
-        return frozen.__qualname__
+        return f"{frozen.__module__}.{frozen.__qualname__}"
     if isinstance(frozen, CodeType):
         return f"{frozen.co_name} ({frozen.co_filename.rpartition('/')[2]}:{frozen.co_firstlineno})"
     if isinstance(frozen, Place):

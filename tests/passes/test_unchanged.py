@@ -180,7 +180,7 @@ CHANGES = {
     "adapter added": (
         tiny,
         lambda m: setattr(mlp(m), "up_proj", Adapted(mlp(m).up_proj).eval()),
-        r"layers\.0\.mlp\.up_proj\.class was Linear",
+        r"layers\.0\.mlp\.up_proj\.class was torch\.\S+\.Linear",
     ),
     "forward": (tiny, replace_forward, r"layers\.0\.mlp\.forward was absent .* <lambda> \(test_unchanged\.py:\d+\)"),
     "attention's scale": (
@@ -197,7 +197,7 @@ CHANGES = {
     "activation": (
         tiny,
         lambda m: setattr(mlp(m), "act_fn", nn.GELU()),
-        r"act_fn\.class was SiLUActivation .* GELU now",
+        r"act_fn\.class was transformers\.activations\.SiLUActivation .*\.GELU now",
     ),
     "window": (
         partial(tiny, "mistral"),
@@ -251,13 +251,13 @@ CHANGES = {
     "layer removed": (
         tiny,
         lambda m: m.model.layers.__delitem__(1),
-        r"model\.layers\.1 was LlamaDecoderLayer .* absent now",
+        r"model\.layers\.1 was \S+\.LlamaDecoderLayer .* absent now",
     ),
     "embedding": (tiny, lambda m: m.set_input_embeddings(nn.Embedding(151, 48)), r"embed_tokens\."),
     "wrapped": (
         tiny,
         lambda m: setattr(mlp(m), "down_proj", nn.Sequential(mlp(m).down_proj)),
-        r"down_proj\.class was Linear",
+        r"down_proj\.class was torch\.\S+\.Linear",
     ),
 }
 

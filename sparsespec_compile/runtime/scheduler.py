@@ -103,9 +103,15 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def give_up(self) -> Request:
-        """End the youngest request on the device, for the others to go on; call it when nothing else can move."""
-        youngest = [request for request in self.running if request.place is Place.DEVICE][-1]
+    def give_up(self) -> Request | None:
+        """End the youngest request on the device, for the others to go on; call it when nothing else can move.
+
+        None where there is none: pages of a request that was cancelled on the way have just come free, for others.
+        """
+        here = [request for request in self.running if request.place is Place.DEVICE]
+        if not here:
+            return None
+        youngest = here[-1]
         youngest.finish_reason = FinishReason.MEMORY
         self.release(youngest)
         return youngest

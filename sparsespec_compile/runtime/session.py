@@ -306,8 +306,9 @@ class Session:
             residency.tier.wait()
         else:
             request = self._scheduler.give_up()
-            self._clock(request, first=False)
-            return [Output(request, [], True)]
+            if request is not None:
+                self._clock(request, first=False)
+                return [Output(request, [], True)]
         return []
 
 

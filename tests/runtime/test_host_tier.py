@@ -10,8 +10,9 @@ import torch
 
 from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.request import FinishReason, Place
+from sparsespec_compile.runtime.request import FinishReason, Place, Request
 
+from ..support.adversary import AdversarialDevice
 from ..support.toy import Toy, requests_of, run, stepping
 
 LENGTHS = (3, 9, 30, 2, 17, 8, 25, 12)
@@ -280,6 +281,24 @@ def test_cancelled_wherever_it_is(toy, monkeypatch, place):
     for request, expected in zip(requests, requests_of(LENGTHS, 60), strict=True):
         text = toy.decode(expected)
         assert request.output == (text[: len(request.output)] if request is taken else text)
+
+
+def test_what_waits_is_admitted_when_those_before_it_are_cancelled_on_the_way(toy):
+    """Pages come free only in the iteration that has just found no room for it, and nothing else is left."""
+    device = AdversarialDevice(0)
+    device.pause()
+    first, second, long = requests_of((12, 16, 80), 60)
+    long.max_new_tokens = 10
+    engine = small(toy, device=device)
+    with engine.client() as client:
+        client.submit([first, second, long])
+        while second.place is not Place.LEAVING:
+            assert engine.drive(client)
+        client.cancel([first, second])
+        assert long.place is Place.NOWHERE
+        while client.live:
+            engine.drive(client)
+    assert long.output == toy.decode(Request(long.prompt, 10))
 
 
 def _slow_down(monkeypatch):

@@ -6,7 +6,9 @@ that torch has changed in place since.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
+from operator import is_
 from typing import NamedTuple
 
 import numpy as np
@@ -59,14 +61,14 @@ class StepPlan:
         tensors: the step tensors, in the order of ``ops.STEP_TENSORS``.
 
     Attributes:
-        checked: calls that were found to be in order, by what was looked at.
+        kinds: dtype, shape and last stride of each tensor.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._step = dict(zip(STEP_TENSORS, tensors, strict=True))
         self._written: dict[int, Written] = {}
         self._pages: dict[tuple[int, int, int], Pages] = {}
-        self.checked: set[tuple] = set()
+        self.kinds = kinds(tensors)
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -87,23 +89,28 @@ class StepPlan:
     def written(self, page_size: int) -> Written:
         """Page, place in it and packed row of every row of a request."""
         if page_size not in self._written:
-            row, page, place = [], [], []
-            for request in self.requests:
-                position = np.arange(request.cached, request.end)
-                row.append(np.arange(request.first, request.first + request.count))
-                page.append(self._table[request.slot, position // page_size])
-                place.append(position % page_size)
-            rows = _torch(row)
-            first = int(rows[0]) if len(rows) else 0
-            in_order = torch.equal(rows, torch.arange(first, first + len(rows)))
+            columns = [(request.slot, request.first, request.count, request.cached) for request in self.requests]
+            slot, first, count, cached = np.array(columns, dtype=np.int64).reshape(-1, 4).T
+            nth = np.arange(self.covered) - np.repeat(np.cumsum(count) - count, count)
+            position = np.repeat(cached, count) + nth
+            page = self._table[np.repeat(slot, count), position // page_size].astype(np.int64)
+            row = np.repeat(first, count) + nth
+            start = int(row[0]) if len(row) else 0
+            in_order = bool((row == np.arange(start, start + len(row))).all())
             self._written[page_size] = Written(
-                _torch(page), _torch(place), slice(first, first + len(rows)) if in_order else rows
+                torch.from_numpy(page),
+                torch.from_numpy(position % page_size),
+                slice(start, start + len(row)) if in_order else torch.from_numpy(row),
             )
         return self._written[page_size]
 
     def table(self, slot: int) -> Tensor:
         """The page table's row of a slot, int32 [P]."""
         return self._step["page_table"][slot]
+
+    def physical(self, slot: int, page: int) -> int:
+        """The physical page of a logical page of a slot."""
+        return int(self._table[slot, page])
 
     def pages(self, slot: int, first: int, end: int) -> Pages:
         """Physical pages of the logical pages ``first`` .. ``end - 1``, one at least, of a slot."""
@@ -118,23 +125,31 @@ class StepPlan:
         return self._pages[key]
 
 
+def kinds(tensors: Iterable[Tensor]) -> tuple:
+    """What checks look at in each tensor."""
+    return tuple((tensor.dtype, tensor.shape, tensor.stride()[-1:], tensor.device) for tensor in tensors)
+
+
 def plan_of(tensors: tuple[Tensor, ...]) -> StepPlan:
     """The plan of the step that these tensors describe."""
     memo = step_memo()
     if memo is None:
         return StepPlan(tensors)
-    versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-    known = memo.get(StepPlan)
-    if known is not None:
-        plan, given, seen = known
-        if seen == versions and all(one is other for one, other in zip(given, tensors, strict=True)):
-            return plan
-    plan = StepPlan(tensors)
-    memo[StepPlan] = (plan, tensors, versions)
-    return plan
+    kept: _Kept | None = memo.get(StepPlan)
+    if kept is None or not kept.is_of(tensors):
+        kept = memo[StepPlan] = _Kept(tensors)
+    return kept.plan
 
 
-def _torch(parts: list[np.ndarray]) -> Tensor:
-    """The parts one after the other, as int64."""
-    joined = np.concatenate(parts) if parts else np.empty(0)
-    return torch.from_numpy(joined.astype(np.int64))
+class _Kept:
+    """A plan, and what it was made of."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.plan = StepPlan(tensors)
+        self._tensors = tensors
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]  # others have no versions
+        self._versions = [tensor._version for tensor in self._counted]
+
+    def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether these are the tensors, and none was changed in place since."""
+        return all(map(is_, self._tensors, tensors)) and self._versions == [t._version for t in self._counted]

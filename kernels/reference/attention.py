@@ -4,6 +4,8 @@ Each request gathers only what its rows read, once, and multiplies per KV head w
 heads. Float64 inputs are computed in float64, everything else in float32.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -101,7 +103,7 @@ def _write_kv(
 def as_kept(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as the pool keeps them: values are finite, and a NaN key stands for one that was not."""
     # A sum that is finite says it of every element, and takes one pass. A sum that overflows costs the pass below.
-    if v.sum().isfinite():
+    if math.isfinite(v.sum().item()):
         return k, v
     finite = v.isfinite()
     return k.masked_fill(~finite.all(-1, keepdim=True), torch.nan), v.where(finite, 0)

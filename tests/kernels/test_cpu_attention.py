@@ -128,14 +128,13 @@ class TestPlan:
             assert plan_of(step) is plan_of(step)
 
 
-def test_a_layer_unlike_the_first_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_unlike_others_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     case = build(Shape(), MIXED).to(torch.float32)
     arguments = list(case.arguments())
-    with promised(Promise.NOTHING):
+    attention.dual_mode_attention(*arguments)
+    monkeypatch.setattr(attention, "check_attention", None)
+    attention.dual_mode_attention(*arguments)
+    monkeypatch.undo()
+    arguments[1] = arguments[1][:, :, :-1]
+    with pytest.raises(ops.KernelInputError, match="k has shape"):
         attention.dual_mode_attention(*arguments)
-        monkeypatch.setattr(attention, "check_attention", None)
-        attention.dual_mode_attention(*arguments)
-        monkeypatch.undo()
-        arguments[1] = arguments[1][:, :, :-1]
-        with pytest.raises(ops.KernelInputError, match="k has shape"):
-            attention.dual_mode_attention(*arguments)

@@ -15,6 +15,7 @@ from sparsespec_compile.passes.compat import triton_cache_dir
 from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.regions.compile_regions import CompiledForward
+from sparsespec_compile.passes.regions.run_directly import run_directly
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.inputs import MIN_ROWS
 from sparsespec_compile.runtime.step import as_it_is, without_autocast
@@ -47,7 +48,7 @@ def _compile(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel,
     if inductor:
         _settle_kernel_cache(device)
     with kernels_compiled_beside(compiled, config, device):
-        forward = _compile_regions(compiled) if inductor else compiled.graph_module
+        forward = _compile_regions(compiled) if inductor else run_directly(compiled.graph_module)
     return compiled, Target(
         forward=forward,
         layout=compiled.layout,

@@ -12,7 +12,7 @@ from sparsespec_compile.runtime.sampling import DrawParams
 from sparsespec_compile.runtime.state import State
 from sparsespec_compile.runtime.step import Results, Variant
 from sparsespec_compile.runtime.work import PageUpdate, Work, promise_of
-from sparsespec_compile.runtime.work_checks import Bounds
+from sparsespec_compile.runtime.work_checks import Bounds, SlotText
 
 
 class CapturedStep:
@@ -42,7 +42,7 @@ class CapturedStep:
     def __init__(self, runner: StepRunner, device: Device, vocabulary: int | None = None) -> None:
         self._runner = runner
         self._device = device
-        self._longest: dict[int, int] = {}
+        self._texts: dict[int, SlotText] = {}
         self._packer = InputPacker(runner.step.inputs.sizes)
         self._filled = (0, 0, runner.step.any_work)
         self.inputs: StepInputs = runner.step.inputs
@@ -64,7 +64,7 @@ class CapturedStep:
         self._bounds.check_length(max_length)
         if params is not None and not isinstance(params, DrawParams):
             raise ConfigError(f"params must be DrawParams or None, got {type(params).__name__}.")
-        self._longest[slot] = max_length
+        self._texts[slot] = SlotText(max_length)
         self._packer.admit(slot, max_length, DrawParams() if params is None else params)
 
     def fill(self, work: Sequence[Work], updates: Sequence[PageUpdate] = ()) -> None:
@@ -74,10 +74,12 @@ class CapturedStep:
             ConfigError: more packed rows, rows with logits, scored requests or page-table entries than fit, or work
                 that a slot cannot do.
         """
-        self._bounds.check_slots(work, self._longest)
+        self._bounds.check_slots(work, self._texts)
         self._check(work, updates)
-        self._bounds.check_work(work, self._longest)
+        self._bounds.check_work(work, self._texts)
         self._bounds.check_updates(updates)
+        for item in work:
+            self._texts[item.slot].took(item)
         promise = promise_of(work, self._runner.step.reads_scores)
         self._filled = (*self._packer.pack(work, updates), Variant(promise=promise))
         self.inputs.flat.copy_(torch.from_numpy(self._packer.flat), non_blocking=False)

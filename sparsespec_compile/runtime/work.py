@@ -14,8 +14,8 @@ class Work(NamedTuple):
         slot: the request's row in the state tensors.
         mode: draft, verify or prefill.
         rows: packed rows. 1 for a draft, drafts + 1 for a verification, the chunk's tokens for a prefill.
-        offset: drafts and verifications: position of the first row, counted from the request's verified length (its
-            drafts so far; 0 for a verification). Prefills: position of the first row.
+        offset: drafts: position of the row, counted from the request's verified length (its drafts so far).
+            Verifications: 0. Prefills: position of the first row; all positions before it hold the text already.
         tokens: prefills: the chunk's token ids, `rows` of them. Others take theirs from the device.
         logits: trailing rows whose logits are needed: all of a draft or verification, the last one of a prompt.
         scored: trailing rows before which the next pillars stand; 0 = they are kept. Chosen by the attention of these

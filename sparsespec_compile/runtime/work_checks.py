@@ -13,6 +13,31 @@ from sparsespec_compile.runtime.work import PageUpdate, Work
 _MODES = (Mode.DRAFT, Mode.VERIFY, Mode.PREFILL)
 
 
+@dataclass
+class SlotText:
+    """What the host knows of a slot's text.
+
+    Attributes:
+        max_length: tokens of the text at most, prompt included.
+        prefilled: positions that prompts were given for.
+        verified: rows of verifications since: at most so many positions behind `prefilled` are cached.
+        drawn: whether the newest token, which drafts and verifications begin with, was drawn.
+    """
+
+    max_length: int
+    prefilled: int = 0
+    verified: int = 0
+    drawn: bool = False
+
+    def took(self, work: Work) -> None:
+        """Take note of work that was given to the slot."""
+        if work.mode == Mode.PREFILL:
+            self.prefilled, self.verified = work.offset + work.rows, 0
+            self.drawn = work.logits > 0
+        elif work.mode == Mode.VERIFY:
+            self.verified += work.rows
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What a step holds.
@@ -41,34 +66,45 @@ class Bounds:
         """Raises ConfigError for a text that no slot holds."""
         _require_range("max_length", max_length, 1, self.tokens, "Capture a step with a larger max_length.")
 
-    def check_slots(self, work: Sequence[Work], longest: Mapping[int, int]) -> None:
-        """Raises ConfigError for what is no work of a text; ``longest`` has the length of each that has begun."""
+    def check_slots(self, work: Sequence[Work], texts: Mapping[int, SlotText]) -> None:
+        """Raises ConfigError for what is no work of a text; ``texts`` are those that have begun, by their slot."""
         for item in work:
             if not isinstance(item, Work):
                 raise ConfigError(f"fill takes Work, got {type(item).__name__}.")
             self.check_slot(item.slot)
-            if item.slot not in longest:
+            if item.slot not in texts:
                 raise ConfigError(f"Slot {item.slot} holds no text yet. Call begin({item.slot}, max_length) first.")
         twice = [slot for slot, count in Counter(item.slot for item in work).items() if count > 1]
         if twice:
             raise ConfigError(f"Slot {twice[0]} has several Work. Give one for each slot in an iteration.")
 
-    def check_work(self, work: Sequence[Work], longest: Mapping[int, int]) -> None:
-        """Raises ConfigError for what a slot cannot do."""
+    def check_work(self, work: Sequence[Work], texts: Mapping[int, SlotText]) -> None:
+        """Raises ConfigError for what a slot cannot do, or what would continue another text than its own."""
         for item in work:
-            self._check_one(item, longest[item.slot])
+            self._check_one(item, texts[item.slot])
 
-    def _check_one(self, item: Work, longest: int) -> None:
+    def _check_one(self, item: Work, text: SlotText) -> None:
+        longest = text.max_length
         where = f" (of the Work for slot {item.slot})"
         if item.mode not in _MODES:
             allowed = ", ".join(f"Mode.{mode.name}" for mode in _MODES)
             raise ConfigError(f"mode must be one of {allowed}, got {item.mode!r}{where}.")
         most = {Mode.DRAFT: 1, Mode.VERIFY: self.cycle, Mode.PREFILL: longest}[Mode(item.mode)]
         _require_range("rows", item.rows, 1, most, where=where)
-        _require_range("logits", item.logits, 0, item.rows, where=where)
-        _require_range("scored", item.scored, 0, item.rows, where=where)
         prefills = item.mode == Mode.PREFILL
-        _require_range("offset", item.offset, 0, longest - item.rows if prefills else self.cycle - 1, where=where)
+        fewest, most = (0, 1) if prefills else (item.rows, item.rows)
+        _require_range("logits", item.logits, fewest, most, "All rows of a draft or verification have some.", where)
+        _require_range("scored", item.scored, 0, item.rows, where=where)
+        last = {Mode.DRAFT: self.cycle - 1, Mode.VERIFY: 0, Mode.PREFILL: longest - item.rows}[Mode(item.mode)]
+        _require_range("offset", item.offset, 0, last, where=where)
+        if prefills:
+            advice = "Positions before the offset must hold the text already: give its prompt without a gap."
+            _require_range("offset", item.offset, 0, text.prefilled + text.verified, advice, where)
+        elif not text.drawn:
+            raise ConfigError(
+                f"Slot {item.slot} has no token to continue from{where}: give its whole prompt first, as PREFILL with "
+                "logits=1 in the last part."
+            )
         if len(item.tokens) != (item.rows if prefills else 0):
             needs = f"one for each of the {item.rows} rows" if prefills else "none: they are on the device"
             raise ConfigError(f"tokens must be {needs}, got {len(item.tokens)}{where}.")

@@ -314,6 +314,7 @@ class TestCapturedStep:
         step, variants = toy.engine(draft_tokens=4, min_budget=4).capture(2, 64), []
         for slot in range(2):
             step.begin(slot, 64)
+        step.fill([Work(slot, Mode.PREFILL, rows=1, tokens=(5,), logits=1) for slot in range(2)])
         monkeypatch.setattr(StepRunner, "__call__", lambda _, *given: variants.append(given[2].promise))
         single, rows = Work(0, Mode.DRAFT, rows=1, logits=1), Work(1, Mode.VERIFY, rows=5, logits=5, scored=5)
         prompt = Work(0, Mode.PREFILL, rows=2, tokens=(3, 4), logits=1, scored=2)
@@ -374,13 +375,17 @@ class TestCapturedStep:
             (Work(0, Mode.DRAFT, 2), "rows must be an integer from 1 to 1, got 2"),
             (Work(0, Mode.VERIFY, 6), "rows must be an integer from 1 to 5, got 6"),
             (Work(0, Mode.VERIFY, 0), "rows must be an integer from 1 to 5, got 0"),
-            (Work(0, Mode.VERIFY, 2, logits=3), "logits must be an integer from 0 to 2, got 3"),
-            (Work(0, Mode.VERIFY, 2, scored=3), "scored must be an integer from 0 to 2, got 3"),
-            (Work(0, Mode.DRAFT, 1, offset=5), "offset must be an integer from 0 to 4, got 5"),
+            (Work(0, Mode.VERIFY, 2, logits=3), "logits must be an integer from 2 to 2, got 3"),
+            (Work(0, Mode.VERIFY, 2, logits=1), "logits must be an integer from 2 to 2, got 1"),
+            (Work(0, Mode.PREFILL, 2, tokens=[1, 2], logits=2), "logits must be an integer from 0 to 1, got 2"),
+            (Work(0, Mode.VERIFY, 2, logits=2, scored=3), "scored must be an integer from 0 to 2, got 3"),
+            (Work(0, Mode.DRAFT, 1, offset=5, logits=1), "offset must be an integer from 0 to 4, got 5"),
+            (Work(0, Mode.VERIFY, 2, offset=1, logits=2), "offset must be an integer from 0 to 0, got 1"),
+            (Work(0, Mode.PREFILL, 2, offset=5, tokens=[1, 2]), "offset must be an integer from 0 to 4, got 5"),
             (Work(0, Mode.PREFILL, 2, offset=39, tokens=[1, 2]), "offset must be an integer from 0 to 38, got 39"),
             (Work(0, Mode.PREFILL, 41, tokens=[1] * 41), "rows must be an integer from 1 to 40, got 41"),
             (Work(0, Mode.PREFILL, 5, tokens=[1, 2, 3]), "tokens must be one for each of the 5 rows, got 3"),
-            (Work(0, Mode.DRAFT, 1, tokens=[1]), "tokens must be none: they are on the device, got 1"),
+            (Work(0, Mode.DRAFT, 1, logits=1, tokens=[1]), "tokens must be none: they are on the device, got 1"),
             (Work(0, Mode.PREFILL, 1, tokens=[50]), "tokens must be an integer from 0 to 49, got 50"),
             (Work(0, Mode.PREFILL, 1, tokens=[1.5]), "tokens must be an integer from 0 to 49, got 1.5"),
             ("draft", "fill takes Work, got str"),
@@ -389,8 +394,27 @@ class TestCapturedStep:
     def test_work_that_no_slot_can_do_is_refused(self, toy, wrong, message):
         step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64, vocabulary=50)
         step.begin(0, 40)
+        step.fill([Work(0, Mode.PREFILL, 4, tokens=[1, 2, 3, 4], logits=1)])
         with pytest.raises(ConfigError, match=message):
             step.fill([wrong])
+
+    def test_a_new_text_begins_with_its_prompt(self, toy):
+        """Its slot still holds the length and the cache of the text before."""
+        step = toy.engine(draft_tokens=4, page_size=4).capture(1, 64)
+        request = requests_of((7,), 12)[0]
+        for _ in range(2):
+            step.begin(0, 40)
+            for work in (Work(0, Mode.VERIFY, 1, logits=1), Work(0, Mode.DRAFT, 1, logits=1)):
+                with pytest.raises(ConfigError, match="Slot 0 has no token to continue from"):
+                    step.fill([work])
+            step.fill([Work(0, Mode.PREFILL, 3, tokens=request.prompt[:3])])
+            with pytest.raises(ConfigError, match="Slot 0 has no token to continue from"):
+                step.fill([Work(0, Mode.VERIFY, 1, logits=1)])
+            step.replay()
+            step.fill([Work(0, Mode.PREFILL, 4, offset=3, tokens=request.prompt[3:], logits=1)])
+            assert step.replay().tokens[0, 1] == toy.decode(request)[0]
+            step.fill([Work(0, Mode.VERIFY, 1, logits=1)])
+            assert step.replay().tokens[0, 1] == toy.decode(request)[1]
 
     def test_other_wrong_input_is_refused(self, toy):
         step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)
@@ -401,6 +425,7 @@ class TestCapturedStep:
         with pytest.raises(ConfigError, match="params must be DrawParams or None, got SamplingParams"):
             step.begin(0, 40, SamplingParams())
         step.begin(0, 40)
+        step.fill([Work(0, Mode.PREFILL, 1, tokens=[1], logits=1)])
         draft = Work(0, Mode.DRAFT, 1, logits=1)
         with pytest.raises(ConfigError, match="Slot 0 has several Work"):
             step.fill([draft, draft])

@@ -28,6 +28,9 @@ INPUTS = ("input_ids", "position_ids", "logits_to_keep")
 STATE_INPUTS = ("kv_pool", "scores", "pillar_index")
 """Inputs that the attention rewrite adds; the step tensors (`kernels.ops.STEP_TENSORS`) follow them."""
 
+LAYERED_INPUTS = frozenset({*STATE_INPUTS, "page_table"})
+"""Inputs of which each layer takes a view of its own."""
+
 
 @dataclass(frozen=True)
 class PassContext:

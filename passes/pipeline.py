@@ -46,8 +46,8 @@ class CompiledModel:
     Attributes:
         graph_module: called with positional arguments `(input_ids [1, T] int64, position_ids [1, T] int64,
             logits_to_keep [R] int64, kv_pool [pages, elements_per_page] in the model's dtype, scores [C, H, S] f32,
-            pillar_index [B, H, M] i32, *STEP_TENSORS)`, gives logits `[1, R, V]`. T, R, B, C, pages, S, M and P
-            (the width of page_table) are free. kv_pool and scores are written in place.
+            pillar_index [B, H, M] i32, *STEP_TENSORS)`, gives logits `[1, R, V]`. page_table is [G, B, P], for each
+            group of layers; T, R, B, C, pages, S, M and P are free. kv_pool and scores are written in place.
         split: the same computation, cut into regions; equal layers are one of them.
         layout: its attention layers, and how pool, scores and pillars are laid out.
         report: what was done.

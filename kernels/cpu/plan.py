@@ -1,7 +1,7 @@
 """What a step's int32 tensors say, read once for all layers: requests as Python numbers, and where their tokens lie.
 
-A plan is kept for the step that ``step_kind.promised`` encloses. It is made anew for other tensors, and for tensors
-that torch has changed in place since.
+Plans are kept for the step that ``step_kind.promised`` encloses, one for each page table (layers of a group share one).
+A plan is made anew for tensors that torch has changed in place since.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..ops import STEP_TENSORS, Mode
 from ..step_kind import step_memo
+
+_TABLE = STEP_TENSORS.index("page_table")
 
 Pages = slice | Tensor
 """Physical pages in the order of the positions in them: a slice where they follow each other, else int64."""
@@ -135,9 +137,10 @@ def plan_of(tensors: tuple[Tensor, ...]) -> StepPlan:
     memo = step_memo()
     if memo is None:
         return StepPlan(tensors)
-    kept: _Kept | None = memo.get(StepPlan)
+    key = (StepPlan, id(tensors[_TABLE]))  # layers of a group share a page table
+    kept: _Kept | None = memo.get(key)
     if kept is None or not kept.is_of(tensors):
-        kept = memo[StepPlan] = _Kept(tensors)
+        kept = memo[key] = _Kept(tensors)
     return kept.plan
 
 

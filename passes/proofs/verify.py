@@ -31,7 +31,7 @@ def verify(graph_module: GraphModule, layout: KVLayout) -> None:
     - the placeholders are those of a captured or of a rewritten graph, in order;
     - one attention node for each layer, in order, with that layer's settings: sites before the rewrite, dual-mode
       nodes after it, never both;
-    - each dual-mode node works on its own layer's part of pool, scores and pillars;
+    - each dual-mode node works on its own layer's part of pool, scores and pillars, and on its group's page table;
     - nothing else writes into an input or a parameter.
 
     Raises:
@@ -64,9 +64,19 @@ def _check_dual_nodes(graph_module: GraphModule, layout: KVLayout) -> None:
         _check_view(node, input_node(input_node(node, 3), 0), "kv_pool", (start, start + layout.page_elements(number)))
         _check_view(node, input_node(node, 4), "scores", heads)
         _check_view(node, input_node(node, 14), "pillar_index", heads)
-        step = tuple(input_node(node, 5 + i).target for i in range(len(STEP_TENSORS)))
-        if step != STEP_TENSORS:
-            raise GraphInvariantError(f"{describe(node)} takes the step tensors {step}, it must take {STEP_TENSORS}.")
+        _check_step(node, layout.group_of(number))
+
+
+def _check_step(node: Node, group: int) -> None:
+    """Each step tensor is the input of its name, the page table that of the layer's group."""
+    for place, name in enumerate(STEP_TENSORS):
+        given, expected = input_node(node, 5 + place), name
+        if name == "page_table":
+            expected = f"{name}[{group}]"
+            if given.target is torch.ops.aten.select.int and given.args[1:] == (0, group):
+                given, expected = input_node(given, 0), name
+        if given.op != "placeholder" or given.target != expected:
+            raise GraphInvariantError(f"{describe(node)} must take {expected}, not {given.format_node()}.")
 
 
 def _refuse_any(graph_module: GraphModule, target: object, when: str) -> None:

@@ -32,13 +32,14 @@ from torch.fx.node import map_arg
 
 from sparsespec_compile.kernels.ops import dual_mode_attention
 
-from ..base import STATE_INPUTS, attribute, describe, input_node
+from ..base import LAYERED_INPUTS, attribute, describe, input_node
 from ..compat import FakeTensor
 from ..errors import GraphInvariantError
 
 aten = torch.ops.aten
 
-STATE_VIEWS = frozenset({aten.slice.Tensor, aten.view.default})
+STATE_VIEWS = frozenset({aten.slice.Tensor, aten.view.default, aten.select.int})
+"""What layers take their part of a `LAYERED_INPUTS` by."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _cut(graph: Graph) -> tuple[list[Node], list[list[Node]]]:
     for node in graph.nodes:
         if node.op == "output" or is_size(node):
             continue
-        if node.op in ("placeholder", "get_attr") or _is_state_view(node, outside):
+        if node.op in ("placeholder", "get_attr") or is_state_view(node):
             outside.append(node)
             continue
         # Part of a tuple: with the call that gives the tuple, so that only tensors are handed over.
@@ -107,11 +108,12 @@ def _cut(graph: Graph) -> tuple[list[Node], list[list[Node]]]:
     return outside, [piece for piece in pieces if piece]
 
 
-def _is_state_view(node: Node, outside: list[Node]) -> bool:
+def is_state_view(node: Node) -> bool:
+    """Whether a node is one layer's part of an input that holds something for every layer."""
     if node.target not in STATE_VIEWS or len(node.all_input_nodes) != 1:
         return False
     source = input_node(node, 0)
-    return source.target in STATE_INPUTS or (source in outside and source.op == "call_function")
+    return source.target in LAYERED_INPUTS or is_state_view(source)
 
 
 def _why_whole(pieces: list[list[Node]]) -> str | None:
@@ -236,7 +238,7 @@ def _copy(nodes: Sequence[Node], inputs: tuple[Node, ...], outputs: tuple[Node, 
     copies: dict[Node, Node] = {}
     for number, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"input_{number}")
-        copies[node].meta["val"] = _example(node.meta["val"])
+        copies[node].meta["val"] = _example(node)
 
     def copy_of(node: Node) -> Node:
         if node not in copies:  # a size, since all else is an input or was copied before
@@ -255,16 +257,18 @@ def _copy(nodes: Sequence[Node], inputs: tuple[Node, ...], outputs: tuple[Node, 
     return graph
 
 
-def _example(value: object) -> object:
+def _example(node: Node) -> object:
     """A view's place in memory differs from layer to layer: an odd one promises no alignment to the compiler."""
-    if not isinstance(value, FakeTensor) or _is_at_start(value):
+    value = node.meta["val"]
+    if not isinstance(value, FakeTensor) or _is_at_start(node):
         return value
     with value.fake_mode, torch.no_grad():
         return value.as_strided(value.shape, value.stride(), 1)
 
 
-def _is_at_start(value: Tensor) -> bool:
-    return statically_known_true(value.storage_offset() == 0)
+def _is_at_start(node: Node) -> bool:
+    """Whether a compiler may take a value's address for aligned. A layer's part of the state is one of many."""
+    return not is_state_view(node) and statically_known_true(node.meta["val"].storage_offset() == 0)
 
 
 def _calls(graph: Graph) -> Hashable:
@@ -282,4 +286,4 @@ def _kind(node: Node) -> Hashable:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return str(value)
-    return value.dtype, value.device, _is_at_start(value), *map(str, (*value.shape, *value.stride()))
+    return value.dtype, value.device, _is_at_start(node), *map(str, (*value.shape, *value.stride()))

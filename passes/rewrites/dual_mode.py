@@ -3,17 +3,19 @@
 Before, for layer i:
     out: [1, T, Hq, Dv] = sparsespec.attention_site(q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv],
                                                     scale, window, softcap, i)
-After, with o = layout.page_offset(i), n = layout.page_elements(i), h = layout.head_offset(i):
+After, with o = layout.page_offset(i), n = layout.page_elements(i), h = layout.head_offset(i), g = layout.group_of(i):
     q', k', v': [T, H, D] = aten.transpose(aten.select(_, 0, 0), 0, 1)
     kv: [pages, Hkv, page_size, Dk + Dv] = aten.view(aten.slice(kv_pool, 1, o, o + n), ...)
     s: f32[C, Hkv, S] = aten.slice(scores, 1, h, h + Hkv)
     p: i32[B, Hkv, M] = aten.slice(pillar_index, 1, h, h + Hkv)
+    t: i32[B, P] = aten.select(page_table, 0, g), the step tensor page_table of this node; one for each group
     rows: [T, Hq, Dv] = sparsespec.dual_mode_attention(q', k', v', kv, s, *step tensors, p, scale, window, softcap)
     out: [1, T, Hq, Dv] = aten.unsqueeze(rows, 0)
 
 Requires: placeholders input_ids, position_ids, logits_to_keep; one site for each layer of the layout, in its order.
 Ensures: no site is left; after those three, the inputs are kv_pool [pages, elements_per_page], scores [C, H, S] f32,
-pillar_index [B, H, M] i32 and the step tensors (i32, `[B]`, and page_table `[B, P]`); B, C, pages, S, M, P symbolic.
+pillar_index [B, H, M] i32 and the step tensors (i32, `[B]`, and page_table `[groups, B, P]`, one for each group of
+layers); B, C, pages, S, M, P symbolic.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class _Inputs:
     kv_pool: Node
     scores: Node
     pillar_index: Node
-    step: tuple[Node, ...]
+    step: dict[str, Node]
+    page_tables: tuple[Node, ...]
 
 
 class AttentionToDualMode(GraphPass):
@@ -87,7 +90,8 @@ class AttentionToDualMode(GraphPass):
         }
         for name in STEP_TENSORS:
             shapes[name] = ((b,), (True,), torch.int32)
-        shapes["page_table"] = ((b, HINTS["request_pages"]), (True, True), torch.int32)
+        size = (len(layout.groups), b, HINTS["request_pages"])
+        shapes["page_table"] = (size, (False, True, True), torch.int32)
         added = {}
         graph = graph_module.graph
         *_, last = graph.find_nodes(op="placeholder")
@@ -95,8 +99,13 @@ class AttentionToDualMode(GraphPass):
             with graph.inserting_after(last):
                 last = added[name] = graph.placeholder(name)
             last.meta["val"] = symbolic_input(mode, name, sizes, symbolic, dtype, device)
+        with graph.inserting_after(last):
+            tables = [
+                graph.call_function(aten.select.int, (added["page_table"], 0, group))
+                for group in range(len(layout.groups))
+            ]
         kv_pool, scores, pillar_index = (added[name] for name in STATE_INPUTS)
-        return _Inputs(kv_pool, scores, pillar_index, tuple(added[name] for name in STEP_TENSORS))
+        return _Inputs(kv_pool, scores, pillar_index, {name: added[name] for name in STEP_TENSORS}, tuple(tables))
 
     def _check_dtype(self, site: Node, layer: AttentionLayer) -> None:
         dtypes = {argument.meta["val"].dtype for argument in site.all_input_nodes}
@@ -128,6 +137,7 @@ class AttentionToDualMode(GraphPass):
         page = [-1, layer.kv_heads, layout.page_size, layer.key_dim + layer.value_dim]
         kv = call(aten.view.default, call(aten.slice.Tensor, inputs.kv_pool, 1, start, end), page)
         scores, pillars = heads_of(inputs.scores), heads_of(inputs.pillar_index)
+        step = (inputs.step | {"page_table": inputs.page_tables[layout.group_of(layer.layer)]}).values()
         settings = (layer.scale, layer.window, layer.softcap)
-        rows = call(dual_mode_attention, *packed, kv, scores, *inputs.step, pillars, *settings)
+        rows = call(dual_mode_attention, *packed, kv, scores, *step, pillars, *settings)
         return call(aten.unsqueeze.default, rows, 0)

@@ -120,7 +120,7 @@ def _inputs(target: Target, config: SpecConfig, capacity: Capacity) -> StepInput
         rows=most_rows(config, capacity.slots),
         logits=max(decoding, MIN_ROWS),
         request_pages=request_pages(target.layout, capacity),
-        updates=4 * decoding + -(-config.prefill_chunk // config.page_size),
+        updates=len(target.layout.groups) * (4 * decoding + target.layout.pages_for(config.prefill_chunk)),
     )
     return StepInputs(sizes, target.device)
 

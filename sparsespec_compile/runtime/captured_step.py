@@ -48,11 +48,12 @@ class CapturedStep:
         self.inputs: StepInputs = runner.step.inputs
         self.results: Results = runner.step.results
         self.state: State = runner.step.state
-        slots, pages = self.state.capacity.slots, self.inputs.sizes.request_pages
-        own = torch.arange(slots * pages, dtype=torch.int32, device=self.state.device)
-        self.state.page_table[:slots] = own.view(slots, pages)
+        slots, groups = self.state.capacity.slots, len(self.state.layout.groups)
+        pages = self.state.layout.pages_for(self.state.capacity.tokens)
+        own = torch.arange(slots * pages * groups, dtype=torch.int32, device=self.state.device)
+        self.state.page_table[:, :slots, :pages] = own.view(slots, pages, groups).permute(2, 0, 1)
         capacity, cycle = self.state.capacity, self.results.logprobs.shape[1]
-        self._bounds = Bounds(slots, capacity.tokens, cycle, capacity.pages, pages, vocabulary)
+        self._bounds = Bounds(slots, capacity.tokens, cycle, groups, groups * capacity.pages, pages, vocabulary)
 
     def begin(self, slot: int, max_length: int, params: DrawParams | None = None) -> None:
         """Give `slot` to a new text of at most `max_length` tokens, prompt included; None draws greedily.

@@ -313,7 +313,7 @@ class Engine:
         config = self.config
         capacity = engine_capacity(self.target, config, self._drafters, self._device, self._longest)
         runner, self.memory_plan = build_runner(self.target, config, self._drafters, capacity, self._device)
-        pool = runner.step.state.pool
+        pool = runner.step.state.page_sets
         host_pages = 0
         if config.host_pool_tokens is not None:
             host_pages = config.host_pool_tokens // config.page_size

@@ -64,7 +64,7 @@ class HostTier:
 
     Args:
         steps: the stream of the steps that read and write the pool.
-        pool: [pages, elements_per_page].
+        pool: [pages, elements], what moves together in a row.
         pages: pages of host memory at most; 0 = there is no host tier.
 
     Attributes:

@@ -89,8 +89,8 @@ class StepInputs:
         row_place: int32 [T], number of the row within its slot, from 0.
         row_token: int32 [T], token id of a prompt's row, -1 = the device's own token at the row's position.
         logit_rows: int32 [R], packed row of each row with logits, -1 = padding.
-        update_at, update_page: int32 [U], entry of the flattened page table and its new value; padding points at the
-            last row of the table, which no slot reads.
+        update_at, update_page: int32 [U], entry of the flattened page tables and its new value; padding points at the
+            last row of the first group's table, which no slot reads.
     """
 
     def __init__(self, sizes: InputSizes, device: torch.device) -> None:
@@ -185,6 +185,7 @@ class InputPacker:
             if len(tokens):
                 views["row_token"][start:end] = tokens
         views["update_at"][:] = sizes.slots * sizes.request_pages
-        views["update_at"][: len(updates)] = [u.slot * sizes.request_pages + u.page for u in updates]
+        entries = [(u.group * (sizes.slots + 1) + u.slot) * sizes.request_pages + u.page for u in updates]
+        views["update_at"][: len(updates)] = entries
         views["update_page"][: len(updates)] = [u.physical for u in updates]
         return row, logit

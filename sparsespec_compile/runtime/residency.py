@@ -23,6 +23,8 @@ class Residency:
         page_size: tokens in a page.
         updates: page-table entries that one iteration can change.
         cycle_tokens: tokens that a cycle can add to a request, k + 1.
+        groups: groups of layers, G. Pages are taken and moved in sets of one for each group: set i of the allocator is
+            the pool's pages G * i + g.
 
     Attributes:
         updates: page-table entries that the iteration under way changes.
@@ -30,7 +32,14 @@ class Residency:
     """
 
     def __init__(
-        self, allocator: PageAllocator, tier: HostTier, *, page_size: int, updates: int, cycle_tokens: int
+        self,
+        allocator: PageAllocator,
+        tier: HostTier,
+        *,
+        page_size: int,
+        updates: int,
+        cycle_tokens: int,
+        groups: int = 1,
     ) -> None:
         self.allocator = allocator
         self.tier = tier
@@ -39,6 +48,7 @@ class Residency:
         self._page_size = page_size
         self._most_updates = updates
         self._cycle_tokens = cycle_tokens
+        self._groups = groups
         self._tabled: dict[Request, int] = {}
         self._moving: dict[Transfer, Request] = {}
         self._offloaded: deque[Request] = deque()
@@ -100,8 +110,12 @@ class Residency:
                 return False
             request.pages = request.pages + pages
         known = self._tabled[request]
-        last = min(needed, known + self._most_updates - len(self.updates))
-        self.updates += [PageUpdate(request.slot, page, request.pages[page]) for page in range(known, last)]
+        last = min(needed, known + (self._most_updates - len(self.updates)) // self._groups)
+        self.updates += [
+            PageUpdate(request.slot, page, request.pages[page] * self._groups + group, group)
+            for page in range(known, last)
+            for group in range(self._groups)
+        ]
         self._tabled[request] = max(known, last)
         return self._tabled[request] >= needed
 

@@ -198,6 +198,7 @@ class Session:
             page_size=config.page_size,
             updates=self._inputs.sizes.updates,
             cycle_tokens=config.most_draft_tokens + 1,
+            groups=len(state.layout.groups),
         )
         phases = Phases(limits.cycle.passes, config.schedule, scored)
         scheduler = Scheduler(limits, residency, phases)

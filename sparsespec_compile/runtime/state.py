@@ -18,7 +18,7 @@ class Capacity:
     Attributes:
         slots: requests that hold a slot together, S.
         tokens: positions of the longest request, N.
-        pages: pages of the KV pool.
+        pages: pages of the KV pool for each group of layers.
         pillars: pillars that a draft reads at most, M.
         score_slots: requests that can be scored in one iteration, C.
     """
@@ -41,12 +41,12 @@ class State:
         tokens: int64 [S + 1, N]. Tokens of prompts, and drawn ones, accepted and drafted, each at its position. Row S
             takes the writes of rows that belong to no request.
         length: int32 [S], positions whose K/V in the pool are exact: written by a prefill or by a verification.
-        page_table: int32 [S + 1, P], physical page of each logical page that the slot's request holds. Row S is never
-            read.
+        page_table: int32 [G, S + 1, P], for each group of layers (`KVLayout.groups`), the page of the pool that holds a
+            logical page of the slot's request. Row S is never read.
         pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers.
         pillar_count: int32 [S], used entries of `pillar_index`.
         recent_start: int32 [S], first position that drafts read densely.
-        pool: [pages, elements_per_page] in the model's dtype.
+        pool: [G * pages, elements_per_page] in the model's dtype.
         scores: float32 [C, H, N], what the pillars of this iteration's verified requests are chosen by.
     """
 
@@ -62,29 +62,38 @@ class State:
         self._memory = device
         self.tokens = device.zeros(slots + 1, capacity.tokens, dtype=torch.int64)
         self.length = ints(slots)
-        self.page_table = ints(slots + 1, request_pages(layout, capacity))
+        self.page_table = ints(len(layout.groups), slots + 1, request_pages(layout, capacity))
         self.pillar_index = ints(slots, heads, capacity.pillars)
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
-        self.pool = device.zeros(capacity.pages, layout.elements_per_page, dtype=dtype)
+        self.pool = device.zeros(*_pool_size(layout, capacity.pages), dtype=dtype)
         self.scores = device.zeros(capacity.score_slots, heads, capacity.tokens, dtype=torch.float32)
 
     def give_pool(self, pages: int) -> None:
         """Replace the pool by one of `pages` pages, before any request holds one."""
-        dtype, elements = self.pool.dtype, self.pool.shape[1]
+        dtype = self.pool.dtype
         self.capacity = replace(self.capacity, pages=pages)
         self.pool = torch.empty(0, dtype=dtype, device=self.device)  # the old one makes room
-        self.pool = self._memory.zeros(pages, elements, dtype=dtype)
+        self.pool = self._memory.zeros(*_pool_size(self.layout, pages), dtype=dtype)
+
+    @property
+    def page_sets(self) -> Tensor:
+        """The pool as [pages, G * elements_per_page]: row i holds pages G * i + g, one for each group g."""
+        return self.pool.view(self.capacity.pages, -1)
 
 
 def request_pages(layout: KVLayout, capacity: Capacity) -> int:
-    """Logical pages of a slot, P."""
-    return -(-capacity.tokens // layout.page_size)
+    """Logical pages of a slot, P: a multiple of 4, so that the page table of each group begins at one of 16 bytes."""
+    return -(-layout.pages_for(capacity.tokens) // 4) * 4
+
+
+def _pool_size(layout: KVLayout, pages: int) -> tuple[int, int]:
+    return len(layout.groups) * pages, layout.elements_per_page
 
 
 def page_bytes(layout: KVLayout, dtype: torch.dtype) -> int:
-    """Bytes of a page of the pool."""
-    return layout.elements_per_page * dtype.itemsize
+    """Bytes of a page for each group of layers."""
+    return len(layout.groups) * layout.elements_per_page * dtype.itemsize
 
 
 def state_bytes(layout: KVLayout, capacity: Capacity, dtype: torch.dtype) -> dict[str, int]:
@@ -95,5 +104,5 @@ def state_bytes(layout: KVLayout, capacity: Capacity, dtype: torch.dtype) -> dic
         "attention scores": 4 * capacity.score_slots * heads * capacity.tokens,
         "pillar index": 4 * capacity.slots * heads * capacity.pillars,
         "tokens and page table": 8 * (capacity.slots + 1) * capacity.tokens
-        + 4 * (capacity.slots + 1) * request_pages(layout, capacity),
+        + 4 * len(layout.groups) * (capacity.slots + 1) * request_pages(layout, capacity),
     }

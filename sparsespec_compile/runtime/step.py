@@ -23,7 +23,7 @@ _VERIFY, _PREFILL = int(Mode.VERIFY), int(Mode.PREFILL)  # torch.compile takes a
 
 Forward = Callable[..., Tensor]
 """The rewritten graph: (input_ids [1, T], position_ids [1, T], logits_to_keep [R], pool, scores, pillar_index,
-*STEP_TENSORS) -> logits [1, R, V]."""
+*STEP_TENSORS) -> logits [1, R, V]. The page table among them is [G, S, P], for each group of layers."""
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What is applied to the functions around the graph, such as `torch.compile`."""
@@ -150,7 +150,7 @@ class Step:
                 inputs.row_start,
                 placed.rows,
                 placed.cached,
-                state.page_table[:-1],
+                state.page_table[:, :-1],
                 placed.score_rows,
                 inputs.score_slot,
                 state.pillar_count,

@@ -34,11 +34,19 @@ class Work(NamedTuple):
 
 
 class PageUpdate(NamedTuple):
-    """An entry of a slot's page table: `physical` is where its logical page `page` lies from now on."""
+    """An entry of a slot's page table: `physical` is the page of the pool where logical page `page` of a group lies.
+
+    Attributes:
+        slot: whose page table.
+        page: logical page, positions `page * page_size` and on.
+        physical: page of the pool.
+        group: number of the group of layers, `KVLayout.group_of`.
+    """
 
     slot: int
     page: int
     physical: int
+    group: int = 0
 
 
 def promise_of(work: Iterable[Work], reads_scores: bool) -> Promise:

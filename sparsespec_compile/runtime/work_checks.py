@@ -46,6 +46,7 @@ class Bounds:
         slots: requests.
         tokens: of a text.
         cycle: rows of a verification, drafts and one more.
+        groups: groups of layers, each with page tables of its own.
         pages: physical pages of the pool.
         request_pages: logical pages of a slot.
         vocabulary: token ids; None if it is not known.
@@ -54,6 +55,7 @@ class Bounds:
     slots: int
     tokens: int
     cycle: int
+    groups: int
     pages: int
     request_pages: int
     vocabulary: int | None
@@ -117,6 +119,7 @@ class Bounds:
             self.check_slot(update.slot)
             _require_range("page", update.page, 0, self.request_pages - 1)
             _require_range("physical", update.physical, 0, self.pages - 1)
+            _require_range("group", update.group, 0, self.groups - 1)
 
 
 def _require_range(name: str, value: Any, low: int, high: int, advice: str = "", where: str = "") -> None:

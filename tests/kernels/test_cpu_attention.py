@@ -97,6 +97,14 @@ class TestPlan:
         with promised(Promise.NOTHING):
             assert plan_of(step) is plan_of(step)
 
+    def test_layers_with_page_tables_of_their_own_take_turns(self) -> None:
+        step, place = self.step(), STEP_TENSORS.index("page_table")
+        other = (*step[:place], step[place].clone(), *step[place + 1 :])
+        with promised(Promise.NOTHING):
+            first, second = plan_of(step), plan_of(other)
+            assert first is not second
+            assert (plan_of(step), plan_of(other)) == (first, second)
+
     def test_another_step_has_its_own(self) -> None:
         step = self.step()
         with promised(Promise.NOTHING):

@@ -39,14 +39,15 @@ def prefill_step(layout: KVLayout, sequences: list[Tensor], slots: int = 3, dtyp
     step["row_count"][used] = lengths
     step["score_rows"][used] = 2
     step["score_slot"][used] = torch.arange(len(sequences), dtype=torch.int32)
-    step["page_table"] = torch.arange(slots * PAGES_PER_REQUEST, dtype=torch.int32).view(slots, -1).flip(0)
+    pages = len(layout.groups) * slots * PAGES_PER_REQUEST
+    step["page_table"] = torch.arange(pages, dtype=torch.int32).view(-1, slots, PAGES_PER_REQUEST).flip(0, 1)
     heads = layout.total_kv_heads
     return Step(
         (
             torch.cat(sequences)[None],
             torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None],
             torch.arange(int(lengths.sum())),
-            torch.zeros(slots * PAGES_PER_REQUEST, layout.elements_per_page, dtype=dtype),
+            torch.zeros(pages, layout.elements_per_page, dtype=dtype),
             torch.zeros(slots, heads, SCORED),
             torch.zeros(slots, heads, PILLARS, dtype=torch.int32),
             *step.values(),

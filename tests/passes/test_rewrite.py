@@ -33,11 +33,14 @@ def test_nothing_is_specialised(bench, family):
     inputs = graph_module.graph.find_nodes(op="placeholder")
     assert tuple(node.target for node in inputs) == (*INPUTS, *STATE_INPUTS, *STEP_TENSORS)
     shapes = {node.target: tuple(node.meta["val"].shape) for node in inputs}
-    free = [shapes["input_ids"][1], shapes["logits_to_keep"][0], shapes["kv_pool"][0], shapes["page_table"][1]]
+    free = [shapes["input_ids"][1], shapes["logits_to_keep"][0], shapes["kv_pool"][0], shapes["page_table"][2]]
     free += [shapes["scores"][0], shapes["scores"][2], shapes["pillar_index"][0], shapes["pillar_index"][2]]
     assert all(isinstance(size, torch.SymInt) for size in free)
     assert len({str(size) for size in free}) == len(free)
     assert shapes["kv_pool"][1] == layout.elements_per_page
+    assert shapes["page_table"][0] == len(layout.groups)
+    (tables,) = (node for node in inputs if node.target == "page_table")
+    assert len(tables.users) == len(layout.groups), "layers of a group share one tensor, which plans are kept by"
     assert shapes["scores"][1] == shapes["pillar_index"][1] == layout.total_kv_heads
     shape_env = inputs[0].meta["val"].fake_mode.shape_env
     ranges = [shape_env.var_to_range[size.node.expr] for size in free[:2]]
@@ -61,9 +64,10 @@ def test_each_layer_writes_its_own_part_of_the_pool_and_of_the_scores(bench):
     with torch.no_grad():
         case.compiled.graph_module(*step.inputs)
     rows = len(case.sequences[1])
-    pages = step.inputs[6 + STEP_TENSORS.index("page_table")][0]
+    tables = step.inputs[6 + STEP_TENSORS.index("page_table")]
+    assert len(tables) == 2
     for index, layer in enumerate(layout.layers):
-        start = layout.page_offset(index)
+        start, pages = layout.page_offset(index), tables[layout.group_of(index), 0]
         part = step.pool[:, start : start + layout.page_elements(index)]
         kv = part.view(-1, layer.kv_heads, layout.page_size, layer.key_dim + layer.value_dim)[pages.long()]
         filled = kv.transpose(1, 2).flatten(0, 1)[: PAGES_PER_REQUEST * layout.page_size].abs().sum((1, 2)) > 0

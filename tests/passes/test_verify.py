@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from sparsespec_compile.kernels.ops import attention_site, dual_mode_attention
+from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
 from sparsespec_compile.passes import pipeline
 from sparsespec_compile.passes.base import GraphPass, PassContext, find_calls
 from sparsespec_compile.passes.capture.capture import capture
@@ -46,9 +46,10 @@ def change_scale(graph_module):
     node.args = (*node.args[:15], 1.0, *node.args[16:])
 
 
-def share_pages(graph_module):
-    first, second = dual_nodes(graph_module)
-    second.args = (*second.args[:3], first.args[3], *second.args[4:])
+def take_another_part_of_the_pool(graph_module):
+    part = dual_nodes(graph_module)[1].args[3].args[0]
+    pool, axis, start, end = part.args
+    part.args = (pool, axis, start + 1, end + 1)
 
 
 def share_scores(graph_module):
@@ -59,6 +60,18 @@ def share_scores(graph_module):
 def scores_as_pillars(graph_module):
     node = dual_nodes(graph_module)[0]
     node.args = (*node.args[:14], node.args[4], *node.args[15:])
+
+
+def share_page_tables(graph_module):
+    first, second = dual_nodes(graph_module)
+    place = 5 + STEP_TENSORS.index("page_table")
+    second.args = (*second.args[:place], first.args[place], *second.args[place + 1 :])
+
+
+def take_all_page_tables(graph_module):
+    node = dual_nodes(graph_module)[0]
+    place = 5 + STEP_TENSORS.index("page_table")
+    node.args = (*node.args[:place], node.args[place].args[0], *node.args[place + 1 :])
 
 
 def swap_step_tensors(graph_module):
@@ -94,10 +107,12 @@ BREAKS = {
     drop_a_layer: "1 attention nodes, the layout 2",
     swap_layers: r"has \(scale, window, softcap, layer\)",
     change_scale: r"has \(scale, window, softcap, layer\)",
-    share_pages: r"must work on kv_pool\[:, \d+:\d+\]",
+    take_another_part_of_the_pool: r"must work on kv_pool\[:, \d+:\d+\]",
     share_scores: r"must work on scores\[:, 2:4\]",
     scores_as_pillars: r"must work on pillar_index\[:, 0:2\]",
-    swap_step_tensors: "takes the step tensors",
+    share_page_tables: r"must take page_table\[0\]",
+    take_all_page_tables: r"must take page_table\[1\]",
+    swap_step_tensors: r"must take request_mode",
     leave_a_site: "must not be in a graph after the attention rewrite",
     swap_inputs: "inputs are",
     write_into_the_pool: r"aten\.zero_.*writes into an input",
@@ -200,7 +215,7 @@ class Sabotage(GraphPass):
         self.change(graph_module)
 
 
-@pytest.mark.parametrize(("change", "strict"), [(share_pages, ""), (wrong_size, "1")])
+@pytest.mark.parametrize(("change", "strict"), [(take_another_part_of_the_pool, ""), (wrong_size, "1")])
 def test_the_pipeline_stops_at_a_broken_pass(monkeypatch, change, strict):
     class Broken(Sabotage):
         pass

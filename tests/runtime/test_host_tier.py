@@ -56,6 +56,16 @@ def test_texts_are_those_of_a_large_pool(toy, moves, draft_tokens, params):
     assert sum(engine.stats.rows_by_iteration) >= engine.stats.tokens
 
 
+def test_pages_of_every_group_of_layers_move_together(moves):
+    toy = Toy(windows=(6, 0, 17, 6))
+    requests = requests_of(LENGTHS, 60)
+    engine = small(toy)
+    texts = run(engine, requests)
+    assert len(engine.target.layout.groups) == 4
+    assert texts == [toy.decode(request) for request in requests]
+    assert moves[True] == moves[False] > 30
+
+
 def test_prompts_are_sent_once(toy, moves):
     """Nothing is computed again: the rows of prompts add up to the prompts."""
     requests = requests_of(LENGTHS, 60)

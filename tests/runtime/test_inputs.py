@@ -26,6 +26,19 @@ def test_page_table_entries_without_work():
     assert (packer._views["row_slot"] == -1).all()
 
 
+def test_each_group_of_layers_has_page_tables_of_its_own():
+    packer = InputPacker(InputSizes(slots=3, rows=7, logits=5, request_pages=4, updates=3))
+    packer.pack([], [PageUpdate(2, 1, 17), PageUpdate(2, 1, 18, group=1), PageUpdate(0, 3, 19, group=2)])
+    tables = torch.full((3, 4, 4), -1, dtype=torch.int32)
+    tables.view(-1)[packer._views["update_at"].tolist()] = torch.from_numpy(packer._views["update_page"])
+    assert {place: int(tables[place]) for place in ((0, 2, 1), (1, 2, 1), (2, 0, 3))} == {
+        (0, 2, 1): 17,
+        (1, 2, 1): 18,
+        (2, 0, 3): 19,
+    }
+    assert int((tables >= 0).sum()) == 3
+
+
 def test_what_is_packed_is_what_the_step_reads():
     sizes = InputSizes(slots=3, rows=7, logits=5, request_pages=3, updates=2)
     packer, inputs = InputPacker(sizes), StepInputs(sizes, torch.device("cpu"))

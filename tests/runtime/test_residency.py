@@ -36,6 +36,21 @@ def test_no_more_leave_than_must():
     assert residency.pages_offloaded == HELD
 
 
+def test_each_group_of_layers_gets_a_page_of_a_set():
+    tier = HostTier(CpuDevice().stream(), torch.zeros(8, 1), 0)
+    residency = Residency(PageAllocator(8), tier, page_size=4, updates=7, cycle_tokens=2, groups=3)
+    request = Request([1] * 8, 4, slot=1)
+    assert residency.admits(request, [])
+    residency.begin_iteration([request])
+    assert residency.covers(request, 8)
+    first, second = request.pages[:2]
+    wanted = [(1, page, 3 * number + group, group) for page, number in enumerate((first, second)) for group in range(3)]
+    assert [tuple(update) for update in residency.updates] == wanted
+    assert not residency.covers(request, 12), "one entry is left, and a page needs three"
+    residency.begin_iteration([request])
+    assert residency.covers(request, 12)
+
+
 def test_nobody_overtakes_a_request_that_waits_in_host_memory():
     residency, held = residents(4)
     residency.begin_iteration(held)

@@ -333,7 +333,20 @@ class TestCapturedStep:
         (request,) = requests_of((7,), 12)
         moved = [PageUpdate(0, page, 31 - page) for page in range(5)]
         assert self.decode(step, request, moved) == toy.decode(request)
-        assert step.state.page_table[0, :5].tolist() == [31, 30, 29, 28, 27]
+        assert step.state.page_table[0, 0, :5].tolist() == [31, 30, 29, 28, 27]
+
+    def test_groups_of_layers_have_pages_of_their_own(self):
+        """A window's pages may be given back when no row can see them any more, here to the same request."""
+        toy = Toy(windows=(0, 6, 6))
+        step = toy.engine(draft_tokens=4, page_size=4).capture(2, 64)
+        assert step.state.page_table.shape[0] == 3
+        assert len(step.state.page_table[:, :2].unique()) == 3 * 2 * 16
+        (request,) = requests_of((30,), 12)
+        second = step.state.page_table[1, 0, :4].tolist()
+        again = [PageUpdate(0, 8 + page, physical, group=1) for page, physical in enumerate(second)]
+        assert self.decode(step, request, again) == toy.decode(request)
+        with pytest.raises(ConfigError, match="group must be an integer from 0 to 2, got 3"):
+            step.fill([], [PageUpdate(0, 0, 0, group=3)])
 
     def test_inputs_and_results_are_static(self, toy):
         step = toy.engine(draft_tokens=4).capture(3, 64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.kernels.ops import draw_tokens
+from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.device.interface import Device
@@ -62,13 +62,24 @@ class Toy:
 
         def run(input_ids, position_ids, logits_to_keep, pool, scores, pillar_index, *step):
             hidden = self._embed(input_ids[0], position_ids[0])
+            place = STEP_TENSORS.index("page_table")
+            steps = [(*step[:place], table, *step[place + 1 :]) for table in step[place]]
             for i, layer in enumerate(layout.layers):
                 q, k, v = self._project(i, hidden)
                 start = layout.page_offset(i)
                 kv = pool[:, start : start + layout.page_elements(i)].view(-1, KV_HEADS, page_size, 2 * HEAD)
                 heads = slice(layout.head_offset(i), layout.head_offset(i) + KV_HEADS)
                 mixed = torch.ops.sparsespec.dual_mode_attention(
-                    q, k, v, kv, scores[:, heads], *step, pillar_index[:, heads], layer.scale, layer.window, 0.0
+                    q,
+                    k,
+                    v,
+                    kv,
+                    scores[:, heads],
+                    *steps[layout.group_of(i)],
+                    pillar_index[:, heads],
+                    layer.scale,
+                    layer.window,
+                    0.0,
                 )
                 hidden = hidden + mixed.flatten(1) @ self.out[i]
             return (torch.nn.functional.layer_norm(hidden[logits_to_keep], (HIDDEN,)) @ self.head)[None]

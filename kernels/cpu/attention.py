@@ -249,9 +249,11 @@ def _over_pillars(layer: _Layer, request: Request, q: Tensor, first: int, positi
         pillar = pillar.masked_fill(
             hidden, position
         )  # what stands there the row sees anyway, so that it spoils nothing
-    at = torch.cat((pillar, torch.arange(first, position + 1, dtype=pillar.dtype).expand(kv.shape[1], -1)), 1)
+    at = torch.cat(
+        (pillar, torch.arange(first, position + 1, dtype=pillar.dtype, device="cpu").expand(kv.shape[1], -1)), 1
+    )
     page = layer.plan.table(request.slot)[at // page_size]
-    head = torch.arange(kv.shape[1])[:, None]
+    head = torch.arange(kv.shape[1], device="cpu")[:, None]
     token = kv[page, head, at % page_size].to(layer.dtype)
     keys, values = token[..., :key_dim], token[..., key_dim:]
     if hidden is None:
@@ -281,8 +283,8 @@ def _logits(layer: _Layer, q: Tensor, keys: Tensor, first: int, position: int) -
 
 def _visible(layer: _Layer, position: int, end: int, beginning: int, rows: int | None = None) -> Tensor:
     """Which of the positions ``beginning`` .. ``end - 1`` rows from ``position`` on see: [rows, end - beginning]."""
-    row = torch.arange(position, end if rows is None else position + rows)[:, None]
-    key = torch.arange(beginning, end)
+    row = torch.arange(position, end if rows is None else position + rows, device="cpu")[:, None]
+    key = torch.arange(beginning, end, device="cpu")
     visible = key <= row
     return visible & (key > row - layer.window) if layer.window else visible
 

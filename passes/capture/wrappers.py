@@ -26,6 +26,9 @@ HARMLESS_HOOKS = frozenset(
 """Module and name of hooks that change no value: they note outputs that were asked for, let gradients through to the
 inputs, or follow which module runs."""
 
+NOISE_HOOKS = frozenset({("transformers.integrations.neftune", "neftune_post_forward_hook")})
+"""Module and name of hooks that add noise to values in training mode, and otherwise change none."""
+
 
 def hooks_of(module: nn.Module) -> list[object]:
     """A module's hooks around its forward pass that may change values, in the order in which they run."""
@@ -37,14 +40,24 @@ def global_hooks() -> list[object]:
     return [hook for hook in global_forward_hooks() if not is_harmless(hook)]
 
 
+def adds_noise_in_training(module: nn.Module) -> bool:
+    """Whether a module has one of `NOISE_HOOKS`."""
+    return any(_is_one_of(NOISE_HOOKS, hook) for hook in forward_hooks(module))
+
+
 def is_harmless(hook: object) -> bool:
-    """Whether a hook is one of `HARMLESS_HOOKS`: it has the name, and was defined in that very module."""
+    """Whether a hook changes no value in evaluation mode: it is one of `HARMLESS_HOOKS` or `NOISE_HOOKS`."""
+    return _is_one_of(HARMLESS_HOOKS | NOISE_HOOKS, hook)
+
+
+def _is_one_of(known: frozenset[tuple[str, str]], hook: object) -> bool:
+    """Whether a hook has one of these names, and was defined in that very module."""
     function = getattr(hook, "__func__", hook)
     if not isinstance(function, FunctionType):
         return False
     name = str(function.__globals__.get("__name__"))
     defined = sys.modules.get(name)
-    return (name, function.__name__) in HARMLESS_HOOKS and defined is not None and vars(defined) is function.__globals__
+    return (name, function.__name__) in known and defined is not None and vars(defined) is function.__globals__
 
 
 def own_forward(module: nn.Module) -> object:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ..capture.interface import model_configs
-from ..capture.wrappers import check_precision, global_hooks, hooks_of, own_forward
+from ..capture.wrappers import adds_noise_in_training, check_precision, global_hooks, hooks_of, own_forward
 from ..compat import implementing_functions
 from ..errors import StaleParametersError, TrainingModeError
 from .readings import PLAIN, Freezer, Group, Place, attribute_names, describe, difference, package, place, underlying
@@ -209,6 +209,8 @@ def _randomness(module: nn.Module, names: Iterable[str]) -> str | None:
         return f"p={module.p}" if module.p > 0 else None
     if isinstance(module, _BATCH_NORM):
         return "statistics of the batch"
+    if adds_noise_in_training(module):
+        return "NEFTune's noise"
     own = vars(module)
     rates = ((name, own.get(name)) for name in names)
     return next((f"{name}={rate}" for name, rate in rates if isinstance(rate, float) and rate > 0), None)

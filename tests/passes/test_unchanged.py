@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
+from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
@@ -430,6 +431,20 @@ def test_dropout_of_an_adapter_and_rates_in_attributes_count_in_training_mode():
     model.model.layers[0].self_attn.attention_dropout = 0.25
     with pytest.raises(TrainingModeError, match=r"layers\.0\.self_attn .* attention_dropout=0\.25"):
         record.require()
+
+
+def test_noise_of_a_trainer_counts_in_training_mode():
+    model = tiny("llama")
+    record = ModelRecord(model)
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = 5.0
+    handle = embedding.register_forward_hook(neftune_post_forward_hook)
+    record.require()
+    model.train()
+    with pytest.raises(TrainingModeError, match=r"embed_tokens .* NEFTune's noise"):
+        record.require()
+    handle.remove()
+    record.require()
 
 
 class ConvertOutputsToFp32:

@@ -61,7 +61,7 @@ def poison_what_is_given_back(monkeypatch, engine):
         assert len(set(allocator._free)) == len(allocator._free), "a page was given back twice"
         session = engine._session
         if session is not None and allocator is session._scheduler.residency.allocator:
-            pool, pages = session.state.pool, list(pages)
+            pool, pages = session._tier._pool, list(pages)  # what moves together is a row
             engine._stream.run(partial(pool.__setitem__, pages, math.nan))
         if session is not None and allocator is session._tier._free:
             for page in pages:

@@ -102,7 +102,7 @@ def build_runner(
             raise
         raise PoolTooSmallError(
             f"No memory for the state of {capacity.slots} requests of up to {capacity.tokens} tokens and a KV pool "
-            f"of {capacity.pages * config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
+            f"of {capacity.pages} pages of {config.page_size} tokens. Lower SpecConfig.max_requests or pool_tokens, or "
             "max_new_tokens."
         ) from error
     return StepRunner(step, graphs, fewest_rows=target.fewest_rows), plan

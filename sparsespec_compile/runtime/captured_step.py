@@ -53,7 +53,7 @@ class CapturedStep:
         own = torch.arange(slots * pages * groups, dtype=torch.int32, device=self.state.device)
         self.state.page_table[:, :slots, :pages] = own.view(slots, pages, groups).permute(2, 0, 1)
         capacity, cycle = self.state.capacity, self.results.logprobs.shape[1]
-        self._bounds = Bounds(slots, capacity.tokens, cycle, groups, groups * capacity.pages, pages, vocabulary)
+        self._bounds = Bounds(slots, capacity.tokens, cycle, groups, capacity.pages, pages, vocabulary)
 
     def begin(self, slot: int, max_length: int, params: DrawParams | None = None) -> None:
         """Give `slot` to a new text of at most `max_length` tokens, prompt included; None draws greedily.

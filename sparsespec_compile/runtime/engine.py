@@ -194,7 +194,8 @@ class Engine:
 
     def capture(self, max_requests: int, max_length: int, vocabulary: int | None = None) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine; see `CapturedStep`."""
-        pages = max(max_requests, 2) * -(-max_length // self.config.page_size)
+        layout = self.target.layout
+        pages = max(max_requests, 2) * len(layout.groups) * layout.pages_for(max(max_length, 2))
         capacity = capacity_for(self.config, self._drafters, max_requests, max_length, pages)
         with torch.inference_mode(False):
             runner, plan = build_runner(self.target, self.config, self._drafters, capacity, self._device)
@@ -313,10 +314,10 @@ class Engine:
         config = self.config
         capacity = engine_capacity(self.target, config, self._drafters, self._device, self._longest)
         runner, self.memory_plan = build_runner(self.target, config, self._drafters, capacity, self._device)
-        pool = runner.step.state.page_sets
+        pool = runner.step.state.pool
         host_pages = 0
         if config.host_pool_tokens is not None:
-            host_pages = config.host_pool_tokens // config.page_size
+            host_pages = config.host_pool_tokens // config.page_size * len(self.target.layout.groups)
         elif self._device.memory is not None:  # else the pool lies in host memory itself
             host_pages = int(available_host_bytes() * _HOST_TIER_SHARE) // (pool.shape[1] * pool.itemsize)
         self._chooser = self._chooser or chooser_for(config, self.target.iteration_time)

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsespec_compile.runtime.device.interface import Event, Stream
-from sparsespec_compile.runtime.pool import PageAllocator
+from sparsespec_compile.runtime.page_pool import PagePool
 
 _BLOCK_BYTES = 2**24
 """Host memory is taken in blocks of at most this size, or of one page, which never move."""
@@ -79,7 +79,7 @@ class HostTier:
         self._block_pages = max(1, min(pages, _BLOCK_BYTES // (pool.shape[1] * pool.itemsize)))
         self._blocks: list[Tensor] = []
         self._coming: Future[Tensor] | None = None
-        self._free = PageAllocator(0)
+        self._free = PagePool(0)
         self._longest = 0
         self._moving: deque[Transfer] = deque()
 
@@ -131,7 +131,7 @@ class HostTier:
         self.wait()
         self._longest = 0
         self._moving.clear()
-        self._free = PageAllocator(self._free.pages)
+        self._free = PagePool(self._free.pages)
 
     def _begin(self, device_pages: list[int], host_pages: list[int], *, to_host: bool) -> Transfer:
         # Steps under way still write: a leaving request's own tokens, or, into pages that a request which has just

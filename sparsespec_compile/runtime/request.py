@@ -21,6 +21,33 @@ class Place(Enum):
     RETURNING = "on the way back"
 
 
+@dataclass
+class PageTable:
+    """A request's pages in one group of layers.
+
+    Attributes:
+        first: logical page of the first page held; those before it were given back.
+        pages: page of the pool, or of host memory, of each logical page from `first` on.
+        tabled: logical pages below this are right in the page table on the device, as far as they are held.
+    """
+
+    first: int = 0
+    pages: list[int] = field(default_factory=list)
+    tabled: int = 0
+
+    @property
+    def end(self) -> int:
+        """Logical page behind the last one held."""
+        return self.first + len(self.pages)
+
+    def drop_before(self, page: int) -> list[int]:
+        """Give back the logical pages before `page`."""
+        count = min(max(page - self.first, 0), len(self.pages))
+        dropped, self.pages = self.pages[:count], self.pages[count:]
+        self.first += count
+        return dropped
+
+
 class FinishReason(str, Enum):
     """Why a text ended."""
 
@@ -76,7 +103,8 @@ class Request:
         error: what failed, with `FinishReason.ERROR`; None otherwise.
         slot: row in the state tensors, -1 while waiting or done.
         place: where its K/V are.
-        pages: pages of the pool that it holds, or that hold it in host memory.
+        page_tables: for each group of layers, the pages of the pool that it holds, or those that hold it in host
+            memory.
         prefilled: prompt tokens that were sent to the device.
         phase: it verifies in the iterations for which `Phases.at` gives this; None before.
         drafted: drafts of the cycle under way.
@@ -99,7 +127,7 @@ class Request:
     error: Exception | None = None
     slot: int = -1
     place: Place = Place.NOWHERE
-    pages: list[int] = field(default_factory=list)
+    page_tables: tuple[PageTable, ...] = ()
     prefilled: int = 0
     phase: int | None = None
     drafted: int = 0
@@ -128,6 +156,15 @@ class Request:
     def cached(self) -> int:
         """Positions with exact K/V, as far as results have been read: all but the newest token."""
         return len(self.prompt) + len(self.output) - 1 if self.output else self.prefilled
+
+    @property
+    def pages_held(self) -> int:
+        """Pages that it holds, in all groups of layers."""
+        return sum(len(table.pages) for table in self.page_tables)
+
+    def all_pages(self) -> list[int]:
+        """The pages that it holds, one group of layers after the other."""
+        return [page for table in self.page_tables for page in table.pages]
 
     @property
     def reach(self) -> int:

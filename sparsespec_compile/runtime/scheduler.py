@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.drafters import Cycle
+from sparsespec_compile.runtime.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.phases import Phases
 from sparsespec_compile.runtime.request import FinishReason, Place, Request
-from sparsespec_compile.runtime.residency import Residency
 from sparsespec_compile.runtime.work import Work
 
 
@@ -43,9 +43,9 @@ class Scheduler:
         cycle: what requests do from one verification to the next; see `set_cycle`.
     """
 
-    def __init__(self, limits: Limits, residency: Residency, phases: Phases) -> None:
+    def __init__(self, limits: Limits, kv_cache: KVCacheManager, phases: Phases) -> None:
         self.limits = limits
-        self.residency = residency
+        self.kv_cache = kv_cache
         self.phases = phases
         self.iteration = 0
         self.cycle = limits.cycle
@@ -63,7 +63,7 @@ class Scheduler:
     def admit(self) -> list[Request]:
         """Move waiting requests into free slots, in order, as long as there is room for their pages."""
         admitted = []
-        while self.waiting and self._free_slots and self.residency.admits(self.waiting[0], self.running):
+        while self.waiting and self._free_slots and self.kv_cache.admit(self.waiting[0], self.running):
             request = self.waiting.popleft()
             request.slot = self._free_slots.pop()
             self.running.append(request)
@@ -72,7 +72,7 @@ class Scheduler:
 
     def plan(self) -> list[tuple[Request, Work]]:
         """The work of the next iteration; empty when no request can do anything until pages have moved."""
-        self.residency.begin_iteration(self.running)
+        self.kv_cache.begin_iteration(self.running)
         here = [request for request in self.running if request.place is Place.DEVICE]
         prompts = [request for request in here if request.prefilling]
         # Requests that verify come first, and could fill the score buffer in every iteration: no prompt would end.
@@ -119,7 +119,7 @@ class Scheduler:
     def clear(self) -> None:
         """Drop every request, running or waiting."""
         self.waiting.clear()
-        self.residency.clear()
+        self.kv_cache.clear()
         for request in list(self.running):
             self._release(request)
 
@@ -127,7 +127,7 @@ class Scheduler:
         self.running.remove(request)
         self._free_slots.append(request.slot)
         request.slot = -1
-        self.residency.release(request)
+        self.kv_cache.release(request)
 
     def _decode(self, request: Request, phase: int) -> Work | None:
         cycle, drafts = self.cycle, request.drafted
@@ -140,7 +140,7 @@ class Scheduler:
         if due and full and drafts < longest and not stale:
             due = False
         rows = max(drafts, cycle.proposed) + 1
-        if not self.residency.covers(request, min(request.max_length, request.reach + rows)):
+        if not self.kv_cache.cover(request, min(request.max_length, request.reach + rows)):
             return None
         if not due:
             request.drafted += 1
@@ -161,7 +161,7 @@ class Scheduler:
             waits = last and self.cycle.drafter.keeps_index and self._scored == self.limits.scored
             if rows == 0 or waits:
                 continue
-            if not self.residency.covers(request, first + rows):
+            if not self.kv_cache.cover(request, first + rows):
                 continue
             left -= rows
             request.prefilled = first + rows

@@ -22,10 +22,9 @@ from sparsespec_compile.runtime.drafters import Drafter, cycles_of
 from sparsespec_compile.runtime.frames import Flight
 from sparsespec_compile.runtime.host_tier import HostTier
 from sparsespec_compile.runtime.inputs import InputPacker
+from sparsespec_compile.runtime.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases
-from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.residency import Residency
 from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 from sparsespec_compile.runtime.state import State
 from sparsespec_compile.runtime.stats import Stats, StatsRecorder
@@ -83,8 +82,8 @@ class Session:
     @property
     def pool_share(self) -> float:
         """Share of the pool's pages in use."""
-        allocator = self._scheduler.residency.allocator
-        return 1 - allocator.free / max(allocator.pages, 1)
+        pool = self._scheduler.kv_cache.pool
+        return 1 - pool.free / max(pool.pages, 1)
 
     def restart(self) -> Stats:
         """Count anew, for requests to come; nothing is running. Returns the new counts, which go on changing."""
@@ -97,20 +96,22 @@ class Session:
 
     def require_room(self, requests: Sequence[Request]) -> None:
         """Raises PoolTooSmallError for a request that the state can never hold."""
-        state, page_size = self.state, self._config.page_size
-        longest = max(request.max_length for request in requests)
-        held = state.capacity.pages * page_size
-        if longest > held:
+        longest = max(requests, key=lambda request: request.max_length)
+        needs, kv_cache = (
+            f"A request of {longest.max_length} tokens, prompt and max_new_tokens",
+            self._scheduler.kv_cache,
+        )
+        if not kv_cache.fits(longest):
             raise PoolTooSmallError(
-                f"A request needs {longest} tokens (prompt and max_new_tokens together), the KV pool holds "
-                f"{held}. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
+                f"{needs}, needs {kv_cache.largest(longest)} pages of KV, the pool holds {kv_cache.pool.pages}. Lower "
+                "max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
                 + ("." if self._config.pool_tokens is not None else " above what fits the device's free memory.")
             )
-        if longest > state.capacity.tokens:
+        if longest.max_length > self.state.capacity.tokens:
             raise PoolTooSmallError(
-                f"A request needs {longest} tokens (prompt and max_new_tokens together), the engine's state was sized "
-                f"for texts of {state.capacity.tokens}. Lower max_new_tokens, shorten the prompt, or set "
-                "SpecConfig.max_length. (A text beyond the model's positions may start while no other is running.)"
+                f"{needs}, is longer than the {self.state.capacity.tokens} that the engine's state has room for. Lower "
+                "max_new_tokens, shorten the prompt, or set SpecConfig.max_length. (A text beyond the model's "
+                "positions may start while no other is running.)"
             )
 
     def prepare(self, requests: int) -> None:
@@ -147,7 +148,7 @@ class Session:
             self._packer.admit(request.slot, request.max_length, request.params)
         work = self._scheduler.plan()
         outputs: list[Output] = []
-        if work or self._scheduler.residency.updates:
+        if work or self._scheduler.kv_cache.updates:
             outputs += self._enqueue(work)
         self._recorder.stats.host_seconds += time.perf_counter() - started
         if len(self._flight) == self._flight.depth or (not work and len(self._flight)):
@@ -164,14 +165,14 @@ class Session:
 
     def settle(self) -> None:
         """Finish after the last request: write the pages still in use into the counts, then give all of them back."""
-        stats, residency = self._recorder.stats, self._scheduler.residency
-        stats.pages_offloaded = residency.pages_offloaded
-        stats.pages_held = residency.allocator.pages - residency.allocator.free + residency.tier.held
+        stats, kv_cache = self._recorder.stats, self._scheduler.kv_cache
+        stats.pages_offloaded = kv_cache.pages_offloaded
+        stats.pages_held = kv_cache.pool.pages - kv_cache.pool.free + kv_cache.tier.held
         for request in list(self._added):
             self.cancel(request)
         while len(self._flight):
             self._land()
-        residency.clear()
+        kv_cache.clear()
 
     def reset(self) -> None:
         """Drop every request and forget what was under way, as after an iteration that failed in the middle."""
@@ -192,23 +193,23 @@ class Session:
         scored = state.capacity.score_slots if reads_scores else state.capacity.slots
         slots = min(state.capacity.slots, config.max_requests)  # a state has room for two at least
         limits = Limits(slots, cycles_of(config)[-1], config.prefill_chunk, scored)
-        residency = Residency(
-            PageAllocator(state.capacity.pages),
+        kv_cache = KVCacheManager(
+            state.layout,
+            state.capacity.pages,
             self._tier,
-            page_size=config.page_size,
             updates=self._inputs.sizes.updates,
             cycle_tokens=config.most_draft_tokens + 1,
-            groups=len(state.layout.groups),
+            prefill_chunk=config.prefill_chunk,
         )
         phases = Phases(limits.cycle.passes, config.schedule, scored)
-        scheduler = Scheduler(limits, residency, phases)
+        scheduler = Scheduler(limits, kv_cache, phases)
         if self._chooser is not None:
             scheduler.set_cycle(self._chooser.current)
         return scheduler
 
     def _watch(self, work: list[tuple[Request, Work]], outputs: list[Output]) -> None:
         prefilled = any(item.mode == Mode.PREFILL for _, item in work)
-        if outputs or prefilled or self._scheduler.residency.moving or not self._scheduler.busy:
+        if outputs or prefilled or self._scheduler.kv_cache.moving or not self._scheduler.busy:
             self._idle_iterations = 0
             return
         self._idle_iterations += 1
@@ -223,7 +224,7 @@ class Session:
         promise = promise_of((item for _, item in work), self._runner.step.reads_scores)
         wants_logprobs = any(request.logprobs for request, _ in work)
         variant = Variant(wants_logprobs, promise)
-        rows, logits = self._packer.pack([item for _, item in work], self._scheduler.residency.updates)
+        rows, logits = self._packer.pack([item for _, item in work], self._scheduler.kv_cache.updates)
         frame = self._flight.take()
         frame.work, frame.cycle = work, self._scheduler.cycle
         frame.upload(self._packer.flat, self._inputs.flat)
@@ -302,9 +303,9 @@ class Session:
 
     def _unblock(self) -> list[Output]:
         """Nothing can be planned and nothing is under way: wait for pages to move, or end a request."""
-        residency = self._scheduler.residency
-        if residency.moving:
-            residency.tier.wait()
+        kv_cache = self._scheduler.kv_cache
+        if kv_cache.moving:
+            kv_cache.tier.wait()
         else:
             request = self._scheduler.give_up()
             if request is not None:

@@ -12,6 +12,7 @@ from sparsespec_compile.runtime.build import Target, capacity_for
 from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.drafters import Drafter
 from sparsespec_compile.runtime.host_tier import available_host_bytes
+from sparsespec_compile.runtime.kv_cache import most_pages
 from sparsespec_compile.runtime.state import POOL, Capacity, page_bytes, state_bytes
 
 _DEFAULT_LENGTH = 32768
@@ -61,7 +62,7 @@ def usable_bytes(device: Device, config: SpecConfig) -> int:
 
 
 def _capacity(layout: KVLayout, config: SpecConfig, drafters: Sequence[Drafter], length: int) -> Capacity:
-    pages = config.max_requests * -(-length // layout.page_size)
+    pages = config.max_requests * most_pages(layout, length, config.most_draft_tokens + 1, config.prefill_chunk)
     if config.pool_tokens is not None:
-        pages = config.pool_tokens // layout.page_size
+        pages = config.pool_tokens // layout.page_size * len(layout.groups)
     return capacity_for(config, drafters, config.max_requests, length, pages)

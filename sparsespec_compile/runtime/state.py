@@ -18,7 +18,7 @@ class Capacity:
     Attributes:
         slots: requests that hold a slot together, S.
         tokens: positions of the longest request, N.
-        pages: pages of the KV pool for each group of layers.
+        pages: pages of the KV pool, of all groups of layers together.
         pillars: pillars that a draft reads at most, M.
         score_slots: requests that can be scored in one iteration, C.
     """
@@ -46,7 +46,7 @@ class State:
         pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers.
         pillar_count: int32 [S], used entries of `pillar_index`.
         recent_start: int32 [S], first position that drafts read densely.
-        pool: [G * pages, elements_per_page] in the model's dtype.
+        pool: [pages, elements_per_page] in the model's dtype.
         scores: float32 [C, H, N], what the pillars of this iteration's verified requests are chosen by.
     """
 
@@ -66,20 +66,15 @@ class State:
         self.pillar_index = ints(slots, heads, capacity.pillars)
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
-        self.pool = device.zeros(*_pool_size(layout, capacity.pages), dtype=dtype)
+        self.pool = device.zeros(capacity.pages, layout.elements_per_page, dtype=dtype)
         self.scores = device.zeros(capacity.score_slots, heads, capacity.tokens, dtype=torch.float32)
 
     def give_pool(self, pages: int) -> None:
         """Replace the pool by one of `pages` pages, before any request holds one."""
-        dtype = self.pool.dtype
+        dtype, elements = self.pool.dtype, self.pool.shape[1]
         self.capacity = replace(self.capacity, pages=pages)
         self.pool = torch.empty(0, dtype=dtype, device=self.device)  # the old one makes room
-        self.pool = self._memory.zeros(*_pool_size(self.layout, pages), dtype=dtype)
-
-    @property
-    def page_sets(self) -> Tensor:
-        """The pool as [pages, G * elements_per_page]: row i holds pages G * i + g, one for each group g."""
-        return self.pool.view(self.capacity.pages, -1)
+        self.pool = self._memory.zeros(pages, elements, dtype=dtype)
 
 
 def request_pages(layout: KVLayout, capacity: Capacity) -> int:
@@ -87,13 +82,9 @@ def request_pages(layout: KVLayout, capacity: Capacity) -> int:
     return -(-layout.pages_for(capacity.tokens) // 4) * 4
 
 
-def _pool_size(layout: KVLayout, pages: int) -> tuple[int, int]:
-    return len(layout.groups) * pages, layout.elements_per_page
-
-
 def page_bytes(layout: KVLayout, dtype: torch.dtype) -> int:
-    """Bytes of a page for each group of layers."""
-    return len(layout.groups) * layout.elements_per_page * dtype.itemsize
+    """Bytes of a page of the pool."""
+    return layout.elements_per_page * dtype.itemsize
 
 
 def state_bytes(layout: KVLayout, capacity: Capacity, dtype: torch.dtype) -> dict[str, int]:

@@ -12,7 +12,7 @@ import pytest
 
 from sparsespec_compile.runtime.frames import Flight, Frame
 from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.pool import PageAllocator
+from sparsespec_compile.runtime.page_pool import PagePool
 from sparsespec_compile.runtime.request import FinishReason, Request
 from sparsespec_compile.runtime.sampling import DrawParams
 
@@ -54,20 +54,21 @@ def load(target: Toy, source: Toy) -> None:
 
 def poison_what_is_given_back(monkeypatch, engine):
     """Fill pages with NaN: those of the pool behind the steps enqueued so far, those of host memory at once."""
-    release = PageAllocator.release
+    release = PagePool.release
 
     def poisoned(allocator, pages):
+        pages = list(pages)
         release(allocator, pages)
         assert len(set(allocator._free)) == len(allocator._free), "a page was given back twice"
+        assert min(allocator._holders, default=0) >= 0
         session = engine._session
-        if session is not None and allocator is session._scheduler.residency.allocator:
-            pool, pages = session._tier._pool, list(pages)  # what moves together is a row
-            engine._stream.run(partial(pool.__setitem__, pages, math.nan))
+        if session is not None and allocator is session._scheduler.kv_cache.pool:
+            engine._stream.run(partial(session.state.pool.__setitem__, pages, math.nan))
         if session is not None and allocator is session._tier._free:
             for page in pages:
                 session._tier._page(page).fill_(math.nan)
 
-    monkeypatch.setattr(PageAllocator, "release", poisoned)
+    monkeypatch.setattr(PagePool, "release", poisoned)
 
 
 class Play:
@@ -116,9 +117,9 @@ class Play:
             whole = self._call(requests, self._never if last else ends)
             for request in requests:
                 self._check(request, TEXTS.of(toy, request), whole=whole)
-            residency = self.engine._session._scheduler.residency
-            assert residency.allocator.free == residency.allocator.pages
-            assert residency.tier.held == 0
+            kv_cache = self.engine._session._scheduler.kv_cache
+            assert kv_cache.pool.free == kv_cache.pool.pages
+            assert kv_cache.tier.held == 0
 
     def _request(self) -> Request:
         chance = self.chance

@@ -83,18 +83,17 @@ def test_everything_is_free_afterwards(toy):
         while session.busy:
             session.advance()
         scheduler = session._scheduler
-        assert scheduler.residency.allocator.free == scheduler.residency.allocator.pages == 24
-        assert scheduler.residency.tier.held == 0
+        assert scheduler.kv_cache.pool.free == scheduler.kv_cache.pool.pages == 24
+        assert scheduler.kv_cache.tier.held == 0
         assert sorted(scheduler._free_slots) == list(range(8))
-        assert not scheduler.residency._tabled
 
 
 def test_requests_return_in_the_order_in_which_they_left(toy, monkeypatch):
     left, returned = [], []
     engine = small(toy)
     with stepping(engine, requests_of(LENGTHS, 60)) as session:
-        residency = session._scheduler.residency
-        send_away, arrive = residency._send_away, residency._arrive
+        kv_cache = session._scheduler.kv_cache
+        send_away, arrive = kv_cache._send_away, kv_cache._arrive
 
         def note_leaving(request):
             sent = send_away(request)
@@ -102,12 +101,12 @@ def test_requests_return_in_the_order_in_which_they_left(toy, monkeypatch):
             return sent
 
         def note_arrival(transfer):
-            request = residency._moving[transfer]
+            request = kv_cache._moving[transfer]
             arrive(transfer)
             returned.extend([request] * (request.place is Place.DEVICE))
 
-        monkeypatch.setattr(residency, "_send_away", note_leaving)
-        monkeypatch.setattr(residency, "_arrive", note_arrival)
+        monkeypatch.setattr(kv_cache, "_send_away", note_leaving)
+        monkeypatch.setattr(kv_cache, "_arrive", note_arrival)
         while session.busy:
             session.advance()
     assert len(left) > 3
@@ -283,9 +282,9 @@ def test_cancelled_wherever_it_is(toy, monkeypatch, place):
                 if taken is not None:
                     session.cancel(taken)
             session.advance()
-        residency = session._scheduler.residency
-        assert residency.allocator.free == residency.allocator.pages
-        assert residency.tier.held == 0
+        kv_cache = session._scheduler.kv_cache
+        assert kv_cache.pool.free == kv_cache.pool.pages
+        assert kv_cache.tier.held == 0
     assert taken is not None
     assert taken.finish_reason is FinishReason.CANCELLED
     for request, expected in zip(requests, requests_of(LENGTHS, 60), strict=True):

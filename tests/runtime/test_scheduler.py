@@ -4,13 +4,13 @@ import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.drafters import cycles_of
 from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.phases import Phases
-from sparsespec_compile.runtime.pool import PageAllocator
 from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.residency import Residency
 from sparsespec_compile.runtime.scheduler import Limits, Scheduler
 
 DRAFTS, SCORED = 3, 2
@@ -19,16 +19,11 @@ CYCLES = cycles_of(SpecConfig(draft_tokens="auto"))
 
 def scheduler(prefill_chunk=64, updates=100, slots=8):
     """At most two requests are scored in an iteration; the pool has room for all, and there is no host tier."""
-    pages = PageAllocator(500)
-    residency = Residency(
-        pages,
-        HostTier(CpuDevice().stream(), torch.zeros(500, 1), 0),
-        page_size=1,
-        updates=updates,
-        cycle_tokens=DRAFTS + 1,
-    )
+    layout = KVLayout((AttentionLayer(0, 1, 1, 1, 1, 1.0, 0, 0.0),), page_size=1)
+    tier = HostTier(CpuDevice().stream(), torch.zeros(500, 1), 0)
+    kv_cache = KVCacheManager(layout, 500, tier, updates=updates, cycle_tokens=DRAFTS + 1, prefill_chunk=prefill_chunk)
     limits = Limits(slots=slots, cycle=CYCLES[DRAFTS], prefill_chunk=prefill_chunk, scored=SCORED)
-    return Scheduler(limits, residency, Phases(DRAFTS, "balanced", SCORED))
+    return Scheduler(limits, kv_cache, Phases(DRAFTS, "balanced", SCORED))
 
 
 def admitted(made, *lengths):
@@ -140,9 +135,9 @@ def test_a_request_whose_page_table_is_not_up_to_date_sits_out():
     sent = []
     for _ in range(3):
         sent.append([item.rows for item in planned(made).values()])
-        assert len(made.residency.updates) <= 4
+        assert len(made.kv_cache.updates) <= 4
     assert sent == [[], [], [11]]
-    assert [update.page for update in made.residency.updates] == [8, 9, 10]
+    assert [update.page for update in made.kv_cache.updates] == [8, 9, 10]
     assert request.prefilled == 11
 
 
@@ -172,7 +167,7 @@ def test_every_row_has_a_page():
     for _ in range(12):
         verified = request.reach
         (item,) = planned(made).values()
-        entered += len(made.residency.updates)
+        entered += len(made.kv_cache.updates)
         first = item.offset if item.mode == Mode.PREFILL else verified + item.offset
         assert entered == first + item.rows
 

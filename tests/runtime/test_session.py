@@ -173,7 +173,7 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
 
     def note_plan(scheduler):
         work = plan(scheduler)
-        if work or scheduler.residency.updates:
+        if work or scheduler.kv_cache.updates:
             planned.append([item for _, item in work])
         return work
 

@@ -301,8 +301,8 @@ def chaos(toy, seconds, threads=8):
     requests = requests_of(LENGTHS, 9)
     assert run(engine, requests) == [toy.decode(request) for request in requests_of(LENGTHS, 9)]
     scheduler = engine._session._scheduler
-    assert scheduler.residency.allocator.free == scheduler.residency.allocator.pages
-    assert scheduler.residency.tier.held == 0
+    assert scheduler.kv_cache.pool.free == scheduler.kv_cache.pool.pages
+    assert scheduler.kv_cache.tier.held == 0
     assert len(scheduler._free_slots) == 5
     return sum(compared)
 

@@ -55,7 +55,7 @@ class AdversarialStream:
     def __init__(self, device: "AdversarialDevice", number: int) -> None:
         self.device = device
         self.number = number
-        self.pace = _PACES[-1]
+        self.pace = device.any_pace()
         self._queue: deque[Callable[[], None] | AdversarialEvent] = deque()
 
     def run(self, work: Callable[[], None]) -> None:
@@ -181,12 +181,15 @@ class AdversarialDevice(CpuDevice):
             return
         for stream in self._chance.sample(self._streams, len(self._streams)):
             if self._chance.random() < _NEW_PACE:
-                stream.pace = self._chance.choice(_PACES)
+                stream.pace = self.any_pace()
             stream.drift(self._chance)
 
     def pause(self) -> None:
         """From now on do only what is waited for."""
         self._paused = True
+
+    def any_pace(self) -> float:
+        return self._chance.choice(_PACES)
 
     def chance(self) -> bool:
         return self._chance.random() < 0.3

@@ -6,6 +6,7 @@ needed, up to a cap; a background thread pins it ahead of the next offload, and 
 the next iteration.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -26,14 +27,25 @@ _COPIES_AT_ONCE = 64
 """Pages whose copies are enqueued between two steps: the host must get back to planning."""
 
 
-def available_host_bytes() -> int:
-    """Host memory that can be had without swapping, page cache included, within the limit of the control group."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+def available_host_bytes(root: Path = Path("/")) -> int:
+    """Host memory that can be had without swapping, page cache included, within the limit of the control group.
+
+    Where the system does not say how much is free, as macOS, all memory that there is.
+
+    Args:
+        root: where `proc` and `sys` are mounted.
+    """
+    information = root / "proc/meminfo"
+    if not information.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":") for line in information.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    group = root / "sys/fs/cgroup"
+    limit, used, parts = group / "memory.max", group / "memory.current", group / "memory.stat"
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        counts = dict(line.split() for line in parts.read_text().splitlines()) if parts.exists() else {}
+        cached = int(counts.get("inactive_file", 0))  # the page cache counts as used, but makes room
+        available = min(available, int(limit.read_text()) - int(used.read_text()) + cached)
     return max(available, 0)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.host_tier import HostTier
+from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.request import FinishReason, Place, Request
 
 from ..support.adversary import AdversarialDevice
@@ -206,6 +206,27 @@ def test_memory_for_the_next_to_leave_is_on_the_way(monkeypatch):
     iterate(4)
     assert tier._free.pages == 10
     assert len(first.host_pages) == 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cached", "free"),
+    [(None, 0, 0, 8000), ("max", 0, 0, 8000), (5000, 1000, 0, 4000), (5000, 4000, 1500, 2500), (100, 200, 0, 0)],
+)
+def test_free_host_memory(tmp_path, limit, used, cached, free):
+    """Of the machine, or of the control group, whose page cache can be had too."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    if limit is not None:
+        (group / "memory.max").write_text(f"{limit if limit == 'max' else limit * 1024}\n")
+        (group / "memory.current").write_text(f"{used * 1024}\n")
+        (group / "memory.stat").write_text(f"anon 1\ninactive_file {cached * 1024}\nactive_file 7\n")
+    assert available_host_bytes(tmp_path) == free * 1024
+
+
+def test_free_host_memory_of_a_system_without_proc(tmp_path):
+    assert available_host_bytes(tmp_path) >= available_host_bytes()
 
 
 def test_a_request_without_pages_leaves_at_once():

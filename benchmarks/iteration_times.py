@@ -26,8 +26,8 @@ from throughput_engines import TooShortError
 from traces import recorded_traces
 
 import sparsespec_compile as ss
-from sparsespec_compile.runtime.drafters import Cycle, cycles_of
-from sparsespec_compile.runtime.iteration_times import IterationTime
+from sparsespec_compile.runtime.device.drafters import Cycle, cycles_of
+from sparsespec_compile.runtime.host.iteration_times import IterationTime
 
 LOADS = ("64x64", "64x1024", "64x4096", "64x8192", "16x1024", "16x8192", "1x8192", "128x1024")
 
@@ -150,7 +150,7 @@ def main() -> None:
         tours.append(Tour(config, predicted))
         return tours[-1]
 
-    with patch("sparsespec_compile.runtime.engine.chooser_for", start):
+    with patch("sparsespec_compile.runtime.host.engine.chooser_for", start):
         for requests, length in loads:
             prompts = recorded_traces(tokenizer, requests, length)
             run(fast, prompts, lambda: tours[-1])

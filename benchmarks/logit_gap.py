@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import sparsespec_compile as ss
 from sparsespec_compile.kernels.sampling.philox import gumbel_noise
-from sparsespec_compile.runtime.sampling import derive_seed
+from sparsespec_compile.runtime.device.sampling import derive_seed
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import SparseSpecError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.requests.sampling_params import Completion, SamplingParams
-from sparsespec_compile.runtime.captured_step import CapturedStep
-from sparsespec_compile.runtime.request import FinishReason
-from sparsespec_compile.runtime.sampling import DrawParams
-from sparsespec_compile.runtime.stats import Stats
-from sparsespec_compile.runtime.work import PageUpdate, Work
+from sparsespec_compile.runtime.device.captured_step import CapturedStep
+from sparsespec_compile.runtime.device.sampling import DrawParams
+from sparsespec_compile.runtime.device.work import PageUpdate, Work
+from sparsespec_compile.runtime.host.request import FinishReason
+from sparsespec_compile.runtime.host.stats import Stats
 from sparsespec_compile.stream import Tokens, TokenStream
 
 __all__ = [

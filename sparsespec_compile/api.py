@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.advice.explain import Explanation, explain
+from sparsespec_compile.compile.target import compile_target
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import (
     ConfigError,
@@ -31,13 +32,12 @@ from sparsespec_compile.requests.prompts import Prompt, pad
 from sparsespec_compile.requests.reader import RequestReader, Sampling
 from sparsespec_compile.requests.sampling_params import Completion
 from sparsespec_compile.requests.stop_strings import Decoder
-from sparsespec_compile.runtime.captured_step import CapturedStep
-from sparsespec_compile.runtime.engine import Engine
-from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.request import FinishReason, Request
-from sparsespec_compile.runtime.stats import Stats
+from sparsespec_compile.runtime.build import MemoryPlan
+from sparsespec_compile.runtime.device.captured_step import CapturedStep
+from sparsespec_compile.runtime.host.engine import Engine
+from sparsespec_compile.runtime.host.request import FinishReason, Request
+from sparsespec_compile.runtime.host.stats import Stats
 from sparsespec_compile.stream import TokenStream
-from sparsespec_compile.target import compile_target
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

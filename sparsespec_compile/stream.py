@@ -12,9 +12,9 @@ from sparsespec_compile.errors import EngineBusyError, PromptError
 from sparsespec_compile.requests.prompts import Prompt
 from sparsespec_compile.requests.reader import RequestReader, Sampling
 from sparsespec_compile.requests.sampling_params import Completion
-from sparsespec_compile.runtime.client import BackgroundDriver, Output
-from sparsespec_compile.runtime.engine import Engine
-from sparsespec_compile.runtime.request import FinishReason, Request
+from sparsespec_compile.runtime.host.client import BackgroundDriver, Output
+from sparsespec_compile.runtime.host.engine import Engine
+from sparsespec_compile.runtime.host.request import FinishReason, Request
 
 
 @dataclass(frozen=True)

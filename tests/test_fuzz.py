@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import sparsespec_compile as ss
-from sparsespec_compile.runtime.engine import Engine
+from sparsespec_compile.runtime.host.engine import Engine
 
 from .support.adversary import AdversarialDevice
 
@@ -215,7 +215,7 @@ def test_texts_are_plain_decodings(seed):
 def test_texts_are_plain_decodings_for_long(monkeypatch):
     began, seed = time.process_time(), 1000
     while time.process_time() - began < 50:
-        monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 1 + seed % 5)
+        monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 1 + seed % 5)
         fuzz(seed, settings=5)
         seed += 1
     assert seed > 1003

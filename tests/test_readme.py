@@ -13,7 +13,7 @@ from sparsespec_compile.advice.ceilings import H200
 from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import predict_cycle
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.runtime.drafters import cycles_of
+from sparsespec_compile.runtime.device.drafters import cycles_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sparsespec_compile as ss
-from sparsespec_compile.runtime.step import without_autocast
+from sparsespec_compile.runtime.device.step import without_autocast
 
 from .support.models import left_padded, tiny
 

@@ -13,8 +13,8 @@ from sparsespec_compile.advice.prediction import Prediction, predict_cycle
 from sparsespec_compile.advice.workload import Workload, workload
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost.terms import IterationCost
-from sparsespec_compile.runtime.drafters import cycles_of
-from sparsespec_compile.runtime.phases import phases_in_use
+from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.host.phases import phases_in_use
 
 WIDTH = 140
 LEGEND = (

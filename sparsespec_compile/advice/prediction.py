@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.config import Schedule
 from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
-from sparsespec_compile.runtime.drafters import Cycle
-from sparsespec_compile.runtime.iteration_times import IterationTime
-from sparsespec_compile.runtime.phases import phases_in_use
+from sparsespec_compile.runtime.device.drafters import Cycle
+from sparsespec_compile.runtime.host.iteration_times import IterationTime
+from sparsespec_compile.runtime.host.phases import phases_in_use
 
 OVERHEAD = "launches"
 """Name under which the overhead of all launches is given."""

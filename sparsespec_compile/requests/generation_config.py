@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from sparsespec_compile.errors import ContextLengthError, SamplingError
 from sparsespec_compile.requests.sampling_params import SamplingParams
-from sparsespec_compile.runtime.sampling import DrawParams, derive_seed
+from sparsespec_compile.runtime.device.sampling import DrawParams, derive_seed
 
 # Values that `model.generate` falls back to when neither the call nor the model says anything.
 _DEFAULTS: Mapping[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}

@@ -21,8 +21,8 @@ from sparsespec_compile.requests.generation_config import (
 from sparsespec_compile.requests.prompts import Prompt, shape_of, token_list, unpad
 from sparsespec_compile.requests.sampling_params import SamplingParams
 from sparsespec_compile.requests.stop_strings import Decoder, StopStrings
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.sampling import derive_seed
+from sparsespec_compile.runtime.device.sampling import derive_seed
+from sparsespec_compile.runtime.host.request import Request
 
 Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 """How prompts are continued: all alike, or each in its own way; None = as the model's `generation_config` says."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from sparsespec_compile.config import Settings
 from sparsespec_compile.errors import SamplingError
-from sparsespec_compile.runtime.request import FinishReason, RequestStats
-from sparsespec_compile.runtime.sampling import DrawParams
+from sparsespec_compile.runtime.device.sampling import DrawParams
+from sparsespec_compile.runtime.host.request import FinishReason, RequestStats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,24 +1,33 @@
-"""Builds a step over a state of a given size, after checking that it fits the device."""
+"""Sizes the state by configuration, model and memory, and builds a step over it.
+
+The KV pool takes what everything else leaves. What grows with the longest text besides the pool (scores, pillar
+indices, tokens, page tables) is kept to a share of memory by lowering the length that is allowed for. What does not fit
+is refused with every figure.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import PoolTooSmallError
+from sparsespec_compile.errors import MemoryPlanError, PoolTooSmallError
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.runtime.capture import StepRunner
+from sparsespec_compile.runtime.device.drafters import Drafter
+from sparsespec_compile.runtime.device.graphs import StepRunner
+from sparsespec_compile.runtime.device.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.device.interface import Device, Memory
-from sparsespec_compile.runtime.drafters import Drafter
-from sparsespec_compile.runtime.inputs import MIN_ROWS, InputSizes, StepInputs
-from sparsespec_compile.runtime.iteration_times import IterationTime
-from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.phases import GROUPED_ROWS, most_together
-from sparsespec_compile.runtime.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
-from sparsespec_compile.runtime.step import Compiler, Forward, Step, as_it_is
+from sparsespec_compile.runtime.device.state import POOL, Capacity, State, page_bytes, request_pages, state_bytes
+from sparsespec_compile.runtime.device.step import Compiler, Forward, Step, as_it_is
+from sparsespec_compile.runtime.host.host_tier import available_host_bytes
+from sparsespec_compile.runtime.host.iteration_times import IterationTime
+from sparsespec_compile.runtime.host.kv_cache import most_pages
+from sparsespec_compile.runtime.host.phases import GROUPED_ROWS, most_together
 
+_GIB = 2**30
 _GRAPH_SHARE = 0.05  # of the free memory, for CUDA graphs and what the allocator cannot place
 _TIMED_ROWS = 251
 """Rows of the first step, on which Inductor times the block sizes of its kernels: about those of a large decoding step.
@@ -27,6 +36,41 @@ and rotation of queries and keys on an H200, 64 rows: 2.1 and 4.0 us; 256 rows: 
 be the same: a compiler would take the two for one, and compile once more where they differ."""
 
 _WORKSPACE, _GRAPHS = "activations of a step", "CUDA graphs"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a state and its steps need, beside what is free.
+
+    Attributes:
+        parts: bytes by what they are for.
+        available: free bytes of the device before the parts are allocated; None = not limited (CPU).
+    """
+
+    parts: dict[str, int]
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    def require(self) -> None:
+        """Raises MemoryPlanError, with every figure, unless the parts fit."""
+        if self.available is not None and self.total > self.available:
+            figures = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.parts.items())
+            raise MemoryPlanError(
+                f"The device has {self.available / _GIB:.2f} GiB free, and {self.total / _GIB:.2f} are needed: "
+                f"{figures}. Lower SpecConfig.max_requests, pool_tokens or prefill_chunk, or max_new_tokens."
+            )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("memory", "GiB", title="memory plan")
+        for name, size in (*self.parts.items(), ("together", self.total)):
+            table.add_row(name, f"{size / _GIB:.2f}")
+        if self.available is not None:
+            table.add_row("free on the device", f"{self.available / _GIB:.2f}")
+        yield table
 
 
 @dataclass(frozen=True)
@@ -169,3 +213,56 @@ def first_runs(sizes: InputSizes) -> list[tuple[int, int]]:
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch's error on a CPU is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+_DEFAULT_LENGTH = 32768
+"""Tokens of the longest text of a model that does not say how many positions it has."""
+
+_LENGTH_SHARE = 0.1
+"""Of the memory, for what grows with the longest text besides the pool."""
+
+_HOST_SHARE = 0.5
+"""Of the free host memory, for the state of a model on a CPU. Pages of it that are never used take none."""
+
+_SHORTEST = 1024
+"""Tokens of a text that are allowed for whatever memory there is."""
+
+
+def engine_capacity(
+    target: Target, config: SpecConfig, drafters: Sequence[Drafter], device: Device, longest: int
+) -> Capacity:
+    """Sizes of the engine's state. The pool's pages are those that could be used; memory may leave room for fewer.
+
+    Args:
+        longest: tokens of the longest request that has been asked for; counts where it exceeds the model's positions.
+    """
+    memory = usable_bytes(device, config)
+    length = config.max_length or max(target.positions or _DEFAULT_LENGTH, longest)
+    if config.pool_tokens is not None:
+        length = min(length, config.pool_tokens)
+    capacity = _capacity(target.layout, config, drafters, length)
+    shortest = max(_SHORTEST, longest)
+    while config.max_length is None and length > shortest:
+        parts = state_bytes(target.layout, capacity, target.dtype)
+        if sum(parts.values()) - parts[POOL] <= _LENGTH_SHARE * memory:
+            break
+        length = max(length * 3 // 4, shortest)
+        capacity = _capacity(target.layout, config, drafters, length)
+    if config.pool_tokens is None and device.memory is None:
+        most = max(2, memory // page_bytes(target.layout, target.dtype))
+        capacity = capacity.with_pages(min(capacity.pages, most))
+    return capacity
+
+
+def usable_bytes(device: Device, config: SpecConfig) -> int:
+    """Memory that the engine may take, of what is free."""
+    if device.memory is not None:
+        return int(device.memory.free() * config.memory_fraction)
+    return int(available_host_bytes() * _HOST_SHARE)
+
+
+def _capacity(layout: KVLayout, config: SpecConfig, drafters: Sequence[Drafter], length: int) -> Capacity:
+    pages = config.max_requests * most_pages(layout, length, config.most_draft_tokens + 1, config.prefill_chunk)
+    if config.pool_tokens is not None:
+        pages = config.pool_tokens // layout.page_size * len(layout.groups)
+    return capacity_for(config, drafters, config.max_requests, length, pages)

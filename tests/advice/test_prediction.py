@@ -16,7 +16,7 @@ from sparsespec_compile.advice.prediction import OVERHEAD, cycle, iteration_time
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost.terms import Iteration, attention, collect
-from sparsespec_compile.runtime.drafters import cycles_of
+from sparsespec_compile.runtime.device.drafters import cycles_of
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,

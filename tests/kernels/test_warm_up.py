@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparsespec_compile import warm_up
+from sparsespec_compile.compile import warm_up
+from sparsespec_compile.compile.warm_up import Attention, Draw, Layout
 from sparsespec_compile.kernels.step_kind import Promise
-from sparsespec_compile.warm_up import Attention, Draw, Layout
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from sparsespec_compile.errors import ContextLengthError, PromptError, SamplingError
 from sparsespec_compile.requests.reader import RequestReader
 from sparsespec_compile.requests.sampling_params import SamplingParams
-from sparsespec_compile.runtime.sampling import derive_seed
+from sparsespec_compile.runtime.device.sampling import derive_seed
 
 VOCABULARY = 50
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])

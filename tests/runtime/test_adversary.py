@@ -10,11 +10,11 @@ from functools import partial
 
 import pytest
 
-from sparsespec_compile.runtime.frames import Flight, Frame
-from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.page_pool import PagePool
-from sparsespec_compile.runtime.request import FinishReason, Request
-from sparsespec_compile.runtime.sampling import DrawParams
+from sparsespec_compile.runtime.device.sampling import DrawParams
+from sparsespec_compile.runtime.host.frames import Flight, Frame
+from sparsespec_compile.runtime.host.host_tier import HostTier
+from sparsespec_compile.runtime.host.page_pool import PagePool
+from sparsespec_compile.runtime.host.request import FinishReason, Request
 
 from ..support.adversary import AdversarialDevice, AdversarialStream
 from ..support.toy import VOCABULARY, Toy, prompts
@@ -104,7 +104,7 @@ class Play:
         )
         if engine.config.draft_tokens == "auto":
             engine.target = replace(engine.target, iteration_time=lambda *_: chance.uniform(0.5, 1.5))
-            monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", chance.choice([1, 3]))
+            monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", chance.choice([1, 3]))
         poison_what_is_given_back(monkeypatch, engine)
 
     def run(self) -> None:

@@ -7,8 +7,8 @@ import pytest
 import sparsespec_compile as ss
 from sparsespec_compile.errors import CeilingsError, ConfigError
 from sparsespec_compile.runtime.build import capacity_for
-from sparsespec_compile.runtime.cycle_chooser import chooser_for
-from sparsespec_compile.runtime.drafters import cycles_of, drafters_of
+from sparsespec_compile.runtime.device.drafters import cycles_of, drafters_of
+from sparsespec_compile.runtime.host.cycle_chooser import chooser_for
 
 from ..support.models import left_padded, tiny
 from ..support.toy import Toy, requests_of, run
@@ -60,7 +60,7 @@ class Changing:
 @pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
 def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     toy = Toy()
-    monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)
     requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
     engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter=drafter, min_budget=4, max_requests=5)
     chooser = engine._chooser = Changing(cycles_of(engine.config))
@@ -79,7 +79,7 @@ def test_what_was_learnt_is_kept_from_call_to_call(monkeypatch):
         made.append(chooser_for(config, predicted))
         return made[-1]
 
-    monkeypatch.setattr("sparsespec_compile.runtime.engine.chooser_for", make)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.engine.chooser_for", make)
     engine = Toy().engine(draft_tokens="auto", max_draft_tokens=3, min_budget=4)
     engine.target = dataclasses.replace(engine.target, iteration_time=steady)
     run(engine, requests_of((30, 12), 40))

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsespec_compile.runtime.build import first_runs
-from sparsespec_compile.runtime.inputs import InputSizes
+from sparsespec_compile.runtime.device.inputs import InputSizes
 
 
 @pytest.mark.parametrize(

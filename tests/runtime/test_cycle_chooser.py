@@ -12,10 +12,10 @@ from transformers import LlamaConfig
 import sparsespec_compile as ss
 from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import iteration_time
-from sparsespec_compile.runtime.cycle_chooser import CycleChooser
-from sparsespec_compile.runtime.drafters import cycles_of
-from sparsespec_compile.runtime.iteration_times import PredictedTimes
-from sparsespec_compile.runtime.session import _CHOICE_EVERY
+from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.host.iteration_times import PredictedTimes
+from sparsespec_compile.runtime.host.session import _CHOICE_EVERY
 
 MOST = ss.SpecConfig().max_draft_tokens
 FIXED, ROW, TOKEN = 4e-3, 2e-5, 3e-8

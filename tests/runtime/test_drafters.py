@@ -6,11 +6,11 @@ import torch
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime import drafters
+from sparsespec_compile.runtime.device import drafters
 from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.drafters import SINK_TOKENS, Cycle, Drafter, budgets, cycles_of, drafters_of
-from sparsespec_compile.runtime.state import Capacity, State
-from sparsespec_compile.runtime.work import Work
+from sparsespec_compile.runtime.device.drafters import SINK_TOKENS, Cycle, Drafter, budgets, cycles_of, drafters_of
+from sparsespec_compile.runtime.device.state import Capacity, State
+from sparsespec_compile.runtime.device.work import Work
 
 from ..support.toy import Toy, requests_of, run
 
@@ -132,7 +132,7 @@ def test_the_text_stays_while_drafters_change(monkeypatch):
     pillar = cycles_of(config)
     cycles = [*pillar[::2], *(Cycle(TextDrafter(config), drafts) for drafts in (1, 4))]
     monkeypatch.setattr(drafters, "cycles_of", lambda config: cycles)
-    monkeypatch.setattr("sparsespec_compile.runtime.session._CHOICE_EVERY", 3)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)
 
     order = [cycle for first in cycles for second in cycles for cycle in (first, second)]
 

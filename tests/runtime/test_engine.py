@@ -7,7 +7,7 @@ import torch
 
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode, scored_rows_at_most
-from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.host.request import Request
 
 from ..support.toy import Toy, prompts, requests_of, run, state_of
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
-from sparsespec_compile.runtime.request import FinishReason, Place, Request
+from sparsespec_compile.runtime.host.host_tier import HostTier, available_host_bytes
+from sparsespec_compile.runtime.host.request import FinishReason, Place, Request
 
 from ..support.adversary import AdversarialDevice
 from ..support.toy import Toy, requests_of, run, stepping
@@ -172,7 +172,7 @@ def test_steps_go_on_while_a_thread_gets_host_memory(toy, monkeypatch):
         return pages
 
     monkeypatch.setattr(HostTier, "_reserve", note)
-    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 2**12)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.host_tier._BLOCK_BYTES", 2**12)
     requests, device = requests_of(LENGTHS, 60), Threaded(seconds=0.02)
     engine = small(toy, device=device)
     assert run(engine, requests) == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
@@ -185,7 +185,7 @@ def test_steps_go_on_while_a_thread_gets_host_memory(toy, monkeypatch):
 
 def test_memory_for_the_next_to_leave_is_on_the_way(monkeypatch):
     """A block an iteration, until as many pages are free as the longest that left had, and no more than allowed."""
-    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 4 * 3 * 8)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.host_tier._BLOCK_BYTES", 4 * 3 * 8)
     tier = tier_of(torch.zeros(16, 8), 10, Threaded())
 
     def iterate(times):
@@ -243,7 +243,7 @@ def test_pages_of_a_block_of_memory(mebibytes, pages):
 
 
 def test_without_a_thread_no_more_memory_is_taken_than_needed(monkeypatch):
-    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 32)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.host_tier._BLOCK_BYTES", 32)
     tier = tier_of(torch.zeros(16, 8), 100)
     for count, held in ((5, 5), (1, 6)):
         tier.offload(list(range(count)))
@@ -361,7 +361,7 @@ def test_an_exception_while_pages_move_leaves_the_engine_usable(toy, monkeypatch
 
 def test_pages_and_blocks(monkeypatch):
     """Pages go to where they came from bit by bit, over several blocks of host memory."""
-    monkeypatch.setattr("sparsespec_compile.runtime.host_tier._BLOCK_BYTES", 4 * 3 * 8)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.host_tier._BLOCK_BYTES", 4 * 3 * 8)
     pool = torch.randn(16, 8)
     expected = pool.clone()
     tier = tier_of(pool, 10)

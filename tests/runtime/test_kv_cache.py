@@ -4,10 +4,10 @@ import torch
 
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.kv_cache import KVCacheManager, most_pages
-from sparsespec_compile.runtime.page_pool import PagePool
-from sparsespec_compile.runtime.request import Place, Request
+from sparsespec_compile.runtime.host.host_tier import HostTier
+from sparsespec_compile.runtime.host.kv_cache import KVCacheManager, most_pages
+from sparsespec_compile.runtime.host.page_pool import PagePool
+from sparsespec_compile.runtime.host.request import Place, Request
 
 PAGES, PROMPT, HELD = 40, 5, 8
 

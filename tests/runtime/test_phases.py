@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 
-from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases, most_together, phases_in_use
-from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.host.phases import GROUPED_ROWS, Phases, most_together, phases_in_use
+from sparsespec_compile.runtime.host.request import Request
 
 from ..support.toy import Toy, requests_of, run
 

@@ -10,7 +10,7 @@ from sparsespec_compile.errors import SamplingError
 from sparsespec_compile.kernels.ops import draw_tokens
 from sparsespec_compile.kernels.reference.sampling import lowest_kept
 from sparsespec_compile.kernels.sampling.philox import gumbel_noise, philox
-from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows, derive_seed
+from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows, derive_seed
 
 DRAWS = 100_000
 LOGITS = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 2.0, -3.0, 0.25, 0.3, 1.5, -6.0])

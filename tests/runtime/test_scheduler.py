@@ -6,12 +6,12 @@ from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.drafters import cycles_of
-from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.kv_cache import KVCacheManager
-from sparsespec_compile.runtime.phases import Phases
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.scheduler import Limits, Scheduler
+from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.host.host_tier import HostTier
+from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
+from sparsespec_compile.runtime.host.phases import Phases
+from sparsespec_compile.runtime.host.request import Request
+from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
 
 DRAFTS, SCORED = 3, 2
 CYCLES = cycles_of(SpecConfig(draft_tokens="auto"))

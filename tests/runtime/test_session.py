@@ -15,17 +15,16 @@ from sparsespec_compile.errors import ConfigError, MemoryPlanError, PoolTooSmall
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.requests.sampling_params import SamplingParams
-from sparsespec_compile.runtime.build import Target
-from sparsespec_compile.runtime.capture import StepRunner, row_counts
-from sparsespec_compile.runtime.engine import Engine
-from sparsespec_compile.runtime.frames import Frame
-from sparsespec_compile.runtime.inputs import InputPacker
-from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.sampling import DrawParams
-from sparsespec_compile.runtime.scheduler import Scheduler
-from sparsespec_compile.runtime.session import decoding_rows
-from sparsespec_compile.runtime.step import Variant
-from sparsespec_compile.runtime.work import PageUpdate, Work
+from sparsespec_compile.runtime.build import MemoryPlan, Target
+from sparsespec_compile.runtime.device.graphs import StepRunner, row_counts
+from sparsespec_compile.runtime.device.inputs import InputPacker
+from sparsespec_compile.runtime.device.sampling import DrawParams
+from sparsespec_compile.runtime.device.step import Variant
+from sparsespec_compile.runtime.device.work import PageUpdate, Work
+from sparsespec_compile.runtime.host.engine import Engine
+from sparsespec_compile.runtime.host.frames import Frame
+from sparsespec_compile.runtime.host.scheduler import Scheduler
+from sparsespec_compile.runtime.host.session import decoding_rows
 
 from ..support.toy import Toy, requests_of, run, state_of, stepping
 
@@ -109,7 +108,7 @@ class Recorder:
 
 def recorded(toy, monkeypatch, **settings):
     """A runner for at most 100 rows of two slots, and what it captures and replays."""
-    monkeypatch.setattr("sparsespec_compile.runtime.capture.row_counts", lambda most: row_counts(100))
+    monkeypatch.setattr("sparsespec_compile.runtime.device.graphs.row_counts", lambda most: row_counts(100))
     graphs = Recorder()
     return StepRunner(toy.engine(**settings).capture(2, 64)._runner.step, graphs), graphs.events
 

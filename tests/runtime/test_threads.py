@@ -14,9 +14,9 @@ from sparsespec_compile.errors import (
     EngineStalledError,
     PoolTooSmallError,
 )
-from sparsespec_compile.runtime.client import BackgroundDriver
-from sparsespec_compile.runtime.request import FinishReason
-from sparsespec_compile.runtime.step import Step
+from sparsespec_compile.runtime.device.step import Step
+from sparsespec_compile.runtime.host.client import BackgroundDriver
+from sparsespec_compile.runtime.host.request import FinishReason
 
 from ..support.toy import Toy, requests_of, run, stepping
 
@@ -187,7 +187,7 @@ def test_no_memory_for_log_probabilities_ends_the_requests_that_want_them(toy, m
 
 
 def test_work_without_progress_is_named(toy, monkeypatch):
-    monkeypatch.setattr("sparsespec_compile.runtime.session._STALLED_ITERATIONS", 50)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session._STALLED_ITERATIONS", 50)
     engine = engine_of(toy)
     step = Step.__call__
 

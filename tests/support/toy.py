@@ -13,11 +13,11 @@ from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.device.interface import Device
-from sparsespec_compile.runtime.engine import Engine
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows
-from sparsespec_compile.runtime.session import Session
-from sparsespec_compile.runtime.state import State
+from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows
+from sparsespec_compile.runtime.device.state import State
+from sparsespec_compile.runtime.host.engine import Engine
+from sparsespec_compile.runtime.host.request import Request
+from sparsespec_compile.runtime.host.session import Session
 
 HIDDEN, Q_HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4, 2, 8, 37
 

@@ -1,6 +1,9 @@
 """A CUDA GPU as a device."""
 
-from collections.abc import Callable
+import math
+import mmap
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -9,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.runtime.device.interface import Device, Event
-from sparsespec_compile.runtime.device.pinned import pinned
 
 
 class CudaEvent:
@@ -142,3 +144,25 @@ class CudaDevice:
     def _pin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         with torch.cuda.device(self.torch_device):  # a thread begins on the first device
             return pinned(shape, dtype)
+
+
+def pinned(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory of their own, pinned for all devices as long as the tensor itself lives, its views aside.
+
+    Raises:
+        RuntimeError: the driver pins no more memory.
+        OSError, MemoryError: the system gives no more memory.
+    """
+    count = math.prod(size) * dtype.itemsize
+    memory = mmap.mmap(-1, count)  # it shares no page with other memory, and a fork copies none
+    tensor = torch.frombuffer(memory, dtype=dtype).view(*size)
+    tensor.zero_()
+    address = tensor.data_ptr()
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, count, 0)))
+    # The memory is an argument so that it outlives the pinning.
+    weakref.finalize(tensor, _unpin, address, memory).atexit = False  # by then there may be no driver
+    return tensor
+
+
+def _unpin(address: int, memory: mmap.mmap) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

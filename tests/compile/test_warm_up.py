@@ -11,13 +11,13 @@ from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsespec_compile as ss
-from sparsespec_compile import target, warm_up
+from sparsespec_compile.compile import target, warm_up
+from sparsespec_compile.compile.warm_up import Attention, Selection, calls_of, done_beside
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
 from sparsespec_compile.kernels.step_kind import kind_of_step
-from sparsespec_compile.runtime.work import Work
-from sparsespec_compile.warm_up import Attention, Selection, calls_of, done_beside
+from sparsespec_compile.runtime.device.work import Work
 
-from .passes.families import tiny
+from ..passes.families import tiny
 
 launcher = pytest.importorskip(
     "sparsespec_compile.kernels.attention.launcher", reason="Triton is published for Linux only"

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.runtime.drafters import Cycle
-from sparsespec_compile.runtime.kv_cache import KVCacheManager
-from sparsespec_compile.runtime.phases import Phases
-from sparsespec_compile.runtime.request import FinishReason, Place, Request
-from sparsespec_compile.runtime.work import Work
+from sparsespec_compile.runtime.device.drafters import Cycle
+from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
+from sparsespec_compile.runtime.host.phases import Phases
+from sparsespec_compile.runtime.host.request import FinishReason, Place, Request
 
 
 @dataclass(frozen=True)

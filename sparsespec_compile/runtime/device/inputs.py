@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsespec_compile.runtime.sampling import DrawParams, SamplingRows
-from sparsespec_compile.runtime.work import PageUpdate, Work
+from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows
+from sparsespec_compile.runtime.device.work import PageUpdate, Work
 
 MIN_ROWS = 2
 """What the graph was exported for."""

@@ -9,11 +9,11 @@ from collections import deque
 import numpy as np
 from torch import Tensor
 
+from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.device.interface import Stream
-from sparsespec_compile.runtime.drafters import Cycle
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.step import Results
-from sparsespec_compile.runtime.work import Work
+from sparsespec_compile.runtime.device.step import Results
+from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.host.request import Request
 
 
 class Frame:

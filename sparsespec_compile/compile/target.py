@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sparsespec_compile.advice.ceilings import ceilings_of
 from sparsespec_compile.advice.prediction import iteration_time
+from sparsespec_compile.compile.warm_up import kernels_compiled_beside
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import UnsupportedModelError
 from sparsespec_compile.passes.compat import triton_cache_dir
@@ -17,9 +18,8 @@ from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
 from sparsespec_compile.passes.regions.compile_regions import CompiledForward
 from sparsespec_compile.passes.regions.run_directly import run_directly
 from sparsespec_compile.runtime.build import Target
-from sparsespec_compile.runtime.inputs import MIN_ROWS
-from sparsespec_compile.runtime.step import as_it_is, without_autocast
-from sparsespec_compile.warm_up import kernels_compiled_beside
+from sparsespec_compile.runtime.device.inputs import MIN_ROWS
+from sparsespec_compile.runtime.device.step import as_it_is, without_autocast
 
 
 def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[CompiledModel, Target]:

@@ -14,22 +14,22 @@ from functools import partial
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import EngineStalledError, PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.runtime.capture import StepRunner
-from sparsespec_compile.runtime.client import Output
-from sparsespec_compile.runtime.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.device.drafters import Drafter, cycles_of
+from sparsespec_compile.runtime.device.graphs import StepRunner
+from sparsespec_compile.runtime.device.inputs import InputPacker
 from sparsespec_compile.runtime.device.interface import Stream
-from sparsespec_compile.runtime.drafters import Drafter, cycles_of
-from sparsespec_compile.runtime.frames import Flight
-from sparsespec_compile.runtime.host_tier import HostTier
-from sparsespec_compile.runtime.inputs import InputPacker
-from sparsespec_compile.runtime.kv_cache import KVCacheManager
-from sparsespec_compile.runtime.phases import GROUPED_ROWS, Phases
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.scheduler import Limits, Scheduler
-from sparsespec_compile.runtime.state import State
-from sparsespec_compile.runtime.stats import Stats, StatsRecorder
-from sparsespec_compile.runtime.step import Variant
-from sparsespec_compile.runtime.work import Work, promise_of
+from sparsespec_compile.runtime.device.state import State
+from sparsespec_compile.runtime.device.step import Variant
+from sparsespec_compile.runtime.device.work import Work, promise_of
+from sparsespec_compile.runtime.host.client import Output
+from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.host.frames import Flight
+from sparsespec_compile.runtime.host.host_tier import HostTier
+from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
+from sparsespec_compile.runtime.host.phases import GROUPED_ROWS, Phases
+from sparsespec_compile.runtime.host.request import Request
+from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
+from sparsespec_compile.runtime.host.stats import Stats, StatsRecorder
 
 _CHOICE_EVERY = 16
 """Iterations between two choices of the cycle."""

@@ -28,7 +28,7 @@ from sparsespec_compile.passes.base import find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
 from sparsespec_compile.runtime.build import most_rows
-from sparsespec_compile.runtime.drafters import drafters_of
+from sparsespec_compile.runtime.device.drafters import drafters_of
 
 _ALIGNMENT = 16
 """Kernels differ by whether addresses and strides are multiples of 16."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
 from sparsespec_compile.kernels.step_kind import Promise, promised
-from sparsespec_compile.runtime.drafters import Drafter
-from sparsespec_compile.runtime.inputs import StepInputs
-from sparsespec_compile.runtime.sampling import SamplingRows, log_probability
-from sparsespec_compile.runtime.state import State
+from sparsespec_compile.runtime.device.drafters import Drafter
+from sparsespec_compile.runtime.device.inputs import StepInputs
+from sparsespec_compile.runtime.device.sampling import SamplingRows, log_probability
+from sparsespec_compile.runtime.device.state import State
 
 _VERIFY, _PREFILL = int(Mode.VERIFY), int(Mode.PREFILL)  # torch.compile takes a tensor and an enum for unequal
 

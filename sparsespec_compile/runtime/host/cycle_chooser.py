@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.runtime.drafters import Cycle, Drafter, cycles_of
-from sparsespec_compile.runtime.iteration_times import (
+from sparsespec_compile.runtime.device.drafters import Cycle, Drafter, cycles_of
+from sparsespec_compile.runtime.host.iteration_times import (
     IterationTime,
     IterationTimes,
     Load,

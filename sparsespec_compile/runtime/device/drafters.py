@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.runtime.state import State
+from sparsespec_compile.runtime.device.state import State
 
 SINK_TOKENS = 4
 """First positions that the window drafter always reads (StreamingLLM's attention sinks)."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sparsespec_compile.runtime.sampling import DrawParams
+from sparsespec_compile.runtime.device.sampling import DrawParams
 
 StopCheck = Callable[[list[int]], bool]
 """Whether a text, given as its new tokens so far, ends with the newest of them."""

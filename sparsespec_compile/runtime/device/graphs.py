@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from sparsespec_compile.errors import PoolTooSmallError
 from sparsespec_compile.kernels.step_kind import Promise
+from sparsespec_compile.runtime.device.inputs import MIN_ROWS
 from sparsespec_compile.runtime.device.interface import Graph, Graphs
-from sparsespec_compile.runtime.inputs import MIN_ROWS
-from sparsespec_compile.runtime.step import Step, Variant
+from sparsespec_compile.runtime.device.step import Step, Variant
 
 _FIRST_RUNS, _LATER_RUNS = 2, 1
 """Runs before the first capture and before others: one compiles and lets libraries load what they need for a size, the

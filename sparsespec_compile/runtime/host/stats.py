@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import KVLayout
-from sparsespec_compile.runtime.drafters import Cycle
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.work import Work
+from sparsespec_compile.runtime.device.drafters import Cycle
+from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.host.request import Request
 
 LATEST = 8192
 """Iterations of which single figures are kept."""

@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.host.request import Request
 
 if TYPE_CHECKING:
-    from sparsespec_compile.runtime.engine import Engine
+    from sparsespec_compile.runtime.host.engine import Engine
 
 
 class Output(NamedTuple):

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from sparsespec_compile.runtime.drafters import Cycle, NoDrafter
+from sparsespec_compile.runtime.device.drafters import Cycle, NoDrafter
 
 IterationTime = Callable[[Cycle, float, int], float]
 """(cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from random import Random
 
 from sparsespec_compile.config import Schedule
-from sparsespec_compile.runtime.request import Request
+from sparsespec_compile.runtime.host.request import Request
 
 GROUPED_ROWS = 256
 """Rows of an iteration that "grouped" fills before it takes one more phase. By the data sheets of data-center GPUs from

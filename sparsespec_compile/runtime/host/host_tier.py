@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsespec_compile.runtime.device.interface import Event, Stream
-from sparsespec_compile.runtime.page_pool import PagePool
+from sparsespec_compile.runtime.host.page_pool import PagePool
 
 _BLOCK_BYTES = 2**24
 """Host memory is taken in blocks of at most this size, or of one page, which never move."""

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from sparsespec_compile.passes.layout import KVLayout, LayerGroup
-from sparsespec_compile.runtime.host_tier import HostTier, Transfer
-from sparsespec_compile.runtime.page_pool import PagePool
-from sparsespec_compile.runtime.request import PageTable, Place, Request
-from sparsespec_compile.runtime.work import PageUpdate
+from sparsespec_compile.runtime.device.work import PageUpdate
+from sparsespec_compile.runtime.host.host_tier import HostTier, Transfer
+from sparsespec_compile.runtime.host.page_pool import PagePool
+from sparsespec_compile.runtime.host.request import PageTable, Place, Request
 
 _UNREAD_CYCLES = 4
 """Cycles of tokens by which a row may stand beyond what the host knows to be verified: of two iterations under way, of

@@ -8,19 +8,17 @@ import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import EngineBusyError, EngineFailedError, PoolTooSmallError
-from sparsespec_compile.runtime.build import Target, build_runner, capacity_for
-from sparsespec_compile.runtime.captured_step import CapturedStep
-from sparsespec_compile.runtime.client import Client, Output
-from sparsespec_compile.runtime.cycle_chooser import CycleChooser, chooser_for
+from sparsespec_compile.runtime.build import MemoryPlan, Target, build_runner, capacity_for, engine_capacity
 from sparsespec_compile.runtime.device import open_device
+from sparsespec_compile.runtime.device.captured_step import CapturedStep
+from sparsespec_compile.runtime.device.drafters import drafters_of
 from sparsespec_compile.runtime.device.interface import Device
-from sparsespec_compile.runtime.drafters import drafters_of
-from sparsespec_compile.runtime.host_tier import HostTier, available_host_bytes
-from sparsespec_compile.runtime.memory_plan import MemoryPlan
-from sparsespec_compile.runtime.request import Request
-from sparsespec_compile.runtime.session import Session
-from sparsespec_compile.runtime.sizing import engine_capacity
-from sparsespec_compile.runtime.stats import Stats
+from sparsespec_compile.runtime.host.client import Client, Output
+from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser, chooser_for
+from sparsespec_compile.runtime.host.host_tier import HostTier, available_host_bytes
+from sparsespec_compile.runtime.host.request import Request
+from sparsespec_compile.runtime.host.session import Session
+from sparsespec_compile.runtime.host.stats import Stats
 
 _HOST_TIER_SHARE = 0.5
 """Of the free host memory, for requests that leave the device."""

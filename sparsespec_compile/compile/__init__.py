@@ -1,0 +1,1 @@
+"""From a HuggingFace model to what the runtime runs."""

@@ -93,7 +93,8 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, settings):
         for rows in (16, 2800):
             step.replay(rows, 16)
         step.begin(0, 64)
-        step.fill([Work(0, Mode.VERIFY, 1)])
+        step.fill([Work(0, Mode.PREFILL, 1, tokens=[1], logits=1)])
+        step.fill([Work(0, Mode.VERIFY, 1, logits=1)])  # one row alone
         step.replay()
 
     def warm():

@@ -92,9 +92,10 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, settings):
     def steps():
         for rows in (16, 2800):
             step.replay(rows, 16)
-        step.begin(0, 64)
-        step.fill([Work(0, Mode.PREFILL, 1, tokens=[1], logits=1)])
-        step.fill([Work(0, Mode.VERIFY, 1, logits=1)])  # one row alone
+        for slot in range(2):
+            step.begin(slot, 64)
+        step.fill([Work(slot, Mode.PREFILL, 1, tokens=[1], logits=1) for slot in range(2)])
+        step.fill([Work(slot, Mode.VERIFY, 1, logits=1) for slot in range(2)])  # no request has several rows
         step.replay()
 
     def warm():

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..checks import check_attention
 from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
 from ..reference.attention import as_kept
-from .plan import Pages, Request, StepPlan, kinds, plan_of
+from .plan import Pages, Request, SparseRows, StepPlan, kinds, plan_of
 
 _ROW_BLOCK = 512
 """Rows of a request computed at once where logits or a mask are needed."""
@@ -95,9 +95,13 @@ def dual_mode_attention(
     layer = _Layer(q, k, v, kv, plan, pillar_index, scale, window, softcap)
     make = torch.empty if plan.covered == q.shape[0] else torch.zeros
     out = make(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    sparse = plan.sparse_rows(window)
+    if sparse is not None:
+        out.index_copy_(0, sparse.row, _sparse(layer, sparse))
     for request in plan.requests:
         if request.mode == Mode.DRAFT:
-            out[request.rows] = _draft(layer, request)
+            if not request.sparse:
+                out[request.rows] = _draft(layer, request)
         else:
             out[request.rows] = _dense(layer, request, scores)
     return out
@@ -200,7 +204,7 @@ def _long(layer: _Layer, request: Request, keys: Tensor, values: Tensor) -> Tens
 def _masked(layer: _Layer, q: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
     """Rows q [r, Hq, D], the first at ``position``, over keys and values [Hkv, n, D] up to the last row's."""
     end = position + q.shape[0]
-    visible = _visible(layer, position, end, end - keys.shape[1])
+    visible = _visible(layer, range(position, end), range(end - keys.shape[1], end))
     out = scaled_dot_product_attention(
         q.to(layer.dtype).transpose(0, 1)[None],
         keys[None],
@@ -223,45 +227,37 @@ def _single(layer: _Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _draft(layer: _Layer, request: Request) -> Tensor:
-    """Rows [r, Hq, Dv] over the pillars and everything from ``recent`` on, both cut by the window."""
+    """Rows [r, Hq, Dv] of a draft that reads one stretch: no pillars, or every position before the recent ones."""
     rows = []
-    for position in range(request.cached, request.end):
-        q = layer.q[request.first + position - request.cached][None]
-        first = max(request.recent, layer.first_seen(position))
-        if request.pillars == request.recent:  # every position before the recent ones is a pillar
-            keys, values = _tokens(layer, request, layer.first_seen(position), position + 1)
-        elif request.pillars == 0:
-            keys, values = _tokens(layer, request, first, position + 1)
-        else:
-            rows.append(_over_pillars(layer, request, q, first, position))
-            continue
-        rows.append(_single(layer, q, keys, values))
+    for nth in range(request.count):
+        position = request.cached + nth
+        first = max(0 if request.pillars else request.recent, layer.first_seen(position))
+        row = request.first + nth
+        rows.append(_single(layer, layer.q[row : row + 1], *_tokens(layer, request, first, position + 1)))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _over_pillars(layer: _Layer, request: Request, q: Tensor, first: int, position: int) -> Tensor:
-    """A row [1, Hq, Dv] at ``position`` over its pillars and over ``first`` .. ``position``."""
+def _sparse(layer: _Layer, rows: SparseRows) -> Tensor:
+    """Rows [B, Hq, Dv] over their pillars and recent positions, both cut by the window."""
     kv, page_size, key_dim = layer.kv, layer.kv.shape[2], layer.k.shape[2]
-    pillar = layer.pillar_index[request.slot, :, : request.pillars]
-    hidden = None
-    if layer.window and layer.first_seen(position) > 0:
-        hidden = pillar < layer.first_seen(position)
-        pillar = pillar.masked_fill(
-            hidden, position
-        )  # what stands there the row sees anyway, so that it spoils nothing
-    at = torch.cat(
-        (pillar, torch.arange(first, position + 1, dtype=pillar.dtype, device="cpu").expand(kv.shape[1], -1)), 1
-    )
-    page = layer.plan.table(request.slot)[at // page_size]
-    head = torch.arange(kv.shape[1], device="cpu")[:, None]
-    token = kv[page, head, at % page_size].to(layer.dtype)
-    keys, values = token[..., :key_dim], token[..., key_dim:]
-    if hidden is None:
-        return _single(layer, q, keys, values)
-    grouped = q.to(layer.dtype).reshape(kv.shape[1], -1, key_dim) * layer.scale
-    logits = _capped(layer, torch.bmm(grouped, keys.transpose(1, 2)))
-    logits[..., : request.pillars].masked_fill_(hidden[:, None], -math.inf)
-    return torch.bmm(logits.softmax(-1), values).reshape(1, -1, values.shape[2]).to(q.dtype)
+    pillar = layer.pillar_index.index_select(0, rows.slot).narrow(2, 0, rows.not_pillar.shape[2])
+    not_pillar = rows.not_pillar
+    if layer.window:
+        not_pillar = not_pillar | (pillar <= rows.position - layer.window)
+    pillar = torch.where(not_pillar, rows.position, pillar)
+    at = torch.cat((pillar, rows.recent.expand(-1, kv.shape[1], -1)), 2)
+    page = layer.plan.page_table[rows.slot[:, None, None], at // page_size]
+    token = kv[page, torch.arange(kv.shape[1], device="cpu")[:, None], at % page_size].to(layer.dtype)
+    keys, values = token.narrow(3, 0, key_dim), token.narrow(3, key_dim, layer.v.shape[2])
+    q = layer.q.index_select(0, rows.row).to(layer.dtype).unflatten(1, (kv.shape[1], -1))
+    heads = not_pillar.shape[1]
+    visible = ~torch.cat((not_pillar, rows.not_recent.expand(-1, heads, -1)), 2)[:, :, None]
+    if layer.fused:
+        out = scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=layer.scale)
+    else:
+        logits = _capped(layer, q * layer.scale @ keys.transpose(2, 3))
+        out = logits.masked_fill_(~visible, -math.inf).softmax(-1) @ values
+    return out.flatten(1, 2).to(layer.q.dtype)
 
 
 def _logits(layer: _Layer, q: Tensor, keys: Tensor, first: int, position: int) -> Tensor:
@@ -276,15 +272,15 @@ def _logits(layer: _Layer, q: Tensor, keys: Tensor, first: int, position: int) -
     logits = logits.view(kv_heads, -1, rows, length)
     beginning = first if layer.window else position + 1  # without a window every row sees what is before the first
     if beginning < first + length:
-        hidden = ~_visible(layer, position, first + length, beginning, rows)
+        hidden = ~_visible(layer, range(position, position + rows), range(beginning, first + length))
         logits[..., beginning - first :].masked_fill_(hidden, -math.inf)
     return logits
 
 
-def _visible(layer: _Layer, position: int, end: int, beginning: int, rows: int | None = None) -> Tensor:
-    """Which of the positions ``beginning`` .. ``end - 1`` rows from ``position`` on see: [rows, end - beginning]."""
-    row = torch.arange(position, end if rows is None else position + rows, device="cpu")[:, None]
-    key = torch.arange(beginning, end, device="cpu")
+def _visible(layer: _Layer, rows: range, keys: range) -> Tensor:
+    """Which keys, at the positions of one range, rows at those of the other see: bool [rows, keys]."""
+    row = torch.arange(rows.start, rows.stop, device="cpu")[:, None]
+    key = torch.arange(keys.start, keys.stop, device="cpu")
     visible = key <= row
     return visible & (key > row - layer.window) if layer.window else visible
 

@@ -47,6 +47,11 @@ class Request(NamedTuple):
         """The position behind its last row."""
         return self.cached + self.count
 
+    @property
+    def sparse(self) -> bool:
+        """Whether its rows are drafts that read chosen positions: pillars, and not all there are."""
+        return self.mode == Mode.DRAFT and self.pillars not in (0, self.recent)
+
 
 class Written(NamedTuple):
     """Where the step's own keys and values go, int64 [n]; ``row`` is a slice where the n rows follow each other."""
@@ -54,6 +59,22 @@ class Written(NamedTuple):
     page: Tensor
     place: Tensor
     row: slice | Tensor
+
+
+class SparseRows(NamedTuple):
+    """Draft rows that read chosen positions, B of them, and what they read beside the first M pillars of their slots.
+
+    ``row``, ``slot`` [B] int64, ``position`` [B, 1, 1] int32; ``recent`` [B, 1, n] int32, positions read densely;
+    ``not_pillar`` [B, 1, M] and ``not_recent`` [B, 1, n] bool, entries that pad shorter lists. Padding stands for the
+    row's own position: the row reads that anyway, so that a weight of 0 hides it even if it is NaN.
+    """
+
+    row: Tensor
+    slot: Tensor
+    position: Tensor
+    recent: Tensor
+    not_pillar: Tensor
+    not_recent: Tensor
 
 
 class StepPlan:
@@ -70,6 +91,7 @@ class StepPlan:
         self._step = dict(zip(STEP_TENSORS, tensors, strict=True))
         self._written: dict[int, Written] = {}
         self._pages: dict[tuple[int, int, int], Pages] = {}
+        self._sparse: dict[int, SparseRows | None] = {}
         self.kinds = kinds(tensors)
 
     @cached_property
@@ -106,9 +128,22 @@ class StepPlan:
             )
         return self._written[page_size]
 
-    def table(self, slot: int) -> Tensor:
-        """The page table's row of a slot, int32 [P]."""
-        return self._step["page_table"][slot]
+    def sparse_rows(self, window: int) -> SparseRows | None:
+        """The draft rows for which `Request.sparse` holds, in the order of `requests`; None if there are none."""
+        if window not in self._sparse:
+            rows = [
+                (request.first + nth, request.slot, request.cached + nth, request.recent, request.pillars)
+                for request in self.requests
+                if request.sparse
+                for nth in range(request.count)
+            ]
+            self._sparse[window] = _sparse_rows(np.array(rows, dtype=np.int32), window) if rows else None
+        return self._sparse[window]
+
+    @property
+    def page_table(self) -> Tensor:
+        """int32 [slots, P]."""
+        return self._step["page_table"]
 
     def physical(self, slot: int, page: int) -> int:
         """The physical page of a logical page of a slot."""
@@ -125,6 +160,23 @@ class StepPlan:
             else:
                 self._pages[key] = torch.from_numpy(pages.astype(np.int64))
         return self._pages[key]
+
+
+def _sparse_rows(rows: np.ndarray, window: int) -> SparseRows:
+    """From (packed row, slot, position, first recent position, pillars) of each row."""
+    row, slot, position, recent, pillars = rows.T[:, :, None, None]
+    if window:
+        recent = np.maximum(recent, position - window + 1)
+    reads = recent + np.arange((position + 1 - recent).max(), dtype=np.int32)
+    beyond = reads > position
+    return SparseRows(
+        torch.from_numpy(row.ravel().astype(np.int64)),
+        torch.from_numpy(slot.ravel().astype(np.int64)),
+        torch.from_numpy(position.copy()),
+        torch.from_numpy(np.where(beyond, position, reads)),
+        torch.from_numpy(np.arange(pillars.max()) >= pillars),
+        torch.from_numpy(beyond),
+    )
 
 
 def kinds(tensors: Iterable[Tensor]) -> tuple:

@@ -22,8 +22,11 @@ LONG = [
     Request(Mode.PREFILL, cached=29, rows=37, score_rows=5),
     Request(Mode.VERIFY, cached=50, rows=23, score_rows=9, pillars=20, recent=44),
     Request(Mode.DRAFT, cached=60, pillars=57, recent=57),
+    Request(Mode.DRAFT, cached=45, pillars=9, recent=38),
+    Request(Mode.DRAFT, cached=31, pillars=3, recent=31),
 ]
-"""Prompts and a verification of more rows than take explicit logits, and a draft whose pillars are all there is."""
+"""Prompts and a verification of more rows than take explicit logits, and drafts of unlike lengths, of which one's
+pillars are all there is."""
 
 
 def _check_against_definition(case: Case) -> None:

@@ -93,8 +93,8 @@ def dual_mode_attention(
     _check((q, k, v, kv, scores, pillar_index), step, (scale, window, softcap), plan)
     _write(k, v, kv, plan)
     layer = _Layer(q, k, v, kv, plan, pillar_index, scale, window, softcap)
-    make = torch.empty if plan.covered == q.shape[0] else torch.zeros
-    out = make(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    make = q.new_empty if plan.covered == q.shape[0] else q.new_zeros
+    out = make((q.shape[0], q.shape[1], v.shape[2]))
     sparse = plan.sparse_rows(window)
     if sparse is not None:
         out.index_copy_(0, sparse.row, _sparse(layer, sparse))

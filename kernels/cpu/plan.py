@@ -20,6 +20,8 @@ from ..step_kind import step_memo
 
 _TABLE = STEP_TENSORS.index("page_table")
 
+_PAGE_TABLE = STEP_TENSORS.index("page_table")
+
 Pages = slice | Tensor
 """Physical pages in the order of the positions in them: a slice where they follow each other, else int64."""
 

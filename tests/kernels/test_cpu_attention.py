@@ -124,6 +124,14 @@ class TestPlan:
         with promised(Promise.NOTHING):
             assert plan_of(first) is not plan_of((*first[:-1], second[-1]))
 
+    def test_page_tables_that_take_turns_have_one_each(self) -> None:
+        step, table = self.step(), STEP_TENSORS.index("page_table")
+        other = (*step[:table], step[table].clone(), *step[table + 1 :])
+        with promised(Promise.NOTHING):
+            first, second = plan_of(step), plan_of(other)
+            assert first is not second
+            assert (plan_of(step), plan_of(other)) == (first, second)
+
     def test_a_change_in_place_is_noticed(self) -> None:
         step = self.step()
         with promised(Promise.NOTHING):

@@ -78,6 +78,10 @@ class EngineStalledError(SparseSpecError, RuntimeError):
     """Requests were run for many iterations without any of them coming forward."""
 
 
+class GraphMemoryWarning(UserWarning):
+    """There is no memory to capture a step, and a larger one that was captured runs in its place."""
+
+
 class RequestFailedError(SparseSpecError, RuntimeError):
     """Whole texts were asked for, and one ended with `FinishReason.ERROR`."""
 
@@ -102,6 +106,7 @@ __all__ = [
     "EngineStalledError",
     "ExportError",
     "GraphInvariantError",
+    "GraphMemoryWarning",
     "KernelInputError",
     "KernelUnavailableError",
     "MemoryPlanError",

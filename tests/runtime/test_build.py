@@ -1,9 +1,15 @@
 """Before the first request: which steps run, so that what compiles and times itself does so then."""
 
 import pytest
+import torch
 
-from sparsespec_compile.runtime.build import first_runs
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
+from sparsespec_compile.runtime.build import Target, engine_capacity, first_runs
+from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.device.drafters import drafters_of
 from sparsespec_compile.runtime.device.inputs import InputSizes
+from sparsespec_compile.runtime.device.state import page_bytes, state_bytes
 
 
 @pytest.mark.parametrize(
@@ -18,3 +24,56 @@ def test_block_sizes_are_timed_on_a_decoding_step(slots, rows, logits, expected)
     """Rows, rows with logits and slots differ in the first one, so that no compiler takes two of them for one size."""
     sizes = InputSizes(slots=slots, rows=rows, logits=logits, request_pages=4, updates=8)
     assert first_runs(sizes) == expected
+
+
+GIB = 2**30
+QWEN3_8B = KVLayout(tuple(AttentionLayer(i, 32, 8, 128, 128, 1.0, 0, 0.0) for i in range(36)), page_size=16)
+
+
+class Gpu(CpuDevice):
+    """A device with so many free bytes."""
+
+    def __init__(self, free):
+        self._free = free
+
+    @property
+    def memory(self):
+        return self
+
+    def free(self):
+        return self._free
+
+
+def capacity(free, positions=40960, longest=0, layout=QWEN3_8B, **settings):
+    config = SpecConfig(**settings)
+    target = Target(None, layout, torch.bfloat16, torch.device("cpu"), positions=positions)
+    return engine_capacity(target, config, drafters_of(config), Gpu(free), longest)
+
+
+def test_the_state_is_sized_for_the_configuration_whatever_is_asked_first():
+    sizes = capacity(120 * GIB, draft_tokens=8)
+    assert (sizes.slots, sizes.tokens, sizes.score_slots) == (64, 40960, 28)
+    assert sizes.pages == 64 * 40960 // 16
+    assert capacity(120 * GIB, draft_tokens=8, max_length=1000, max_requests=4).tokens == 1000
+    assert capacity(120 * GIB, draft_tokens=8, pool_tokens=4096).pages == 256
+    assert capacity(120 * GIB, draft_tokens=8, pool_tokens=4096).tokens == 4096
+
+
+def test_what_grows_with_the_longest_text_takes_a_tenth_of_the_memory_at_most():
+    for free in (4, 12, 40):
+        sizes = capacity(free * GIB, positions=131072, draft_tokens="auto")
+        parts = state_bytes(QWEN3_8B, sizes, torch.bfloat16)
+        grows = sum(parts.values()) - parts["KV pool"]
+        assert grows <= 0.1 * 0.9 * free * GIB or sizes.tokens == 1024
+        assert 1024 <= sizes.tokens < 131072
+    assert capacity(4 * GIB, positions=131072, longest=50_000).tokens == 50_000, "it was asked for"
+    assert capacity(4 * GIB, positions=131072, max_length=131072).tokens == 131072
+
+
+def test_a_gemma_s_pool_takes_less_than_a_third_of_whole_pages():
+    """Gemma-3's shape, five layers with a window of 1,024 for each without: 32 requests of 32,768 tokens."""
+    layers = [AttentionLayer(i, 8, 4, 256, 256, 1.0, 0 if i % 6 == 5 else 1024, 0.0) for i in range(48)]
+    kinds = KVLayout(tuple(layers), page_size=16)
+    sizes = capacity(10**4 * GIB, positions=32768, layout=kinds, max_requests=32)
+    whole = 32 * 32768 * sum(layer.elements_per_token() for layer in layers) * 2
+    assert sizes.pages * page_bytes(kinds, torch.bfloat16) <= 0.3 * whole

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.errors import ConfigError, MemoryPlanError, PoolTooSmallError
+from sparsespec_compile.errors import ConfigError, GraphMemoryWarning, MemoryPlanError, PoolTooSmallError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.requests.sampling_params import SamplingParams
@@ -163,6 +163,24 @@ def test_a_capture_that_finds_no_memory_leaves_the_inputs_as_they_were(toy, monk
     with pytest.raises(PoolTooSmallError, match="No memory to capture a step of 100 rows"):
         runner(60, 60, Variant())
     assert torch.equal(inputs.flat, expected)
+
+
+def test_the_largest_step_stands_in_for_one_that_there_is_no_memory_to_capture(toy, monkeypatch):
+    runner, events = recorded(toy, monkeypatch)
+    capture = Recorder.capture
+
+    def refuse_small(graphs, work, warm_ups):
+        if work.args[0] < 100 or work.args[2].logprobs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(graphs, work, warm_ups)
+
+    monkeypatch.setattr(Recorder, "capture", refuse_small)
+    with pytest.warns(GraphMemoryWarning, match="capture a step of 16 rows"):
+        runner.prepare(2, 10)
+    runner(10, 10, Variant(promise=Promise.ONLY_VERIFICATIONS_SCORED))
+    assert events == [(100, Promise.NOTHING), "replay"]
+    with pytest.raises(PoolTooSmallError, match="capture a step of 16 rows"):
+        runner(10, 10, Variant(logprobs=True))
 
 
 def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeypatch):

@@ -5,6 +5,7 @@ import random
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -136,6 +137,19 @@ def test_requests_added_one_by_one_run_together(toy):
             pass
     assert [request.output for request in requests] == [toy.decode(r) for r in requests_of(lengths, 40)]
     assert engine.stats.iterations <= 1.1 * together
+
+
+def test_a_text_beyond_the_models_positions_starts_while_no_other_runs(toy):
+    engine = engine_of(toy, max_length=None)
+    engine.target = replace(engine.target, positions=64)
+    run(engine, requests_of((5,), 20))
+    long = requests_of((80,), 20)
+    with engine.client() as client:
+        client.submit(requests_of((5,), 50))
+        next(client)
+        with pytest.raises(PoolTooSmallError, match=r"longer than the 64 .* while no other is running"):
+            run(engine, long)
+    assert run(engine, long) == [toy.decode(request) for request in requests_of((80,), 20)]
 
 
 def test_a_failing_iteration_names_itself_to_everybody_who_shared_it(toy, monkeypatch):

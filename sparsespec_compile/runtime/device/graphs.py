@@ -4,13 +4,14 @@ What a request does is data, so a graph serves every mix of drafts, verification
 keeps the variant's promise.
 """
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from sparsespec_compile.errors import PoolTooSmallError
+from sparsespec_compile.errors import GraphMemoryWarning, PoolTooSmallError
 from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.runtime.device.inputs import MIN_ROWS
 from sparsespec_compile.runtime.device.interface import Graph, Graphs
@@ -61,12 +62,12 @@ class StepRunner:
             return
         any_work, single = self.step.any_work, Variant(promise=Promise.SINGLE_ROWS)
         several = Variant(promise=max(any_work.promise, Promise.ONLY_VERIFICATIONS_SCORED))
-        asked = [(self._sizes[-1], any_work)]
+        asked = [self._largest]
         asked += [(size, several) for size in self._sizes if rows > requests and size <= self._padded(rows)]
         asked += [(size, single) for size in self._sizes if size <= self._padded(requests)]
-        missing = [key for key in dict.fromkeys(asked) if key not in self._captured]
-        for size, variant in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
-            self._capture(self._graphs, size, variant)
+        missing = [key for key in dict.fromkeys(asked) if key not in self._captured and key not in self._refused]
+        for key in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
+            self._capture_or_refuse(self._graphs, key)
 
     def __call__(self, rows: int, logits: int, variant: Variant) -> None:
         """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""
@@ -79,15 +80,30 @@ class StepRunner:
             self._capture(self._graphs, self._sizes[-1], replace(variant, promise=self.step.any_work.promise))
         key = (padded, variant)
         if key not in self._captured and key not in self._refused:
-            try:
-                self._capture(self._graphs, *key)
-            except PoolTooSmallError:
-                if (self._sizes[-1], self.step.any_work) not in self._captured or variant.logprobs:
-                    raise
-                self._refused.add(key)
-        if key in self._refused:  # the largest step does whatever the others do, if more slowly
-            key = (self._sizes[-1], self.step.any_work)
-        self._captured[key].replay()
+            self._capture_or_refuse(self._graphs, key)
+        self._captured[self._largest if key in self._refused else key].replay()
+
+    @property
+    def _largest(self) -> tuple[int, Variant]:
+        """The step that does whatever the others do, but for log-probabilities."""
+        return self._sizes[-1], self.step.any_work
+
+    def _capture_or_refuse(self, graphs: Graphs, key: tuple[int, Variant]) -> None:
+        """Capture a step. If there is no memory for it, the largest stands in for it from now on, if that was captured.
+
+        Raises:
+            PoolTooSmallError: there is no memory, and no other step that does what this one does.
+        """
+        rows, variant = key
+        try:
+            self._capture(graphs, rows, variant)
+        except PoolTooSmallError as error:
+            if variant.logprobs or self._largest not in self._captured:
+                raise
+            warnings.warn(
+                f"{error} Until then such steps take as long as the largest.", GraphMemoryWarning, stacklevel=2
+            )
+            self._refused.add(key)
 
     def _padded(self, rows: int) -> int:
         return next(size for size in self._sizes if size >= rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ from .compat import FakeTensorMode, ShapeEnv, python_dispatch
 from .errors import GraphInvariantError, PassMatchError
 from .layout import KVLayout
 from .report import CompileReport
+
+COMPILING = threading.RLock()
+"""Held while a model is compiled. `torch.export`, Inductor and settings of the process that they read, such as
+TRITON_CACHE_DIR, serve one compilation at a time."""
 
 INPUTS = ("input_ids", "position_ids", "logits_to_keep")
 """Inputs of the captured graph, in order."""

@@ -11,7 +11,7 @@ import transformers
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from .base import GraphPass, PassContext
+from .base import COMPILING, GraphPass, PassContext
 from .capture.capture import Captured, capture
 from .capture.requirements import check_model, check_versions
 from .layout import KVLayout
@@ -72,7 +72,8 @@ class CompiledModel:
         Returns:
             What is called as `graph_module` is, and never compiles again.
         """
-        forward = compile_regions(self.split, compiler, on_compiled)
+        with COMPILING:
+            forward = compile_regions(self.split, compiler, on_compiled)
         notes = tuple(f"{name}: {seconds:.1f} s" for name, seconds in forward.seconds.items())
         self.report.passes.append(
             PassRecord("compile regions", sum(forward.seconds.values()), len(forward.seconds), notes)
@@ -93,7 +94,7 @@ def compile_model(model: PreTrainedModel, *, page_size: int) -> CompiledModel:
     """
     check_versions()
     check_model(model)
-    with torch.inference_mode(False):  # parameters made in inference mode could never be changed again
+    with COMPILING, torch.inference_mode(False):  # parameters made in inference mode could never be changed again
         return _compile(model, page_size, Dumper())
 
 

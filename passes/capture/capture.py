@@ -21,8 +21,9 @@ from sparsespec_compile.kernels.ops import SparseSpecError, attention_site
 
 from ..compat import mask_function
 from ..errors import AttentionInterfaceError, ExportError, PositionError, UnsupportedAttentionError
-from .interface import IMPLEMENTATION, borrowed, recording
+from .interface import recording
 from .sites import Site, causal_window, read_site
+from .twin import twin_of
 
 ROWS = 7
 """Tokens of the rehearsal; a prime, so that few sizes of a model can equal it."""
@@ -47,7 +48,7 @@ class Captured:
 
 
 def capture(model: PreTrainedModel) -> Captured:
-    """Captures `model`, which is left as it was found, also when the capture fails.
+    """Captures `model`, which is never changed: what runs is a twin that shares its parameters and buffers.
 
     Raises:
         PositionError: the model takes no position for each token.
@@ -55,8 +56,8 @@ def capture(model: PreTrainedModel) -> Captured:
         UnsupportedAttentionError: an attention call asks for what the dual-mode op does not apply.
         ExportError: the model's own code or `torch.export` failed.
     """
-    packed = PackedModel(model)
-    with borrowed(model, IMPLEMENTATION), torch.no_grad():
+    packed = PackedModel(twin_of(model))
+    with torch.no_grad():
         sites = _rehearse(packed)
         return Captured(_trace(packed, sites), sites)
 

@@ -1,4 +1,4 @@
-"""Prepares a model for a capture: borrows its settings, and puts a recorder behind transformers' interfaces.
+"""Puts a recorder behind transformers' attention and mask interfaces for the time of a capture.
 
 The names registered here stay registered, as transformers offers no way back; outside `recording` they refuse to run.
 """
@@ -11,12 +11,15 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from ..compat import ATTENTION_SETTING, EXPERTS_SETTING, implementations
 from ..errors import AttentionInterfaceError
 
 IMPLEMENTATION = "sparsespec_capture"
+"""Attention implementation of models that are captured."""
+
+EXPERTS = "grouped_mm"
+"""Implementation of expert layers that runs all experts without a loop over data-dependent token lists."""
 
 
 class Recorder(Protocol):
@@ -66,34 +69,6 @@ def _mask(**options: Any) -> Tensor | None:
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-
-
-EXPERTS = "grouped_mm"
-"""Implementation of expert layers that runs all experts without a loop over data-dependent token lists."""
-
-
-@contextmanager
-def borrowed(model: PreTrainedModel, attention: str) -> Iterator[None]:
-    """Within the block the model is in evaluation mode and every part of it uses `attention`.
-
-    Expert layers whose plain implementation loops over the experts (which cannot be captured) use `EXPERTS`. On the
-    way out, also after an error, each module has its own training flag, and each configuration its own settings, back.
-    """
-    training = [(module, module.training) for module in model.modules()]
-    configs = [(config, implementations(config)) for config in model_configs(model)]
-    try:
-        model.eval()
-        for config, settings in configs:
-            setattr(config, ATTENTION_SETTING, attention)
-            if settings[EXPERTS_SETTING] == "eager":
-                setattr(config, EXPERTS_SETTING, EXPERTS)
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for config, settings in configs:
-            for name, value in settings.items():
-                setattr(config, name, value)
 
 
 def model_configs(model: nn.Module) -> list[PreTrainedConfig]:

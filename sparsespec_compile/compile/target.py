@@ -12,6 +12,7 @@ from sparsespec_compile.advice.prediction import iteration_time
 from sparsespec_compile.compile.warm_up import kernels_compiled_beside
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import UnsupportedModelError
+from sparsespec_compile.passes.base import COMPILING
 from sparsespec_compile.passes.compat import triton_cache_dir
 from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import CompiledModel, compile_model
@@ -32,7 +33,7 @@ def compile_target(model: PreTrainedModel, config: SpecConfig) -> tuple[Compiled
     device = model.device
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedModelError(f"The model is on {device}; kernels exist for CPU and CUDA. Move it there.")
-    with without_autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with COMPILING, without_autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         return _compile(model, config)
 
 

@@ -1,20 +1,26 @@
 """Capture: the graph computes what the model computes, and the model is left as it was found."""
 
 import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.capture.interface import model_configs
+from sparsespec_compile.passes.capture.twin import twin_of
 from sparsespec_compile.passes.errors import (
     AttentionInterfaceError,
     ExportError,
     PositionError,
     UnsupportedAttentionError,
 )
+from sparsespec_compile.passes.pipeline import compile_model
 
-from .families import DOZEN, OTHERS, tiny, tokens
+from .families import DOZEN, OTHERS, logits, tiny, tokens
 
 FAMILIES = (*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt")
 
@@ -219,3 +225,86 @@ def test_logits_are_cut_when_the_model_cannot(monkeypatch):
 
 def test_families_in_this_module_exist():
     assert set(FAMILIES) - set(OTHERS) <= set(DOZEN)
+
+
+def in_threads(*jobs):
+    """Runs each in a thread of its own, with threads that change as often as may be; raises the first error."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            for future in [pool.submit(job) for job in jobs]:
+                future.result()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_model_generates_in_other_threads_while_it_is_compiled():
+    model, prompt, done = tiny("gemma3_text"), tokens(9)[None], threading.Event()
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    texts = []
+
+    def generate():
+        while not done.is_set():
+            texts.append(model.generate(prompt, max_new_tokens=12, do_sample=False))
+
+    def compile_it():
+        try:
+            compile_model(model, page_size=16)
+        finally:
+            done.set()
+
+    in_threads(generate, generate, compile_it)
+    assert len(texts) > 1
+    assert all(torch.equal(text, expected) for text in texts)
+
+
+def test_models_are_compiled_in_several_threads_at_once():
+    model = tiny("llama")
+    in_threads(*(partial(compile_model, model, page_size=16) for _ in range(3)))
+    assert torch.equal(model.lm_head.weight, tiny("llama").lm_head.weight)
+    compile_model(tiny("mistral"), page_size=16)
+
+
+def doubled(module):
+    """`forward` set on a module: what it was, with its first output doubled, found through a closure and a default."""
+    before = module.forward
+
+    def forward(*args, again=before, **kwargs):
+        output, *rest = before(*args, **kwargs)
+        return (output + again(*args, **kwargs)[0], *rest)
+
+    module.forward = forward
+
+
+def test_what_was_set_on_a_module_is_captured_with_it():
+    """Whether it is reached by a closure, a default, a method, a partial or a list, attention is the twin's."""
+    model = tiny("llama")
+    doubled(model.model.layers[0].self_attn)
+    attention = model.model.layers[1].self_attn
+    attention.forward = partial(attention.forward)
+    attention.notes = [attention, {"of": attention}]
+    graph = capture(model)
+    assert len(graph.sites) == 3
+    sequence = tokens(11)
+    positions = torch.arange(11)[None]
+    got = graph.graph_module(input_ids=sequence[None], position_ids=positions, logits_to_keep=torch.arange(11))
+    assert torch.allclose(got[0], logits(model, sequence), atol=1e-4)
+
+
+def test_a_twin_shares_tensors_and_nothing_that_changes():
+    model = tiny("mixtral").train()
+    attention = model.model.layers[0].self_attn
+    attention.again = [attention]
+    other = twin_of(model)
+    assert all(a is b for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    assert all(a is b for a, b in zip(other.buffers(), model.buffers(), strict=True))
+    assert not {id(module) for module in other.modules()} & {id(module) for module in model.modules()}
+    assert not {id(config) for config in model_configs(other)} & {id(config) for config in model_configs(model)}
+    assert other.model.layers[0].self_attn.again == [other.model.layers[0].self_attn]
+    assert not any(module.training for module in other.modules())
+    assert all(module.training for module in model.modules())
+    other.register_buffer("added", torch.zeros(1))
+    del other.model
+    other.config.added = 1
+    assert (hasattr(model, "added"), hasattr(model, "model"), hasattr(model.config, "added")) == (False, True, False)

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import VersionError
@@ -136,6 +137,20 @@ def implementing_functions(config: PreTrainedConfig) -> dict[str, object]:
         ATTENTION_SETTING: ALL_ATTENTION_FUNCTIONS.get(chosen[ATTENTION_SETTING]),
         EXPERTS_SETTING: ALL_EXPERTS_FUNCTIONS.get(chosen[EXPERTS_SETTING]),
     }
+
+
+def attention_functions(config: PreTrainedConfig, model_file: Mapping[str, Any]) -> tuple[object, object]:
+    """The functions that a configuration has chosen for attention and for its masks; None for one that is not there.
+
+    Args:
+        config: of a module.
+        model_file: the globals of the file that the module's class is written in. Attention that is written out
+            ("eager") stands there, and possibly a table of functions of the file's own.
+    """
+    chosen = (implementations(config)[ATTENTION_SETTING] or "eager").removeprefix("paged|")
+    functions = model_file.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    function = functions.get(chosen, model_file.get("eager_attention_forward"))
+    return function, ALL_MASK_ATTENTION_FUNCTIONS.get(chosen)
 
 
 def forward_hooks(module: nn.Module) -> list[object]:

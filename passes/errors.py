@@ -41,6 +41,10 @@ class RowMixingError(UnsupportedModelError):
     """Something besides the attention sites lets one token see another, so requests cannot be packed."""
 
 
+class NotANumberError(UnsupportedModelError):
+    """The model computes NaN, whatever its tokens."""
+
+
 class ExportError(UnsupportedModelError):
     """`torch.export` could not trace the model; the cause is chained."""
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -98,11 +100,16 @@ class CompileReport:
         table = Table(title="attention nodes")
         for heading in ("layer", "module", "heads", "KV heads", "dims", "scale", "window", "softcap", "outcome"):
             table.add_column(heading)
+        alike: dict[tuple, list[AttentionRecord]] = {}
         for record in self.attention:
+            kind = replace(record.layer, layer=0), _NUMBER.sub("*", record.module), record.outcome
+            alike.setdefault(kind, []).append(record)
+        for records in alike.values():
+            record = records[0]
             layer = record.layer
             table.add_row(
-                str(layer.layer),
-                record.module,
+                ranges([one.layer.layer for one in records]),
+                record.module if len(records) == 1 else _NUMBER.sub("*", record.module),
                 str(layer.q_heads),
                 str(layer.kv_heads),
                 f"{layer.key_dim}/{layer.value_dim}",
@@ -114,7 +121,36 @@ class CompileReport:
         return table
 
     def _note_lines(self) -> list[str]:
-        return [f"{record.name}: {note}" for record in self.passes for note in record.notes]
+        return [f"{record.name}: {note}" for record in self.passes for note in fold(record.notes)]
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a layer in the path of a module."""
+
+
+def fold(notes: Iterable[str]) -> list[str]:
+    """Notes that differ in the number of one layer alone become one note, which says for which layers it holds."""
+    alike: dict[str, list[tuple[str, int]]] = {}
+    for note in notes:
+        numbers = set(_NUMBER.findall(note))
+        layer = int(numbers.pop()) if len(numbers) == 1 else -1
+        alike.setdefault(_NUMBER.sub("*", note) if layer >= 0 else note, []).append((note, layer))
+    lines = []
+    for text, found in alike.items():
+        layers = [layer for _, layer in found]
+        lines.append(f"{text} (* = {ranges(layers)})" if len(found) > 1 and layers[0] >= 0 else found[0][0])
+    return lines
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: `0-4, 6-10, 12`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 DUMP_VARIABLE = "SPARSESPEC_DUMP"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import transformers
 from torch import nn
 from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 
+from ..compat import ATTENTION_SETTING, attention_functions, implementations
 from ..errors import (
     EncoderDecoderError,
     PositionError,
@@ -17,9 +20,11 @@ from ..errors import (
     VersionError,
 )
 from .interface import model_configs
-from .wrappers import check_global_hooks, check_precision
+from .wrappers import check_global_hooks, check_precision, is_of_transformers
 
 OLDEST = {"torch": "2.11", "transformers": "5.6"}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ALIBI_FAMILIES = frozenset({"bloom", "mpt"})
 CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention"})
@@ -50,7 +55,7 @@ def check_model(model: object) -> None:
         EncoderDecoderError: an encoder-decoder, or the decoder of one.
         MixedPrecisionError: a forward pass that runs under autocast.
         RowMixingError: layers that carry state along the tokens.
-        UnsupportedAttentionError: ALiBi, or layers that select tokens themselves.
+        UnsupportedAttentionError: ALiBi, layers that select tokens themselves, or an attention function of another's.
         PositionError: rotary frequencies that follow the longest sequence of a call.
     """
     if not isinstance(model, PreTrainedModel):
@@ -63,6 +68,7 @@ def check_model(model: object) -> None:
     check_global_hooks()
     _check_cross_attention(model)
     _check_parameters(model)
+    _check_implementations(model)
     for config in model_configs(model):
         _check_attention(type(model).__name__, config)
 
@@ -110,6 +116,36 @@ def _check_parameters(model: PreTrainedModel) -> None:
                 f"{path} is a {type(parameter).__name__} of {parameter.dtype}. Allowed: plain floating-point "
                 "parameters. Load the model without quantisation."
             )
+        if parameter.dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"{path} is of {parameter.dtype}. Allowed: {', '.join(map(str, DTYPES))}. Convert the model, such as "
+                "by model.float()."
+            )
+    for path, tensor in (*parameters.items(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise UnsupportedModelError(
+                f"{path} was made inside of torch.inference_mode(), where tensors are made that can neither be traced "
+                "nor changed outside of it. Allowed: models that were built, loaded and moved outside. Do that before "
+                "torch.inference_mode() begins, or use torch.no_grad() in its place."
+            )
+
+
+def _check_implementations(model: PreTrainedModel) -> None:
+    """Only transformers' own functions are known to compute plain attention, which is what the graph computes."""
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if not isinstance(config, transformers.PreTrainedConfig):
+            continue
+        file = sys.modules.get(type(module).__module__)
+        for function in attention_functions(config, {} if file is None else vars(file)):
+            if function is not None and not is_of_transformers(function):
+                name = getattr(function, "__qualname__", type(function).__name__)
+                raise UnsupportedAttentionError(
+                    f"{path or type(model).__name__} attends by {implementations(config)[ATTENTION_SETTING]!r}, which "
+                    f"is {name} of {getattr(function, '__module__', 'unknown')}; what it computes is not known here. "
+                    "Allowed: transformers' own functions. If plain attention is meant, choose one of them, such as by "
+                    "model.set_attn_implementation('sdpa')."
+                )
 
 
 def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:

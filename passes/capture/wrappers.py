@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -103,6 +104,18 @@ def check_global_hooks() -> None:
 def is_mixed_precision(module: nn.Module) -> bool:
     """Whether a module's own `forward` runs under autocast, as Accelerate's mixed precision sets it."""
     return any(map(_casts, _layers(vars(module).get("forward"))))
+
+
+def is_of_transformers(function: object) -> bool:
+    """Whether a function is written in transformers, whatever arguments are bound to it or torch has wrapped it in."""
+    while not _is_of_transformers(function):
+        if isinstance(function, partial):
+            function = function.func
+        elif isinstance(function, FunctionType) and str(function.__globals__.get("__name__")).startswith("torch."):
+            function = vars(function).get("__wrapped__")
+        else:
+            return False
+    return True
 
 
 def _layers(function: object) -> Iterator[object]:

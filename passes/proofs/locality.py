@@ -22,9 +22,10 @@ see their rows in other groups, so sums have another order), while mixing change
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +34,15 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from sparsespec_compile.kernels.ops import attention_site
 
-from ..base import GraphPass, describe, find_calls, input_node
-from ..errors import RowMixingError
+from ..base import GraphPass, attribute, describe, find_calls, input_node
+from ..errors import NotANumberError, RowMixingError
 from .verify import lasting_write
 
 ROW_COUNTS = (13, 17, 19, 23, 29, 31, 37)
 """Candidates for the number of rows: primes, so that few other sizes of a model can equal one."""
+
+DRAWS = 100
+"""How often tokens are drawn before tokens without a finite embedding are taken."""
 
 
 class ProveRowLocality(GraphPass):
@@ -49,10 +53,15 @@ class ProveRowLocality(GraphPass):
     def rewrite(self, graph_module: GraphModule) -> None:
         self._refuse_state(graph_module)
         rows = _row_count(graph_module)
-        for here, there in ((0, rows - 1), (rows // 2, 0), (rows - 1, rows // 2)):
+        undefined: list[Node] = []
+        experiments = ((0, rows - 1), (rows // 2, 0), (rows - 1, rows // 2))
+        for here, there in experiments:
             runs = Runs(rows, here, there, self._inputs(rows, here, there))
             with torch.no_grad():
-                Lockstep(graph_module, runs).run()
+                node = Lockstep(graph_module, runs).run()
+            undefined += [] if node is None else [node]
+        if len(undefined) == len(experiments):
+            raise NotANumberError(_explain_nan(graph_module, undefined[0]))
         with torch.no_grad():
             self.context.report.takes_single_rows = takes_single_rows(graph_module, self._inputs(rows, 1, 0)[0])
         self.matches = len(find_calls(graph_module.graph, attention_site))
@@ -69,24 +78,38 @@ class ProveRowLocality(GraphPass):
     def _inputs(self, rows: int, here: int, there: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Token ids, positions and rows to keep of both runs, alike in the common row and nowhere else.
 
-        The first run has even tokens and positions, the second odd ones.
+        The first run has even tokens and positions, the second odd ones. Tokens whose embedding is not finite are left
+        out, as models may hold anything for tokens that they never read.
         """
         model = self.context.model
         generator = torch.Generator("cpu").manual_seed(0)
-        vocabulary = len(next(model.get_input_embeddings().parameters()))
+        embeddings = next(model.get_input_embeddings().parameters())
         longest = getattr(model.config, "max_position_embeddings", None)
         positions = min(2 * rows, int(longest)) if longest else 2 * rows
-        drawn = []
-        for limit in (vocabulary, positions):
-            first, second = (
-                2 * torch.randint(max(limit // 2, 1), (1, rows), generator=generator, device="cpu") for _ in range(2)
-            )
-            second += 1
+
+        def draw(limit: int, parity: int) -> Tensor:
+            return 2 * torch.randint(max(limit // 2, 1), (1, rows), generator=generator, device="cpu") + parity
+
+        ids = [_finite(embeddings, partial(draw, len(embeddings), parity)) for parity in (0, 1)]
+        places = [draw(positions, parity) for parity in (0, 1)]
+        for first, second in (ids, places):
             second[0, there] = first[0, here]
-            drawn.append((first.to(model.device), second.to(model.device)))
         kept = torch.arange(rows, device=model.device)
-        (first_ids, second_ids), (first_positions, second_positions) = drawn
-        return (first_ids, first_positions, kept), (second_ids, second_positions, kept)
+        first_run, second_run = (
+            (tokens.to(model.device), at.to(model.device), kept) for tokens, at in zip(ids, places, strict=True)
+        )
+        return first_run, second_run
+
+
+def _finite(embeddings: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    """Tokens from `draw`, drawn again where their row of `embeddings` is not finite; a limited number of times."""
+    tokens = draw()
+    for _ in range(DRAWS):
+        usable = embeddings[tokens.to(embeddings.device)].isfinite().all(-1).cpu()
+        if usable.all():
+            break
+        tokens = torch.where(usable, tokens, draw())
+    return tokens
 
 
 def _row_count(graph_module: GraphModule) -> int:
@@ -161,9 +184,13 @@ class Lockstep:
         self.runs = runs
         self.pair = (_Run(graph_module), _Run(graph_module))
         self.common: dict[Node, Common] = {}
+        self.undefined: Node | None = None
 
-    def run(self) -> None:
+    def run(self) -> Node | None:
         """Runs all nodes.
+
+        Returns:
+            If logits of the common row are NaN, the first node that gave NaN for it.
 
         Raises:
             RowMixingError: q, k, v of a site or the logits depend on another row; names the node that mixes.
@@ -176,9 +203,19 @@ class Lockstep:
                     self._require_agreement(input_node(node, index), axis=2)
             if node.op == "output":
                 self._require_agreement(input_node(node, 0), axis=1)
-                return
+                break
             first, second = (run.step(node) for run in self.pair)
             self.common[node] = Common.AGREES if node.op == "placeholder" else self._compare(first, second)
+            if self.undefined is None and self.common[node] is Common.AGREES and self._has_nan(node, first):
+                self.undefined = node
+        logits = self.pair[0].env[input_node(self.graph.output_node(), 0)].select(1, self.runs.here)
+        return self.undefined if logits.isnan().any() else None
+
+    def _has_nan(self, node: Node, value: object) -> bool:
+        """Whether the common row of a value with a dimension of rows holds NaN."""
+        if node.op == "placeholder" or not isinstance(value, Tensor) or not value.is_floating_point():
+            return False
+        return bool(value.select(value.shape.index(self.runs.rows), self.runs.here).isnan().any())
 
     def _require_agreement(self, node: Node, axis: int) -> None:
         first, second = (run.env[node] for run in self.pair)
@@ -240,12 +277,15 @@ def takes_single_rows(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> 
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two rows are equal but for rounding; infinities and NaN must be at the same places."""
     if torch.equal(ours, theirs):
         return True
     if not ours.is_floating_point():
         return False
-    difference = (ours.double() - theirs.double()).norm()
-    return bool(difference <= TOLERANCE[ours.dtype] * ours.double().norm())
+    equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    difference = (ours.double() - theirs.double()).masked_fill(equal, 0.0).norm()
+    size = ours.double().masked_fill(~ours.isfinite(), 0.0).norm()
+    return bool(difference <= TOLERANCE[ours.dtype] * size)
 
 
 def _make_equal(ours: Tensor, theirs: Tensor) -> None:
@@ -253,6 +293,16 @@ def _make_equal(ours: Tensor, theirs: Tensor) -> None:
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(theirs.stride(), theirs.shape, strict=True))
     if not overlapping and not torch.equal(ours, theirs):
         theirs.copy_(ours)
+
+
+def _explain_nan(graph_module: GraphModule, node: Node) -> str:
+    weights = [source for source in node.all_input_nodes if source.op == "get_attr"]
+    broken = [str(source.target) for source in weights if attribute(graph_module, str(source.target)).isnan().any()]
+    where = f", which reads {broken[0].removeprefix('model.')}, a weight that holds NaN" if broken else ""
+    return (
+        f"logits are NaN for every token that was tried, first in {describe(node)}{where}. Allowed: models that "
+        "compute numbers. Load the weights again, or choose a dtype in which nothing overflows, such as torch.bfloat16."
+    )
 
 
 def _explain(culprit: Node, sink: Node) -> str:

@@ -19,8 +19,9 @@ Ensures: shapes and values of all other nodes are unchanged up to rounding.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from itertools import chain
 from weakref import WeakValueDictionary
 
 import torch
@@ -43,6 +44,9 @@ class FuseProjections(GraphPass):
 
     def rewrite(self, graph_module: GraphModule) -> None:
         table = ParameterTable(self.context.model, graph_module)
+        # Another thread may use the model, and an op of its forward pass be reading what is released here. By the time
+        # that two further groups have been copied, which takes as long as reading them, it is through.
+        self._released: deque[list[Tensor]] = deque(maxlen=2)
         for source, linears in _by_input(graph_module.graph).items():
             group = [linear for linear in linears if self._can_fuse(table, linear)]
             for alike in _split_by_kind(group):
@@ -70,6 +74,7 @@ class FuseProjections(GraphPass):
     def _fuse(self, graph_module: GraphModule, table: ParameterTable, source: Node, linears: list[Node]) -> None:
         names = [FUSED.format(kind, self.matches) for kind in ("weight", "bias")]
         columns = list(zip(*map(_weights, linears), strict=True))
+        self._released.append([table.parameter(node).data for node in chain(*columns)])
         for name, column in zip(names, columns, strict=False):
             fused = fuse_storage([table.parameter(node) for node in column], self.context.moved)
             graph_module.register_parameter(name, torch.nn.Parameter(fused, requires_grad=False))

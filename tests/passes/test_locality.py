@@ -8,7 +8,7 @@ from transformers.models.llama import modeling_llama
 
 from sparsespec_compile.passes.base import PassContext
 from sparsespec_compile.passes.capture.capture import capture
-from sparsespec_compile.passes.errors import RowMixingError
+from sparsespec_compile.passes.errors import NotANumberError, RowMixingError
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.passes.proofs.locality import Lockstep, ProveRowLocality, Runs, row_wise
 from sparsespec_compile.passes.report import CompileReport
@@ -59,6 +59,34 @@ def test_what_one_row_alone_would_change_is_found(monkeypatch, change):
 )
 def test_rounding_of_any_type_passes(family, dtype):
     assert probe(tiny(family).to(dtype)) == 2
+
+
+def test_tokens_that_are_never_read_may_have_no_embedding():
+    model = tiny("qwen3", tie_word_embeddings=False)
+    model.model.embed_tokens.weight.data[20:] = torch.nan
+    assert probe(model) == 2
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"), [("lm_head", r"aten\.linear.*lm_head\.weight, a weight that holds NaN"), ("model.norm", "NaN")]
+)
+def test_a_weight_that_is_not_a_number_is_named(weight, named):
+    model = tiny("qwen3", tie_word_embeddings=False)
+    model.get_submodule(weight).weight.data[3] = torch.nan
+    with pytest.raises(NotANumberError, match=named) as caught:
+        probe(model)
+    assert "mixes" not in str(caught.value)
+
+
+def test_infinities_pass_and_do_not_hide_mixing(monkeypatch):
+    """As models have that rule tokens out by a bias of the logits."""
+    model = tiny("qwen3", tie_word_embeddings=False)
+    model.lm_head.weight.data[5, 0] = torch.inf
+    assert probe(model) == 2
+    mixing = patched(monkeypatch, lambda x: x + x.mean(1, keepdim=True))
+    mixing.lm_head.weight.data[5, 0] = torch.inf
+    with pytest.raises(RowMixingError, match="mixes rows"):
+        probe(mixing)
 
 
 def test_experts_of_one_token_pass():

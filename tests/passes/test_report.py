@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from sparsespec_compile.passes.pipeline import PASSES, SPLIT, compile_model
+from sparsespec_compile.passes.report import fold
 
 from .families import tiny
 
@@ -36,10 +37,34 @@ def test_report_prints(bench):
     for word in ("Gemma2ForCausalLM", "torch", *NAMES, "model.layers.1.self_attn", "rewritten", "0.3536", "20", "5.0"):
         assert word in text
     assert "split into regions: 3 regions, 3 distinct" in text
-    assert "fused model.layers.0.mlp.gate_proj.weight + model.layers.0.mlp.up_proj.weight" in " ".join(text.split())
+    fused = "fused model.layers.*.mlp.gate_proj.weight + model.layers.*.mlp.up_proj.weight (* = 0-1)"
+    assert fused in " ".join(text.split())
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(report)
     assert "attention nodes" in console.export_text()
+
+
+def test_equal_layers_share_a_line():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    report = compile_model(tiny("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2), page_size=16).report
+    text = " ".join(str(report).split())
+    assert "0-4, 6-10" in text
+    assert "5, 11" in text
+    assert text.count("rewritten") == 2
+    assert len(str(report).splitlines()) < 35
+    assert len(report.attention) == 12
+
+
+def test_notes_of_unlike_layers_stay_apart():
+    notes = [
+        "left a.0.b: tied",
+        "left a.1.b: tied",
+        "left a.3.b: tied",
+        "left a.2.c: tied",
+        "left a.0.b + a.1.b",
+        "none",
+    ]
+    assert fold(notes) == ["left a.*.b: tied (* = 0-1, 3)", "left a.2.c: tied", "left a.0.b + a.1.b", "none"]
 
 
 def test_without_dumps_nothing_is_written(tmp_path, monkeypatch):

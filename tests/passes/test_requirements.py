@@ -1,11 +1,24 @@
 """What is refused at the front, and how it is said: what was got, what is allowed, what to do."""
 
+from functools import partial, wraps
+
 import pytest
 import torch
-from transformers import AutoConfig, BartForConditionalGeneration, LlamaModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    BartForConditionalGeneration,
+    LlamaModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from sparsespec_compile.kernels.ops import SparseSpecError
 from sparsespec_compile.passes import errors
+from sparsespec_compile.passes.capture.interface import model_configs
 from sparsespec_compile.passes.capture.requirements import check_model, check_versions
 from sparsespec_compile.passes.pipeline import compile_model
 
@@ -66,7 +79,56 @@ def encoder_decoder():
     return BartForConditionalGeneration(AutoConfig.for_model("bart", vocab_size=64, d_model=16, **small))
 
 
+def scaling(module, query, key, value, attention_mask, **options):
+    return sdpa_attention_forward(module, query * 2, key, value, attention_mask, **options)
+
+
+def attending_by(function, name="scaling", mask=None):
+    model = tiny("llama")
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask or sdpa_mask)
+    model.set_attn_implementation(name)
+    return model
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return tiny("llama")
+
+
+def moved_in_inference_mode():
+    model = tiny("llama")
+    with torch.inference_mode():
+        return model.to(torch.bfloat16)
+
+
 CASES = {
+    "double": (lambda: tiny("llama").double(), errors.UnsupportedModelError, r"weight is of torch\.float64.*float\(\)"),
+    "built in inference mode": (
+        in_inference_mode,
+        errors.UnsupportedModelError,
+        r"weight was made inside of torch\.inference_mode",
+    ),
+    "moved in inference mode": (
+        moved_in_inference_mode,
+        errors.UnsupportedModelError,
+        r"made inside of torch\.inference_mode",
+    ),
+    "an attention function of the user's": (
+        lambda: attending_by(scaling),
+        errors.UnsupportedAttentionError,
+        "attends by 'scaling', which is scaling of",
+    ),
+    "one with arguments bound, and a known name": (
+        lambda: attending_by(partial(wraps(sdpa_attention_forward)(scaling), dropout=0.0), "disguised"),
+        errors.UnsupportedAttentionError,
+        "attends by 'disguised'",
+    ),
+    "masks of the user's": (
+        lambda: attending_by(sdpa_attention_forward, "masked", lambda **options: None),
+        errors.UnsupportedAttentionError,
+        "attends by 'masked', which is .*lambda",
+    ),
     "not a model": (lambda: torch.nn.Linear(2, 2), errors.UnsupportedModelError, "got a Linear"),
     "no head": (lambda: LlamaModel(tiny("llama").config), errors.UnsupportedModelError, "no language-modelling head"),
     "encoder-decoder": (encoder_decoder, errors.EncoderDecoderError, "is an encoder-decoder"),
@@ -109,6 +171,33 @@ def test_unsupported_models_are_refused_by_name(case):
         compile_model(model, page_size=16)
     assert type(caught.value) is error
     assert "Allowed:" in str(caught.value)
+
+
+def test_another_function_under_the_name_of_transformers_own_is_refused(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", scaling)
+    with pytest.raises(errors.UnsupportedAttentionError, match="attends by 'sdpa', which is scaling of"):
+        compile_model(tiny("llama"), page_size=16)
+
+
+def test_another_function_in_the_models_own_file_is_refused(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", scaling)
+    check_model(tiny("llama"))  # which attends by sdpa
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    with pytest.raises(errors.UnsupportedAttentionError, match="attends by 'eager', which is scaling"):
+        compile_model(model, page_size=16)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "paged|sdpa"])
+def test_transformers_own_functions_pass(name):
+    model = tiny("llama")
+    for config in model_configs(model):
+        config._attn_implementation_internal = name
+    check_model(model)
+
+
+def test_transformers_own_function_under_another_name_passes():
+    check_model(attending_by(partial(sdpa_attention_forward, dropout=0.0), "another_name"))
 
 
 def test_supported_models_pass(bench):

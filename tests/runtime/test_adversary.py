@@ -61,6 +61,7 @@ def poison_what_is_given_back(monkeypatch, engine):
         release(allocator, pages)
         assert len(set(allocator._free)) == len(allocator._free), "a page was given back twice"
         assert min(allocator._holders, default=0) >= 0
+        pages = [page for page in pages if allocator._holders[page] == 0]
         session = engine._session
         if session is not None and allocator is session._scheduler.kv_cache.pool:
             engine._stream.run(partial(session.state.pool.__setitem__, pages, math.nan))

@@ -103,7 +103,7 @@ def main() -> None:
     model, tokenizer = load(arguments.device, getattr(torch, arguments.dtype))
     exact = copy.deepcopy(model).float()
     prompts = held_out_prompts(tokenizer, arguments.puzzles, arguments.device)
-    fast = ss.optimize(model)
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=8))
     result: dict = {"environment": environment(arguments.device), "dtype": arguments.dtype}
     for temperature in (0.0, 0.6):
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

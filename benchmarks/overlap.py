@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def trace(model: PreTrainedModel, prompts: list[list[int]], *, overlap: bool) -> tuple[dict, list[Event]]:
     """The row of a host, and what ran on the GPU."""
-    config = ss.SpecConfig(overlap=overlap, max_requests=len(prompts), prefill_chunk=16_384)
+    config = ss.SpecConfig(draft_tokens=8, overlap=overlap, max_requests=len(prompts), prefill_chunk=16_384)
     fast = ss.optimize(model, config)
     sampling = ss.SamplingParams(max_new_tokens=6 * ITERATIONS, temperature=0.6, seed=1, stop_token_ids=())
     with fast.stream(prompts, sampling) as pieces:

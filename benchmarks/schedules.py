@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(model, prompts: list[list[int]], new_tokens: int, schedule: str) -> tuple[dict, list[list[int]]]:
     """Rows and KV megabytes of each iteration, and the texts."""
-    fast = ss.optimize(model, ss.SpecConfig(schedule=schedule, max_requests=len(prompts)))
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=8, schedule=schedule, max_requests=len(prompts)))
     sampling = [
         ss.SamplingParams(max_new_tokens=max(8, new_tokens * (nth + 1) // len(prompts)), stop_token_ids=())
         for nth in range(len(prompts))

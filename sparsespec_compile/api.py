@@ -58,7 +58,6 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
 
     Raises:
         UnsupportedModelError: the model cannot be rewritten with the same text; the text says why and what to do.
-        CeilingsError, CostModelError: `draft_tokens` is "auto", and the device or the model's cost is not known.
         ConfigError: `config` is not a `SpecConfig`.
 
     Example:
@@ -357,10 +356,15 @@ class OptimizedModel:
             CostModelError: the model's cost is not known, as for mixtures of experts.
             CeilingsError: the device is unknown.
             AdviceError: impossible lengths or batch.
+            ContextLengthError: the model cannot compute texts of such lengths.
+
+        Warns:
+            ContextLengthWarning: it is rotary, and not made for them.
         """
         cost = graph_cost(self._compiled.graph_module)
         device = self._engine.target.device if device is None else device
         explanation = explain(cost, self.spec_config, lengths, batch, device)
+        self._reader().check_length(max(lengths) if isinstance(lengths, Sequence) else lengths)
         rich.print(explanation)
         return explanation
 

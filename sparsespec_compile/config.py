@@ -42,7 +42,9 @@ class SpecConfig(Settings, error=ConfigError):
     Args:
         draft_tokens: drafts per cycle (k in the paper), 0 to 64. One verification follows every k drafts. 0 is plain
             decoding through the same graph. "auto" chooses k from 0 to `max_draft_tokens` while requests run, from
-            what an iteration is predicted and measured to take and from how many drafts are accepted. A verification
+            what an iteration is predicted and measured to take and from how many drafts are accepted; what it learns is
+            kept from call to call. Where nothing can be predicted, which is on CPUs and for mixtures of experts, it
+            begins with plain decoding and tries drafts now and then, for a few iterations. A verification
             reads the cache once for each 64 (row, query head) pairs of a KV head: with 4 query heads to a KV head only
             once for up to 15 drafts, with 8 for up to 7. The last 64 pairs choose the next pillars. "auto" keeps room
             for the scores of half of the requests or of 128, whichever is more: 4 bytes a layer, KV head and position
@@ -76,13 +78,14 @@ class SpecConfig(Settings, error=ConfigError):
         cuda_graphs: whether iterations on CUDA are captured once and replayed.
         backend: "inductor" compiles the graph with TorchInductor, "eager" runs it node by node, "auto" is "inductor"
             on CUDA and "eager" on CPU.
-        ceilings: what the device can do, for the predictions of "auto"; None = it is one whose ceilings are known.
+        ceilings: what the device can do, for the predictions of "auto". None: those of a known device, or of a CUDA
+            device as measured once, which takes about a second and is kept in the user's cache folder.
 
     Raises:
         ConfigError: for an unknown name or a value that is not allowed; the text gives both.
     """
 
-    draft_tokens: int | Literal["auto"] = 8
+    draft_tokens: int | Literal["auto"] = "auto"
     max_draft_tokens: int = 12
     budget_ratio: float = 0.05
     min_budget: int = 128

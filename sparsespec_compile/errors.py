@@ -35,6 +35,10 @@ class CeilingsError(SparseSpecError, ValueError):
     """A device's ceilings are unknown or impossible."""
 
 
+class CeilingsCacheWarning(UserWarning):
+    """Measured ceilings of a device cannot be read from, or kept in, the user's cache folder."""
+
+
 class AdviceError(SparseSpecError, ValueError):
     """A workload or an acceptance that no advice can be given for."""
 
@@ -94,6 +98,7 @@ class StoppedError(SparseSpecError, RuntimeError):
 __all__ = [
     "AdviceError",
     "AttentionInterfaceError",
+    "CeilingsCacheWarning",
     "CeilingsError",
     "CompileError",
     "ConfigError",

@@ -360,7 +360,7 @@ def test_generate_returns_whole_texts_or_none(model, monkeypatch):
         return block
 
     monkeypatch.setattr(CpuDevice, "host_block", refuse)
-    fast = ss.optimize(model, ss.SpecConfig(page_size=4, pool_tokens=64, host_pool_tokens=4096))
+    fast = ss.optimize(model, ss.SpecConfig(draft_tokens=8, page_size=4, pool_tokens=64, host_pool_tokens=4096))
     with pytest.raises(PoolTooSmallError, match="neither by the KV pool nor by host memory"):
         fast.generate(torch.ones(4, 5, dtype=torch.int64), max_new_tokens=50, eos_token_id=None)
     assert fast.generate(torch.ones(1, 5, dtype=torch.int64), max_new_tokens=50, eos_token_id=None).shape == (1, 55)

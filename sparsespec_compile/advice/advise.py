@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.calibration import ceilings_of
+from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import cycle, predict_mean
 from sparsespec_compile.advice.workload import Acceptance, Curve, Workload, accepted, curves, workload

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, fields
 
-import torch
-
 from sparsespec_compile.errors import CeilingsError
 
 
@@ -70,32 +68,3 @@ FLOPs: an 8192^3 product. The others are fitted: to a compiled step of Qwen3-8B 
 
 KNOWN = (H200,)
 """Devices with measured ceilings."""
-
-
-def ceilings_of(device: "torch.device | str | Ceilings") -> Ceilings:
-    """The ceilings of a device.
-
-    Args:
-        device: a CUDA device of this machine, a name that contains that of a known device, or ceilings, which are
-            returned.
-
-    Raises:
-        CeilingsError: nothing is known about the device.
-    """
-    if isinstance(device, Ceilings):
-        return device
-    name = _device_name(device)
-    for known in KNOWN:
-        if known.name.removeprefix("NVIDIA ").lower() in name.lower():
-            return known
-    raise CeilingsError(
-        f"No ceilings are known for {name!r}. Allowed: {', '.join(known.name for known in KNOWN)}, or a Ceilings(...) "
-        "with what your device was measured to do."
-    )
-
-
-def _device_name(device: torch.device | str) -> str:
-    kind = str(device).partition(":")[0]
-    if kind == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(device)
-    return str(device)

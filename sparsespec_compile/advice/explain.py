@@ -8,7 +8,8 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 
-from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.calibration import ceilings_of
+from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.advice.prediction import Prediction, predict_cycle
 from sparsespec_compile.advice.workload import Workload, workload
 from sparsespec_compile.config import SpecConfig

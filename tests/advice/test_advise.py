@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 import sparsespec_compile as ss
 from sparsespec_compile.advice.advise import advise
 from sparsespec_compile.advice.workload import accepted
-from sparsespec_compile.errors import AdviceError, CeilingsError, ConfigError, CostModelError
+from sparsespec_compile.errors import AdviceError, CeilingsError, ConfigError, ContextLengthWarning, CostModelError
 
 from ..support.models import tiny
 
@@ -179,6 +179,12 @@ def test_the_full_drafter_reads_everything():
     fast = ss.optimize(tiny("qwen3"), ss.SpecConfig(draft_tokens=1, drafter="full"))
     terms = {term.name: term for term in fast.explain(1000, 2, "H200").prediction.terms}
     assert terms["draft attention"].bytes > 512 * 1000
+
+
+def test_an_explanation_is_of_texts_that_the_model_can_have():
+    fast = ss.optimize(tiny("qwen3", num_hidden_layers=1))
+    with pytest.warns(ContextLengthWarning, match="1025 positions"):
+        fast.explain([10, 1025], 2, "H200")
 
 
 def test_a_device_without_ceilings_is_refused():

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import sparsespec_compile as ss
-from sparsespec_compile.errors import CeilingsError, ConfigError
+from sparsespec_compile.compile import target
+from sparsespec_compile.errors import CeilingsError, ConfigError, CostModelError
 from sparsespec_compile.runtime.build import capacity_for
 from sparsespec_compile.runtime.device.drafters import cycles_of, drafters_of
 from sparsespec_compile.runtime.host.cycle_chooser import chooser_for
@@ -147,9 +148,44 @@ def test_auto_on_a_model():
     assert (fast.generate(input_ids, attention_mask=mask, max_new_tokens=60, do_sample=False) == expected).all()
 
 
-def test_auto_needs_to_know_the_device():
-    with pytest.raises(CeilingsError, match=r"No ceilings are known for 'cpu'"):
-        ss.optimize(tiny("qwen3", num_hidden_layers=1), ss.SpecConfig(draft_tokens="auto"))
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_auto_is_the_default_where_nothing_can_be_predicted(family):
+    """On a CPU, and where no shape tells what a step reads."""
+    model = tiny(family)
+    input_ids, mask = left_padded(3, 20)
+    expected = model.generate(input_ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    fast = ss.optimize(model)
+    assert fast.spec_config.draft_tokens == "auto"
+    assert (fast.generate(input_ids, attention_mask=mask, max_new_tokens=40, do_sample=False) == expected).all()
+    assert set(fast.stats.cycle_by_iteration) == {("none", 0)}
+
+
+def test_drafts_are_tried_where_nothing_is_predicted_and_the_cache_is_long(monkeypatch):
+    """The text stays, and what was tried is known in the next call."""
+    toy = Toy()
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 8)
+    engine = toy.engine(draft_tokens="auto", min_budget=4)
+    requests = requests_of((40, 60), 80)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    kinds = set(engine.stats.cycle_by_iteration)
+    assert ("none", 0) in kinds
+    assert any(drafts for _, drafts in kinds)
+
+
+@pytest.mark.parametrize("error", [CostModelError, CeilingsError])
+def test_auto_never_raises(monkeypatch, error):
+    """A model whose cost is not known, or a device that could not be measured."""
+
+    def refuse(*arguments):
+        raise error("as it may happen")
+
+    monkeypatch.setattr(target, "graph_cost" if error is CostModelError else "ceilings_of", refuse)
+    fast = ss.optimize(tiny("qwen3", num_hidden_layers=1), ss.SpecConfig(ceilings=ss.H200))
+    assert fast._engine.target.iteration_time is None
+    assert fast.generate(left_padded(5)[0], max_new_tokens=4).shape == (1, 9)
+
+
+def test_settings_of_auto_are_checked():
     with pytest.raises(ConfigError, match="ceilings must be"):
         ss.SpecConfig(ceilings="H200")
     for wrong in ("Auto", 1.5, None, -1):

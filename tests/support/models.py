@@ -44,6 +44,7 @@ _SPECIAL = {
     "smollm3": {"no_rope_layers": [1, 0]},
 }
 FAMILIES = tuple(_SPECIAL)
+_SPECIAL["mixtral"] = {"num_local_experts": 4}
 
 
 def tiny(family: str, seed: int = 0, **settings) -> PreTrainedModel:

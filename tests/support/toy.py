@@ -87,7 +87,7 @@ class Toy:
         return run
 
     def engine(self, device: Device | None = None, **settings) -> Engine:
-        config = SpecConfig(**settings)
+        config = SpecConfig(**{"draft_tokens": 8, **settings})
         target = Target(
             self.forward(config.page_size), self.layout(config.page_size), torch.float32, torch.device("cpu")
         )

@@ -41,6 +41,9 @@ class Drafter:
     keeps_index: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # cycles are looked up all the time, and a hash of all settings takes long
+
     def passes(self, drafts: int) -> int:
         """Draft iterations of a cycle of `drafts` drafts, before the iteration that verifies them."""
         return drafts

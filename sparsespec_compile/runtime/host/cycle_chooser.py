@@ -43,7 +43,10 @@ Usual is the median of the recent ones, relative to what was expected, of the sa
 was expected."""
 
 _CURIOSITY = 0.5
-"""Standard deviations of its time by which a cycle may be faster than estimated, for it to be tried."""
+"""Standard deviations by which a cycle may be faster than estimated, for it to be tried."""
+
+_DOUBT = 0.5
+"""Weight of the deviation of its accepted drafts beside that of its time: those are also learnt without trying it."""
 
 _GAIN_TO_CHANGE = 1.005
 """A change costs some requests a short cycle, so it must promise this much."""
@@ -89,6 +92,7 @@ class CycleChooser:
     def __init__(self, cycles: Sequence[Cycle], times: IterationTimes, first: Cycle) -> None:
         self.current = first
         self._cycles = list(cycles)
+        self._passes = np.array([cycle.passes for cycle in cycles])
         self._times = times
         most: dict[Drafter, int] = {}
         for cycle in cycles:
@@ -97,7 +101,7 @@ class CycleChooser:
         self._recent: dict[Drafter, deque[float]] = {drafter: deque(maxlen=_RECENT) for drafter in most}
         self._measuring: list[tuple[float, Load]] = []
         self._unsettled = 0
-        self._unjudged = _PATIENCE  # choices that the present cycle is kept for until it was measured
+        self._unjudged = 0  # choices that the present cycle is kept for until it was measured
         self._judged = True  # whether it was measured before they ran out
 
     def verified(self, cycle: Cycle, drafts: int, accepted: int) -> None:
@@ -148,7 +152,10 @@ class CycleChooser:
             self._judged = False
             return self.current
         seconds, deviation = self._times.estimate(self._cycles, _load(lengths))
-        speed = self._tokens() / seconds * np.exp((_CURIOSITY if self._judged else 0.0) * deviation)
+        tokens, doubt = self._tokens()
+        speed = tokens / seconds
+        if self._judged:
+            speed = speed * np.exp(_CURIOSITY * (deviation + _DOUBT * doubt * (deviation > 0)))
         best = int(np.argmax(speed))
         if speed[best] > _GAIN_TO_CHANGE * speed[self._cycles.index(self.current)]:
             self.current = self._cycles[best]
@@ -157,10 +164,12 @@ class CycleChooser:
             self._unjudged = _PATIENCE
         return self.current
 
-    def _tokens(self) -> np.ndarray:
-        """Expected tokens of a request in an iteration of each cycle [n]."""
+    def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Expected tokens of a request in an iteration of each cycle, and the standard deviation of their logarithm:
+        [n] each."""
         accepted = {drafter: acceptance.accepted() for drafter, acceptance in self._acceptance.items()}
-        return np.array([(accepted[c.drafter][c.drafts] + 1) / (c.passes + 1) for c in self._cycles])
+        mean, deviation = np.array([accepted[cycle.drafter][:, cycle.drafts] for cycle in self._cycles]).T
+        return (mean + 1) / (self._passes + 1), deviation / (mean + 1)
 
 
 class _Acceptance:
@@ -182,15 +191,19 @@ class _Acceptance:
         self._hits *= _KEPT_UNUSED
         self._tries *= _KEPT_UNUSED
 
-    def accepted(self) -> list[float]:
-        """Expected accepted drafts of 0, 1, ... drafts [most + 1]."""
-        expected, chain = [0.0], 1.0
+    def accepted(self) -> np.ndarray:
+        """Expected accepted drafts of 0, 1, ... drafts, and their standard deviation: [2, most + 1]."""
+        rates = []
         right = (self._hits.sum() + _GUESS_VERIFIED * _FIRST_GUESS) / (self._tries.sum() + _GUESS_VERIFIED)
         for hits, tries in zip(self._hits.tolist(), self._tries.tolist(), strict=True):
             right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
-            chain *= right
-            expected.append(expected[-1] + chain)
-        return expected
+            rates.append(right)
+        rate = np.array(rates)
+        expected = np.concatenate([[0.0], np.cumprod(rate).cumsum()])
+        # A rate that is off by a share puts everything behind it off by that share: beta distributions' variances.
+        share = (1 - rate) / (rate * (self._tries + _GUESS_VERIFIED + 1))
+        behind = np.maximum(expected[None, 1:] - expected[:-1, None], 0.0)  # [draft, number of drafts]
+        return np.stack([expected, np.concatenate([[0.0], np.sqrt(share @ behind**2)])])
 
 
 def _load(lengths: list[int]) -> Load:

@@ -8,9 +8,10 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -152,33 +153,59 @@ class MeasuredTimes(IterationTimes):
     AVERAGED = 4
     """Measurements at one place that are averaged, in effect."""
 
+    NOTICED = 0.02
+    """Change of what is known, in the logarithm, that makes estimates anew."""
+
+    STRIDE = 2
+    """How many times as many drafts are tried as were before."""
+
     PLACES = 64
     """Places that are kept. What was tried before them is tried again if it may pay."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Cycle, int, int], tuple[_Place, float, int]] = {}
+        self._estimates: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # an estimate takes a millisecond
 
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
-        key = (cycle, round(8 * math.log2(load.length + _SHORT)), load.requests)
+        key = self._key(cycle, load)
         _, mean, count = self._known.pop(key, (None, math.log(seconds), 0))
         count = min(count + 1, self.AVERAGED)
-        self._known[key] = (_place(cycle, load), mean + (math.log(seconds) - mean) / count, count)
+        change = (math.log(seconds) - mean) / count
+        self._known[key] = (_place(cycle, load), mean + change, count)
         if len(self._known) > self.PLACES:
             del self._known[next(iter(self._known))]
+        if count < self.AVERAGED or abs(change) > self.NOTICED:
+            self._estimates.clear()
 
     def expected(self, cycle: Cycle, load: Load) -> float | None:
         """What was measured of this cycle at much the same load; None where nothing was."""
-        mean, deviation = self._posterior([cycle], load)
-        return float(np.exp(mean[0])) if deviation[0] < 0.5 else None
+        known = self._known.get(self._key(cycle, load))
+        return None if known is None else math.exp(known[1])
 
     def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a mean iteration of each cycle [n], up to a common factor, and the standard deviation of their
-        logarithm [n]: none before anything was measured, so that nothing is tried."""
+        logarithm [n].
+
+        The deviation is 0 where nothing shall be tried to find out: before anything was measured, and for more than
+        `STRIDE` times as many drafts as were, whose trial would take long.
+        """
+        _, length, requests = self._key(cycles[0], load)
+        if (length, requests) not in self._estimates:
+            self._estimates[length, requests] = self._new_estimate(cycles, load)
+        return self._estimates[length, requests]
+
+    def _new_estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
         mean, deviation = self._posterior(cycles, load)
-        if not self._known:
-            deviation = np.zeros(len(cycles))
-        return np.exp(mean), deviation
+        tried = {cycle.drafter: 1 for cycle in cycles}
+        for cycle, *_ in self._known:
+            tried[cycle.drafter] = max(cycle.drafts, tried.get(cycle.drafter, 1))
+        within = [bool(self._known) and cycle.drafts <= self.STRIDE * tried[cycle.drafter] for cycle in cycles]
+        return np.exp(mean), deviation * within
+
+    @staticmethod
+    def _key(cycle: Cycle, load: Load) -> tuple[Cycle, int, int]:
+        return cycle, round(8 * math.log2(load.length + _SHORT)), load.requests
 
     def _posterior(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
         asked = _Places([_place(cycle, load) for cycle in cycles])
@@ -193,7 +220,7 @@ class MeasuredTimes(IterationTimes):
         return level + self.VERIFYING * asked.drafting + mean, deviation
 
     def _likeness(self, one: "_Places", other: "_Places") -> np.ndarray:
-        near = np.exp(-one.load_distance(other) / _OCTAVES)
+        near = np.exp(-0.5 * (one.load_distance(other) / _OCTAVES) ** 2)  # times change smoothly with the load
         alike = one.same_drafter(other) * np.outer(one.drafting, other.drafting)
         spent = self.VERIFYING**2 + self.SAVING**2 * np.outer(one.saving, other.saving)
         return (self.COMMON**2 + alike * spent) * near + self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
@@ -203,8 +230,7 @@ class MeasuredTimes(IterationTimes):
         return self.COMMON**2 + spent + self.ERROR**2
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a measurement stands among all that there could be."""
 
     drafter: str
@@ -214,6 +240,7 @@ class _Place:
     saving: float
 
 
+@lru_cache(1024)
 def _place(cycle: Cycle, load: Load) -> _Place:
     left_out = 1.0 - cycle.drafter.positions(load.length) / load.length if load.length else 0.0
     return _Place(
@@ -228,12 +255,12 @@ def _place(cycle: Cycle, load: Load) -> _Place:
 class _Places:
     """Places as columns [n]."""
 
-    def __init__(self, places: Sequence[_Place] | deque[_Place]) -> None:
-        self.drafter = np.array([place.drafter for place in places])
+    def __init__(self, places: Iterable[_Place]) -> None:
+        names, *columns = zip(*places, strict=True)
+        self.drafter = np.array(names)
         self.drafting = (self.drafter != NoDrafter.name).astype(float)
-        self.saving = np.array([place.saving for place in places])
-        self._drafts = np.array([place.drafts for place in places])
-        self._load = np.array([(place.length, place.requests) for place in places])
+        self._drafts, length, requests, self.saving = np.array(columns)
+        self._load = np.stack([length, requests])
 
     def same_drafter(self, other: "_Places") -> np.ndarray:
         """[n, m]."""
@@ -241,7 +268,7 @@ class _Places:
 
     def load_distance(self, other: "_Places") -> np.ndarray:
         """Octaves of length and requests, [n, m]."""
-        return np.abs(self._load[:, None] - other._load[None]).sum(-1)
+        return np.abs(self._load[:, :, None] - other._load[:, None, :]).sum(0)
 
     def distance(self, other: "_Places") -> np.ndarray:
         """Octaves of length, requests and drafts + 1, [n, m]."""

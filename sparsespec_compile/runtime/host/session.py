@@ -292,7 +292,7 @@ class Session:
         steady = len(self._flight) == self._flight.depth - 1
         if steady and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
             self._chooser.took(seconds, decoding)
-        if self._recorder.stats.iterations % _CHOICE_EVERY == 0:
+        if self._recorder.stats.iterations % _CHOICE_EVERY == 1:
             self._scheduler.set_cycle(self._chooser.choose(decoding))
 
     def _clock(self, request: Request, *, first: bool) -> None:

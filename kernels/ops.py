@@ -21,9 +21,9 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     1. The K/V of every row of every request is written to kv at its position. An IDLE request has no rows, whatever
        its row_count says; rows of no request write nothing and give zeros.
        Where an element of a value is not finite, 0 is written for it, and NaN for at least one element of the token's
-       key: rows that read the token give NaN, and the others nothing of it. A softmax weight of 0 would not hide it,
-       since 0 times NaN is NaN. Every value that kv holds below cached_length must be finite for that reason. Scores
-       that rows of NaN enter are unspecified.
+       key: rows that read the token are not finite, and nothing of it reaches the others. A softmax weight of 0 would
+       not keep it from them, since 0 times NaN is NaN. For that reason every value that kv holds below cached_length
+       must be finite. Scores that such rows enter are unspecified.
     2. VERIFY and PREFILL rows at position p read every position of max(0, p - window + 1) .. p. DRAFT rows read
        pillar_index[b, h, :pillar_count[b]] and recent_start[b] .. p, both cut by the window. With pillar_count 0 and
        recent_start 0 that is full attention. window 0 means no window; softcap c > 0 turns a logit x into

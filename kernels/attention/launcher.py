@@ -98,7 +98,8 @@ def _launch(arguments: dict[str, Any], layer: Layer, tiling: Tiling) -> None:
         "SMALL_M": small_m,
         "BIG_M": tiling.big_m,
         "SMALL_ROWS_PAD": triton.next_power_of_2(small_m // layer.group),
-        "BIG_ROWS_PAD": triton.next_power_of_2(tiling.big_m // layer.group),
+        # A tile attends to these rows as it has loaded them; products sum over 16 at least.
+        "BIG_ROWS_PAD": max(16, triton.next_power_of_2(tiling.big_m // layer.group)),
         "BLOCK_N": tiling.block_n,
         "BIG_N": tiling.big_n,
         "SMALL_AHEAD": tiling.small_ahead,

@@ -19,7 +19,9 @@ import triton.language as tl
 
 from .tiles import (
     LOG2_E,
+    as_kept,
     load_pillars,
+    load_rows,
     load_tokens,
     load_two_blocks,
     order_of,
@@ -34,6 +36,9 @@ from .tiles import (
 
 FAR_BELOW = tl.constexpr(-1e30)
 """A base-2 logit below all others; unlike -inf, it can be subtracted from itself."""
+
+EDGE = tl.constexpr(16)
+"""Keys that are taken at a time at the edge of a window, where few stand: the fewest that products can sum over."""
 
 
 @triton.jit
@@ -122,14 +127,19 @@ def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexp
 
 
 @triton.jit
-def attend_blocks(query, source, listed, first, end, found, rows, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """(Largest base-2 logit, sum of weights, weighted sum of values) of each pair over blocks of the pool."""
-    BLOCK_M: tl.constexpr = TILE.pairs
-    VALUE_PAD: tl.constexpr = LAYER.value_pad
+def nothing_seen(LAYER: tl.constexpr, TILE: tl.constexpr):
+    """The state (largest base-2 logit, sum of weights, weighted sum of values) of each pair before any key."""
+    largest = tl.full((TILE.pairs,), float("-inf"), tl.float32)
+    return largest, tl.zeros((TILE.pairs,), tl.float32), tl.zeros((TILE.pairs, LAYER.value_pad), tl.float32)
+
+
+@triton.jit
+def attend_blocks(
+    query, source, listed, first, end, found, rows, state, settings, LAYER: tl.constexpr, TILE: tl.constexpr
+):
+    """Carry the state over blocks of the pool."""
     factor = scale_of_products(settings[1], LAYER)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_M, VALUE_PAD), tl.float32)
+    largest, total, sums = state
     for block in tl.range(first, end, num_stages=TILE.ahead + 1):
         following = look_up(source, listed, block + 1, found[3], rows, settings, LAYER, TILE)
         product, values = read_block(query, source, listed, block, found, rows, settings, LAYER, TILE)
@@ -139,35 +149,85 @@ def attend_blocks(query, source, listed, first, end, found, rows, settings, LAYE
 
 
 @triton.jit
+def attend_to_tile(query, source, written, place, first, count, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
+    """The state after the tile's own rows first .. count - 1, of which each pair sees those up to its own.
+
+    ``written`` are the keys and values [ROWS, PAD] of these rows as they went to the pool.
+    """
+    window, logit_scale, cap = settings
+    row = first + tl.arange(0, TILE.rows_pad)
+    if LAYER.has_window:
+        # Other code for windows leaves no registers to keep them in until here.
+        keys, values, _, _ = load_rows(source, first, count, TILE.rows_pad, LAYER)
+        keys, values = as_kept(keys, values, LAYER)
+    else:
+        # Written operands of a product as they are would go through shared memory in tiles that have no product, too.
+        real = (row < count)[:, None]
+        keys, values = tl.where(real, written[0], 0.0), tl.where(real, written[1], 0.0)
+    product = products(query, keys, logit_scale, cap, LAYER)
+    visible = row[None, :] <= place[:, None]
+    if LAYER.has_window:
+        visible = visible & (row[None, :] > place[:, None] - window)
+    product = tl.where(visible, product, float("-inf"))
+    largest, total, sums = nothing_seen(LAYER, TILE)
+    return absorb(product, values, scale_of_products(logit_scale, LAYER), largest, total, sums, LAYER.precision)
+
+
+@triton.jit
 def attend_own(query, source, place, first, count, state, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
-    """Carry the state over the request's own rows of the step, up to the end of the tile, read where they are."""
+    """Carry the state over the request's rows of the step before ``first``, read where they are.
+
+    Rows first .. count - 1 are the tile's. Without a window each of them sees all of those before.
+    """
+    begin = 0
+    if LAYER.has_window:
+        window = settings[0]
+        edge = tl.maximum(first - window + 1, 0)
+        hidden_from_some = tl.minimum(tl.maximum(count - window, 0), first)
+        begin = edge + (hidden_from_some - edge + EDGE - 1) // EDGE * EDGE
+        state = _attend_own(query, source, place, first, edge, begin, state, settings, LAYER, TILE, True)
+    return _attend_own(query, source, place, first, begin, first, state, settings, LAYER, TILE, False)
+
+
+@triton.jit
+def _attend_own(
+    query,
+    source,
+    place,
+    first,
+    begin,
+    end,
+    state,
+    settings,
+    LAYER: tl.constexpr,
+    TILE: tl.constexpr,
+    AT_EDGE: tl.constexpr,
+):
+    """``attend_own`` over blocks from ``begin`` to ``end``; AT_EDGE if the window hides some rows from some pairs."""
     KEY_DIM: tl.constexpr = LAYER.key_dim
     VALUE_DIM: tl.constexpr = LAYER.value_dim
-    HAS_WINDOW: tl.constexpr = LAYER.has_window
-    BLOCK_N: tl.constexpr = TILE.keys
+    BLOCK_N: tl.constexpr = EDGE if AT_EDGE else TILE.keys
+    AHEAD: tl.constexpr = 0 if AT_EDGE else TILE.ahead
     window, logit_scale, cap = settings
     factor = scale_of_products(logit_scale, LAYER)
     largest, total, sums = state
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-    for low in tl.range(
-        begin, tl.minimum(count, first + TILE.pairs // LAYER.group), BLOCK_N, num_stages=TILE.ahead + 1
-    ):
+    for low in tl.range(begin, end, BLOCK_N, num_stages=AHEAD + 1):
         row = low + tl.arange(0, BLOCK_N)
-        real = tl.minimum(row, count - 1)
+        real = tl.minimum(row, first - 1)
         keys = load_tokens(
             row_pointers(source.own_keys, real, source.stride_key_row, LAYER.key_pad), KEY_DIM, LAYER.key_pad
         )
         values = load_tokens(
             row_pointers(source.own_values, real, source.stride_value_row, LAYER.value_pad), VALUE_DIM, LAYER.value_pad
         )
+        if AT_EDGE:
+            keys, values = as_kept(keys, values, LAYER)
         product = products(query, keys, logit_scale, cap, LAYER)
-        if HAS_WINDOW:
-            visible = (row[None, :] <= place[:, None]) & (row[None, :] > place[:, None] - window)
+        if AT_EDGE:
+            visible = (row < first)[None, :] & (row[None, :] > place[:, None] - window)
             product = tl.where(visible, product, float("-inf"))
         elif low + BLOCK_N > first:
-            product = tl.where(row[None, :] <= place[:, None], product, float("-inf"))
+            product = tl.where((row < first)[None, :], product, float("-inf"))
         largest, total, sums = absorb(product, values, factor, largest, total, sums, LAYER.precision)
     return largest, total, sums
 

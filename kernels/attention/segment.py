@@ -17,9 +17,17 @@ that are there; whoever joins them sets it back to 0, so that counters are 0 bet
 import triton
 import triton.language as tl
 
-from .loops import attend_blocks, attend_own, attend_scored, first_look_up, log_sum_of_list
+from .loops import (
+    attend_blocks,
+    attend_own,
+    attend_scored,
+    attend_to_tile,
+    first_look_up,
+    log_sum_of_list,
+    nothing_seen,
+)
 from .scores import clear_scores
-from .tiles import LoopShape, load_queries, pages_of, pairs_of_tile, pool_pointers, row_pointers
+from .tiles import LoopShape, as_kept, load_queries, load_rows, pages_of, pairs_of_tile, pool_pointers
 
 
 @triton.jit
@@ -60,12 +68,12 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     unscored_rows = (cached + place, cached + first, ragged_key // BLOCK_N)
     begin, stop = first_block * STEPS, end_block * STEPS
     # Four loads wait for each other from here to the first key; everything else is asked for beside the first of them.
-    loaded = load_rows(source, own[0], own[1], TILE.rows_pad, LAYER)
+    loaded = load_new(source, own[0], own[1], TILE.rows_pad, LAYER)
     query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, LAYER.key_dim, KEY_PAD)
     found = first_look_up(source, listed, begin, unscored_rows, settings, LAYER, TILE)
-    store_tokens(source, loaded, LAYER)
+    written = store_new(source, loaded, LAYER)
     for low in range(own[0] + TILE.rows_pad, own[1], TILE.rows_pad):
-        store_tokens(source, load_rows(source, low, own[1], TILE.rows_pad, LAYER), LAYER)
+        store_new(source, load_new(source, low, own[1], TILE.rows_pad, LAYER), LAYER)
     # Other threads read what one has written.
     tl.debug_barrier()
 
@@ -89,10 +97,18 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         LIMIT: tl.constexpr = 2.0**15 if query.dtype == tl.float16 else 2.0**100
         in_range = tl.max(tl.where(real_pair, total, 0.0)) <= LIMIT
     else:
+        largest, total, sums = nothing_seen(LAYER, TILE)
+        # Of two conditions in turn, the first is known to the compiler and the second is not.
+        if TILE.beside_pool:  # noqa: SIM102
+            if own[2]:
+                largest, total, sums = attend_to_tile(
+                    query, source, written, place, first, count, settings, LAYER, TILE
+                )
+        state = (largest, total, sums)
         largest, total, sums = attend_blocks(
-            query, source, listed, begin, stop, found, unscored_rows, settings, LAYER, TILE
+            query, source, listed, begin, stop, found, unscored_rows, state, settings, LAYER, TILE
         )
-        if TILE.beside_pool:  # noqa: SIM102 (the first is known to the compiler, the second is not)
+        if TILE.beside_pool:  # noqa: SIM102
             if own[2]:
                 state = (largest, total, sums)
                 largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)
@@ -132,26 +148,22 @@ def attend_segment_apart(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def load_rows(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
-    """Rows of k and v for ``store_tokens``, at most ROWS from ``first`` on and before ``end``, and where they go."""
-    row = first + tl.arange(0, ROWS)
-    mine = (row < end)[:, None]
-    row = tl.minimum(row, end - 1)
+def load_new(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
+    """What ``store_new`` takes: at most ROWS rows of k and v from ``first`` on before ``end``, and where they go."""
+    row = tl.minimum(first + tl.arange(0, ROWS), end - 1)
     position = source.cached + row
-    page = pages_of(source, position, LAYER.pool)
-    key_mask = mine & (tl.arange(0, LAYER.key_pad) < LAYER.key_dim)[None, :]
-    value_mask = mine & (tl.arange(0, LAYER.value_pad) < LAYER.value_dim)[None, :]
-    keys = tl.load(row_pointers(source.own_keys, row, source.stride_key_row, LAYER.key_pad), mask=key_mask)
-    values = tl.load(row_pointers(source.own_values, row, source.stride_value_row, LAYER.value_pad), mask=value_mask)
-    return position, page, keys, values, key_mask, value_mask
+    return position, pages_of(source, position, LAYER.pool), load_rows(source, first, end, ROWS, LAYER)
 
 
 @triton.jit
-def store_tokens(source, loaded, LAYER: tl.constexpr):
-    """Write keys and values of tokens to their positions in the pool; ``loaded`` is what ``load_rows`` gave."""
-    position, page, keys, values, key_mask, value_mask = loaded
+def store_new(source, loaded, LAYER: tl.constexpr):
+    """Write keys and values of new tokens to their positions in the pool; returns them as they are written."""
+    position, page, rows = loaded
+    keys, values, key_mask, value_mask = rows
+    keys, values = as_kept(keys, values, LAYER)
     tl.store(pool_pointers(source, position, page, 0, LAYER.key_pad, LAYER.pool), keys, mask=key_mask)
     tl.store(pool_pointers(source, position, page, LAYER.key_dim, LAYER.value_pad, LAYER.pool), values, mask=value_mask)
+    return keys, values
 
 
 @triton.jit

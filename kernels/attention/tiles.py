@@ -253,6 +253,38 @@ def load_tokens(pointer, DIM: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
+def load_rows(source, first, end, ROWS: tl.constexpr, LAYER: tl.constexpr):
+    """Rows of k and v, at most ROWS from ``first`` on and before ``end``, zeros in place of others: (keys, values,
+    which elements of keys there are, which of values)."""
+    row = first + tl.arange(0, ROWS)
+    mine = (row < end)[:, None]
+    row = tl.minimum(row, end - 1)
+    key_mask = mine & (tl.arange(0, LAYER.key_pad) < LAYER.key_dim)[None, :]
+    value_mask = mine & (tl.arange(0, LAYER.value_pad) < LAYER.value_dim)[None, :]
+    keys = tl.load(row_pointers(source.own_keys, row, source.stride_key_row, LAYER.key_pad), mask=key_mask, other=0.0)
+    values = tl.load(
+        row_pointers(source.own_values, row, source.stride_value_row, LAYER.value_pad), mask=value_mask, other=0.0
+    )
+    return keys, values, key_mask, value_mask
+
+
+@triton.jit
+def as_kept(keys, values, LAYER: tl.constexpr):
+    """Keys and values [N, PAD] as the pool keeps them.
+
+    A value that is not finite would reach rows that give it a weight of 0. It becomes 0, and its key a NaN, which rows
+    that see the token take on and others mask.
+    """
+    finite = tl.abs(values.to(tl.float32)) < float("inf")
+    if LAYER.key_pad == LAYER.value_pad:
+        # One NaN in a key is enough: that needs no exchange between threads.
+        keys = tl.where(finite, keys, float("nan"))
+    else:
+        keys = tl.where(tl.min(finite.to(tl.int32), 1)[:, None] > 0, keys, float("nan"))
+    return keys, tl.where(finite, values, 0.0)
+
+
+@triton.jit
 def products(q, k, logit_scale, cap, LAYER: tl.constexpr):
     """What, times ``scale_of_products``, are the logits of q [M, D] with keys k [N, D] times log2(e).
 

@@ -16,6 +16,7 @@ from sparsespec_compile.kernels.step_kind import Promise, promised
 
 from .cases import Case, Request, Shape, build
 from .error_budget import Expected, assert_within, expect
+from .not_finite import HIDDEN, SHAPES, check_hidden, with_not_finite
 from .steps import LAYERS, MIXED
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
@@ -188,6 +189,24 @@ def test_drafts_that_missed_what_rows_look_at_most(dtype: torch.dtype, scale: fl
     rows = ((2, 2), (9, 9), (40, 8))  # the last ones in several tiles, of which one attends again
     requests = [Request(Mode.VERIFY, cached=70, rows=r, score_rows=s, pillars=1, recent=69) for r, s in rows]
     check(build(Shape(scale=scale), requests, dtype), dtype, device)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_take_nothing_from_tokens_that_they_do_not_see(
+    shape: str, dtype: torch.dtype, error: float, bad: float, device: str
+) -> None:
+    case = with_not_finite(build(SHAPES[shape], HIDDEN, dtype), bad)
+    actual = case.to(dtype, device)
+    check_hidden(case, launch(actual), actual, error)
+
+
+def test_rows_promised_to_be_single_take_nothing_from_others(device: str) -> None:
+    case = with_not_finite(build(Shape(), unscored(HIDDEN), torch.bfloat16), torch.nan)
+    actual = case.to(torch.bfloat16, device)
+    with promised(Promise.SINGLE_ROWS):
+        check_hidden(case, launch(actual), actual, 0.05)
 
 
 def test_more_query_heads_than_a_tile_has_rows(device: str) -> None:

@@ -53,8 +53,8 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     pillars of a request as they are, whose score_slot is then not read; budget [B] int32, 0 or more; pillar_index
     [B, H, M] int32 and pillar_count [B] int32 are written. For a request with n = scored_length[b] >= 0:
     count = min(budget[b], n, M) positions with the highest scores are kept, the lower position winning a tie; they are
-    written in ascending order, followed by -1 up to M, and pillar_count[b] becomes count. Scores are ordered as
-    floating-point numbers (0.0 and -0.0 are equal; a NaN, which no working model gives, ranks by its bit pattern).
+    written in ascending order, and pillar_count[b] becomes count. Entries past count are not written, and not read by
+    anyone. Scores are ordered as floating-point numbers (0.0 and -0.0 are equal; a NaN ranks by its bit pattern).
 
 ``sparsespec::halved_product(x, weight) -> [2, ..., N]``
     x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to

@@ -23,7 +23,6 @@ def select_pillars(
         length = min(length, scores.shape[2])
         count = min(max(wanted, 0), length, pillar_index.shape[2])
         pillar_index[b, :, :count] = _highest(scores[slot, :, :length], count)
-        pillar_index[b, :, count:] = -1
         pillar_count[b] = count
 
 

@@ -138,9 +138,6 @@ def select_kernel(
         row_index = pillar_index + request * stride_pillar_request + head * stride_pillar_head
         if count > 0:
             _select(row_scores, row_index, length, count, CHUNK, PACKED)
-        for start in range(count, capacity, CHUNK):
-            position = start + tl.arange(0, CHUNK)
-            tl.store(row_index + position, tl.full((CHUNK,), -1, tl.int32), mask=position < capacity)
 
 
 @triton.jit

@@ -35,6 +35,11 @@ class Settings:
         return super().__new__(cls)
 
 
+MOST_REQUESTS = 1024
+"""Requests decoded together. Every program of an attention kernel plans all of them in registers, and with 2,048 they
+spill."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpecConfig(Settings, error=ConfigError):
     """How a model is compiled and how its requests are drafted. Frozen; every field is checked when it is built.
@@ -68,7 +73,8 @@ class SpecConfig(Settings, error=ConfigError):
         host_pool_tokens: tokens of KV that host memory takes when the pool is full: whole requests move there and come
             back, nothing is recomputed. Taken as needed, pinned. 0: no request starts before the pool can hold its
             longest text. None: half of the free host memory on CUDA, 0 on CPU.
-        max_requests: requests decoded together. Further ones wait.
+        max_requests: requests decoded together, 1 to 1,024: kernels keep a few numbers of each in registers. Further
+            requests wait.
         prefill_chunk: prompt tokens processed in one iteration, all requests together.
         schedule: in which iterations requests verify. "grouped": in as few of a cycle as rows allow that cost hardly
             more than one, so many bytes in each. For comparison: "balanced": in all of them, so that every iteration
@@ -112,7 +118,7 @@ class SpecConfig(Settings, error=ConfigError):
             raise ConfigError(f"ceilings must be Ceilings(...) or None, got {self.ceilings!r}.")
         self._check_int("min_budget", 1, 2**20)
         self._check_int("page_size", 1, 2**12)
-        self._check_int("max_requests", 1, 2**16)
+        self._check_int("max_requests", 1, MOST_REQUESTS)
         self._check_int("prefill_chunk", 1, 2**20)
         if self.pool_tokens is not None:
             self._check_int("pool_tokens", self.page_size, 2**40)

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from sparsespec_compile.config import MOST_REQUESTS
 from sparsespec_compile.kernels.attention import launcher
 from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.sampling import draw
@@ -28,6 +29,7 @@ from sparsespec_compile.kernels.step_kind import Promise, promised
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, single rows": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
+    "Qwen3-8B, single rows, most slots": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, unscored": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Gemma-2, single rows": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 1024),
@@ -40,6 +42,9 @@ LAYERS = {
 
 What is promised stands in the name."""
 
+MOST_SLOTS = "most slots"
+"""In the name of what is compiled for as many requests as settings allow."""
+
 PROMISES = {"single rows": Promise.SINGLE_ROWS, "unscored": Promise.NO_SCORES}
 
 TARGETS = {
@@ -51,6 +56,7 @@ TARGETS = {
             "Qwen3-8B",
             "Qwen3-8B, unscored",
             "Qwen3-8B, single rows",
+            "Qwen3-8B, single rows, most slots",
             "Qwen3-8B, prefilling",
             "Gemma-2",
             "Gemma-2, single rows",
@@ -61,7 +67,11 @@ TARGETS = {
 """Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
 
 SELECTION, DRAWING = "selection", "drawing "
-OTHERS = (SELECTION, *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in draw.DROPPED))
+OTHERS = (
+    SELECTION,
+    f"{SELECTION}, {MOST_SLOTS}",
+    *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in draw.DROPPED),
+)
 """What is compiled besides layers, for each capability."""
 
 POINTERS = {
@@ -92,11 +102,12 @@ def main() -> None:
         return lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
 
     JITFunction.__getitem__ = note
+    slots = MOST_REQUESTS if MOST_SLOTS in layer else 64
     if layer in LAYERS:
         with promised(next((kind for name, kind in PROMISES.items() if name in layer), Promise.NOTHING)):
-            _launch_attention(*LAYERS[layer])
-    elif layer == SELECTION:
-        _launch_select()
+            _launch_attention(slots, *LAYERS[layer])
+    elif layer.startswith(SELECTION):
+        _launch_select(slots)
     else:
         _launch_draw(getattr(torch, layer.removeprefix(DRAWING)))
     print(json.dumps([(*_compile(*launch, target), programs) for launch in launches]))
@@ -107,20 +118,21 @@ def _by_name(kernel: JITFunction, positional: tuple[Any, ...], named: dict[str, 
 
 
 def _launch_attention(
-    q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int, softcap: float, rows: int
+    slots: int, q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int, softcap: float, rows: int
 ) -> None:
     q, k = torch.zeros(rows, q_heads, dim, dtype=dtype), torch.zeros(rows, kv_heads, dim, dtype=dtype)
     kv = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=dtype)
-    scores, pillars = torch.zeros(64, kv_heads, 48), torch.zeros(64, kv_heads, 16, dtype=torch.int32)
-    slot = torch.zeros(64, dtype=torch.int32)
-    table = torch.zeros(64, 16, dtype=torch.int32)
+    scores, pillars = torch.zeros(64, kv_heads, 48), torch.zeros(slots, kv_heads, 16, dtype=torch.int32)
+    slot = torch.zeros(slots, dtype=torch.int32)
+    table = torch.zeros(slots, 16, dtype=torch.int32)
     step = (slot, slot, slot, slot, table, slot, slot, slot, slot)
     launcher.dual_mode_attention(q, k, k, kv, scores, *step, pillars, dim**-0.5, window, softcap)
 
 
-def _launch_select() -> None:
-    slot = torch.zeros(64, dtype=torch.int32)
-    selection.select_pillars(torch.zeros(64, 8, 48), slot, slot, slot, torch.zeros(64, 8, 16, dtype=torch.int32), slot)
+def _launch_select(slots: int) -> None:
+    slot = torch.zeros(slots, dtype=torch.int32)
+    pillars = torch.zeros(slots, 8, 16, dtype=torch.int32)
+    selection.select_pillars(torch.zeros(64, 8, 48), slot, slot, slot, pillars, slot)
 
 
 def _launch_draw(dtype: torch.dtype) -> None:

@@ -21,10 +21,23 @@ DRAW_STACK_BYTES = 32
 SCORE_STACK_BYTES = 3072
 """Of the kernel for scores of prompts, which runs once for each: float32 products, which are unrolled, take most."""
 
-FITTING = {"Qwen3-8B": 320, "Qwen3-8B, unscored": 16, "Qwen3-8B, single rows": 16}
-"""Stack of attention kernels on Hopper: without scores everything fits, and with them nearly everything."""
+FITTING = {
+    "Qwen3-8B": 320,
+    "Qwen3-8B, unscored": 16,
+    "Qwen3-8B, single rows": 16,
+    "Qwen3-8B, single rows, most slots": 96,
+    "selection, most slots": 96,
+}
+"""Stack on Hopper. Without scores all of attention fits, and with them nearly all, for as many requests as settings
+allow; twice as many take 350 bytes."""
 
-PROGRAMS = {"Qwen3-8B": 2, "Qwen3-8B, unscored": 2, "Qwen3-8B, single rows": 4, "Qwen3-8B, prefilling": 1}
+PROGRAMS = {
+    "Qwen3-8B, single rows, most slots": 4,
+    "Qwen3-8B": 2,
+    "Qwen3-8B, unscored": 2,
+    "Qwen3-8B, single rows": 4,
+    "Qwen3-8B, prefilling": 1,
+}
 
 CASES = [(capability, name) for capability, (_, layers) in TARGETS.items() for name in (*layers, *OTHERS)]
 
@@ -43,7 +56,7 @@ def test_kernels_compile_and_fit(capability: int, layer: str, tmp_path: Path) ->
     attending = (
         ["attention_kernel"] if any(name in layer for name in PROMISES) else ["attention_kernel", "score_kernel"]
     )
-    expected = ["select_kernel"] if layer == SELECTION else drawing if layer in OTHERS else attending
+    expected = ["select_kernel"] if layer.startswith(SELECTION) else drawing if layer in OTHERS else attending
     assert [name for name, *_ in kernels] == expected
     shared_kib = TARGETS[capability][0]
     for name, stack, shared, copies, programs in kernels:

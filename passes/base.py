@@ -131,12 +131,12 @@ def describe(node: Node) -> str:
 
 
 def fake_mode(graph_module: GraphModule) -> FakeTensorMode:
-    """The mode whose symbols the shapes of this graph are written in."""
+    """The mode that owns the symbols in this graph's shapes."""
     return next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
 
 
 def shape_env(graph_module: GraphModule) -> ShapeEnv:
-    """What is known of this graph's symbols."""
+    """The environment of this graph's symbols."""
     environment = fake_mode(graph_module).shape_env
     if environment is None:
         raise GraphInvariantError("the graph's values have no symbolic shapes; it must come from `capture`.")
@@ -144,7 +144,7 @@ def shape_env(graph_module: GraphModule) -> ShapeEnv:
 
 
 def fill(graph_module: GraphModule) -> None:
-    """Gives a value to each node that has none yet, from those of its inputs. What a pass has added is few nodes."""
+    """Gives a value to each node that has none yet, from those of its inputs: to the nodes that a pass has added."""
     for node in graph_module.graph.nodes:
         if "val" in node.meta or node.op not in ("call_function", "get_attr"):
             continue
@@ -169,7 +169,7 @@ def attribute(graph_module: GraphModule, path: str) -> Tensor:
 
 
 def propagate(graph_module: GraphModule) -> None:
-    """Works out every node's value anew from those of the placeholders, into `meta["val"]`.
+    """Computes `meta["val"]` of every node again from those of the placeholders.
 
     Raises:
         GraphInvariantError: a node does not run on the shapes that reach it.

@@ -70,4 +70,4 @@ class CostModelError(CompileError):
 
 
 class UncompiledStepWarning(UserWarning):
-    """A step runs without compiled code, which does not hold for its sizes; the text is the same, only later."""
+    """A step runs without compiled code, which was not made for its sizes: slower, with the same text."""

@@ -1,6 +1,6 @@
-"""What the compiler found out about a model's attention, and how that shapes the KV pool.
+"""The attention layers of a model, and the layout of its KV pool.
 
-Plain data, no FX: the compiler writes it, the runtime allocates its pool and score buffers from it.
+Plain data, no FX: the compiler writes it, and the runtime allocates its pool and score buffers by it.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class PassRecord:
     Attributes:
         name: the pass.
         seconds: time that it took, verification included.
-        matches: places that it changed or examined.
-        notes: what it did there, and what it left alone and why.
+        matches: number of places that it changed or examined.
+        notes: what it changed, and what it left and why.
     """
 
     name: str
@@ -45,7 +45,7 @@ class AttentionRecord:
     Attributes:
         layer: its heads, dimensions, scale, window and soft-capping.
         module: path of the calling module in the model.
-        outcome: "rewritten", once the pass that does so was there.
+        outcome: "rewritten" after the attention rewrite, "not reached" before.
     """
 
     layer: AttentionLayer

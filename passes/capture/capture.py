@@ -1,7 +1,7 @@
 """Captures a causal LM as one graph with one `sparsespec::attention_site` node for each attention call.
 
-The model runs twice under transformers' attention interface. The **rehearsal** runs it on a few tokens and notes what
-each attention call asks for and which mask it was given; the **trace** is `torch.export` on symbolic sizes, in which
+A twin of the model runs twice under transformers' attention interface. The **rehearsal** runs it on a few tokens and
+records the settings and the mask of each attention call. The **trace** is `torch.export` on symbolic sizes, in which
 each call becomes a node with the settings that the rehearsal found. Parameters are shared with the model.
 """
 
@@ -26,11 +26,11 @@ from .sites import Site, causal_window, read_site
 from .twin import twin_of
 
 ROWS = 7
-"""Tokens of the rehearsal; a prime, so that few sizes of a model can equal it."""
+"""Tokens of the rehearsal. A prime, so that it is unlikely to equal another size of the model."""
 
 TYPICAL_ROWS, TYPICAL_KEPT = 61, 17
-"""Tokens of the trace's example, and rows with logits. Nothing runs on them, but compilers take them for the usual
-sizes when they choose how to divide work; primes again."""
+"""Tokens of the trace's example, and rows with logits. Nothing runs on them, but compilers take them as hints of the
+usual sizes. Primes, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PackedModel(nn.Module):
 
 
 class _Rehearsal:
-    """Notes every attention call, and hands out masks that can be recognised when they come back."""
+    """Records every attention call. Gives out marker tensors as masks, so that each call's mask can be identified."""
 
     def __init__(self, path_of: Mapping[int, str]) -> None:
         self.path_of = path_of
@@ -134,7 +134,7 @@ class _Rehearsal:
 
 
 class _Trace:
-    """Turns the i-th attention call into a node with the settings of the i-th site; gives out no masks."""
+    """Turns attention call i into a node with the settings of site i. Gives out no masks."""
 
     def __init__(self, sites: tuple[Site, ...]) -> None:
         self.sites = sites

@@ -1,6 +1,6 @@
-"""Puts a recorder behind transformers' attention and mask interfaces for the time of a capture.
+"""Sends the attention and mask calls of a captured model to a recorder, through transformers' interfaces.
 
-The names registered here stay registered, as transformers offers no way back; outside `recording` they refuse to run.
+The names registered here stay registered, as transformers cannot remove them. Outside of `recording` they raise.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ EXPERTS = "grouped_mm"
 
 
 class Recorder(Protocol):
-    """What sees a forward pass's attention and mask calls."""
+    """Receives the attention and mask calls of a forward pass."""
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:
         """Takes an attention call; returns its output `[1, T, Hq, Dv]`."""
         ...
 
     def mask(self, options: dict) -> Tensor | None:
-        """Takes a request for a mask; returns what the model shall hand to its attention calls."""
+        """Takes a request for a mask; returns what the model passes to its attention calls."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What is refused before any work is done: versions, and models whose kind alone rules them out."""
+"""Checks before a capture: versions of torch and transformers, and models whose kind cannot be supported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_versions(
 
 
 def check_model(model: object) -> None:
-    """Refuses what cannot be a decoder-only causal LM with the attention that the dual-mode op computes.
+    """Refuses models that are not decoder-only causal LMs, or whose attention the dual-mode op does not compute.
 
     Raises:
         UnsupportedModelError: not a `PreTrainedModel`, no language-modelling head, or parameters that cannot be shared.

@@ -1,4 +1,4 @@
-"""What one call of transformers' attention interface asks for, and whether the dual-mode op can give it.
+"""Reads the settings of one call of transformers' attention interface, and refuses what the dual-mode op lacks.
 
 transformers describes a mask by a function of indices, `mask_function(batch, head, query, key) -> bool`. The positions
 that a token sees are read from that function instead of from a configuration field: a chunked, bidirectional or
@@ -20,7 +20,7 @@ from ..layout import AttentionLayer
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 SPAN = 1 << 20
-"""Positions over which a mask function is looked at. A window this wide or wider counts as none."""
+"""Positions for which a mask function is evaluated. A window of this size or more counts as no window."""
 
 
 def causal_window(mask_function: MaskFunction) -> int | None:
@@ -80,7 +80,7 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-"""Arguments that reach attention functions in passing and change no value on the way from q, k, v to the output."""
+"""Arguments that attention functions are given but that do not change their output."""
 
 SINKS = frozenset({"s_aux", "sinks"})
 BIASES = frozenset({"position_bias", "attention_bias", "alibi", "rel_pos_bias"})
@@ -89,7 +89,7 @@ SELECTIONS = frozenset({"indices", "block_indices", "block_mask"})
 
 @dataclass(frozen=True)
 class Site:
-    """One attention call of a forward pass: what the layout needs to know, and the module it came from."""
+    """One attention call of a forward pass: its layer in the layout, and the path of the calling module."""
 
     layer: AttentionLayer
     module: str

@@ -1,11 +1,11 @@
 """What one iteration reads and computes, as sympy expressions, and what a single layer adds to them.
 
-Plain data and formulas, no FX: `graph.py` applies them to a graph, and whoever has only a configuration can too.
+Plain data and formulas, no FX: `graph.py` applies them to a graph, `advice/config_cost.py` to a configuration.
 
-Counted is what has to cross the memory bus: weights once an iteration, keys and values once for each request that
-reads them, scores and logits written and read once. Activations are not: at a few hundred rows they stay in the L2
-cache. Bytes of a term over the read ceiling are then its speed of light. What the kernels read once more than has to
-be is kept apart, for predictions.
+The terms count the bytes that have to cross the memory bus: weights once an iteration, keys and values once for each
+request that reads them, scores and logits written and read once. Activations do not count, since at a few hundred rows
+they stay in the L2 cache. Bytes of a term over the read ceiling are its speed of light. Bytes that kernels read more
+than once are kept apart, for predictions.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Term:
             "verify": whole caches; "stream": anything else that is read or written in order.
         bytes, flops: in `SYMBOLS`.
         launches: kernels of their own.
-        bytes_again: bytes that a kernel reads beside `bytes` because it comes by more than once; no part of the speed
-            of light.
+        bytes_again: bytes that a kernel reads a second time or more, which are not in `bytes`; no part of the speed of
+            light.
     """
 
     name: str
@@ -162,7 +162,7 @@ def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window:
     drafted = _visible(Min(L, b) + k + 1, window)
     verified = _visible(L, window)
     index = D * Min(L, b) * kv_heads * _INDEX_BYTES
-    # Half a row less, for numbers that are not exact; k is whole.
+    # Half a row less, so that rounding cannot add a tile; k is an integer.
     times = ceiling((k + Rational(1, 2)) / scored_rows_at_most(q_heads // kv_heads))
     verify = Term(
         "verify attention",

@@ -42,7 +42,7 @@ ROW_COUNTS = (13, 17, 19, 23, 29, 31, 37)
 """Candidates for the number of rows: primes, so that few other sizes of a model can equal one."""
 
 DRAWS = 100
-"""How often tokens are drawn before tokens without a finite embedding are taken."""
+"""Attempts to draw tokens whose embeddings are all finite."""
 
 
 class ProveRowLocality(GraphPass):
@@ -143,12 +143,12 @@ class Runs:
 
 
 class Common(Enum):
-    """What a node's values say of the common row."""
+    """Result of comparing a node's values of both runs."""
 
-    SAME = "the two values are equal altogether, and say nothing of a row"
-    AGREES = "there is a dimension of rows, and the common row is the same"
-    DIFFERS = "there is a dimension of rows, and the common row is not the same"
-    HIDDEN = "no dimension is the rows for certain"
+    SAME = "the whole values are equal"
+    AGREES = "one dimension is the rows, and the common row is equal"
+    DIFFERS = "one dimension is the rows, and the common row is not equal"
+    HIDDEN = "which dimension is the rows is not certain"
 
 
 class _Run(Interpreter):

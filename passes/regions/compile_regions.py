@@ -2,8 +2,8 @@
 
 Inductor is given the regions themselves, without Dynamo: the symbolic sizes of their inputs are those of the graph, so
 no size is taken for another that happens to equal it, no size of 1 becomes a constant, and nothing is recompiled. What
-Inductor then takes for granted about sizes (that a buffer can be indexed with 32 bits, that rows can be
-sorted with 16) is checked in each call, and a step of other sizes runs uncompiled, with a warning.
+Inductor assumes about sizes (that a buffer can be indexed with 32 bits, that rows can be sorted with 16) is checked in
+each call. A step of other sizes runs uncompiled, with a warning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RegionCompiler = Callable[[GraphModule, list[Tensor]], Region]
 """Takes a region's graph, which it may change, and fake tensors for its inputs."""
 
 OnCompiled = Callable[[int, int], object]
-"""Told how many regions are compiled, and of how many."""
+"""Called with the number of regions that are compiled, and the number of all."""
 
 
 def inductor(region: GraphModule, inputs: list[Tensor]) -> Region:
@@ -68,7 +68,7 @@ class CompiledForward:
     Attributes:
         graph_module: calls the compiled regions, each with its layer's own parameters.
         uncompiled: the same computation node by node.
-        sizes: what the compiled regions take for granted about the sizes of a call.
+        sizes: the conditions on the sizes of a call under which the compiled regions are right.
         seconds: what each distinct region took to compile.
     """
 
@@ -88,8 +88,8 @@ class CompiledForward:
         if broken is None:
             return self.graph_module(*inputs)
         warnings.warn(
-            f"a step runs uncompiled, as the compiled code holds only for {broken}. Other numbers of requests or rows "
-            "a step avoid that.",
+            f"a step runs uncompiled: the compiled code is right only if {broken}. Choose another number of "
+            "requests or of rows in a step to avoid that.",
             UncompiledStepWarning,
             stacklevel=2,
         )
@@ -120,7 +120,7 @@ REMEMBERED = 1024
 
 
 class StepSizes:
-    """What a compiler has taken for granted about the sizes of a graph's inputs.
+    """Conditions on the sizes of a graph's inputs under which its compiled code is right.
 
     Args:
         graph_module: its placeholders carry the symbols, in `meta["val"]`.

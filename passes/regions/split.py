@@ -89,7 +89,7 @@ def split(graph_module: GraphModule) -> SplitGraph:
 
 
 def _cut(graph: Graph) -> tuple[list[Node], list[list[Node]]]:
-    """The nodes that stay outside, and those of each region. Sizes are in neither: each region reads its own."""
+    """The nodes that stay outside, and those of each region. Sizes are in neither, since each region reads its own."""
     outside: list[Node] = []
     pieces: list[list[Node]] = [[]]
     piece_of: dict[Node, list[Node]] = {}
@@ -117,7 +117,7 @@ def is_state_view(node: Node) -> bool:
 
 
 def _why_whole(pieces: list[list[Node]]) -> str | None:
-    """The first write in place that more than one region could see: then all must be one region."""
+    """The reason why the graph must be one region: a write in place whose result several regions would read."""
     piece_of = {node: number for number, piece in enumerate(pieces) for node in piece}
     family: dict[Node, set[Node]] = {}
     for node in piece_of:
@@ -272,7 +272,7 @@ def _is_at_start(node: Node) -> bool:
 
 
 def _calls(graph: Graph) -> Hashable:
-    """What the graph computes, whatever its nodes are called: targets, and arguments with nodes by number."""
+    """The computation of a graph without its nodes' names: targets, and arguments with nodes by number."""
     numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
     return tuple(
         (node.target, repr(map_arg((node.args, node.kwargs), numbers.__getitem__)))
@@ -282,7 +282,7 @@ def _calls(graph: Graph) -> Hashable:
 
 
 def _kind(node: Node) -> Hashable:
-    """What a compilation may rely on about a value."""
+    """The properties of a value that compiled code may depend on."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return str(value)

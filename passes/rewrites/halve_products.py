@@ -1,4 +1,4 @@
-"""Products that would leave a GPU half idle give out two summands, which whoever reads the product adds.
+"""Splits products that would leave a GPU half idle into two summands (split-K), which their readers add.
 
 Before (such as o_proj or down_proj of a model that is 5,120 wide at most, in bfloat16 on a Hopper GPU):
     y: [1, T, N] = aten.linear(x, w [N, K])
@@ -6,7 +6,7 @@ After:
     p: [2, 1, T, N] = sparsespec.halved_product(x, w)
     y: [1, T, N] = aten.add(aten.select(p, 0, 0), aten.select(p, 0, 1))
 
-Inductor adds where the product is read, together with the residual and the norm. Why this is faster for few rows:
+Inductor fuses the addition with what reads the product: residual and norm. Why this is faster for few rows:
 `kernels.products.halved`. What cannot add for nothing, such as a slice that goes to attention, keeps its product, and
 so does what has a bias.
 

@@ -1,7 +1,9 @@
 """Regions: equal layers are one, each call has its layer's own parameters, and the values are the flat graph's."""
 
 import operator
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,6 +80,22 @@ def test_each_distinct_region_is_compiled_once(name):
     record = compiled.report.passes[-1]
     assert (record.name, record.matches, len(record.notes)) == ("compile regions", distinct, distinct)
     assert compiled.report.notes("split into regions") == (f"{regions} regions, {distinct} distinct",)
+
+
+def test_one_compilation_runs_at_a_time(bench):
+    """Inductor's settings and caches, and those of Triton, are the process's."""
+    compiled, together, most = bench("llama").compiled, [0], [0]
+
+    def compiler(region, inputs):
+        together[0] += 1
+        most[0] = max(most[0], together[0])
+        time.sleep(0.01)
+        together[0] -= 1
+        return region
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(compiled.compile_regions, [compiler] * 3))
+    assert most == [1]
 
 
 def test_regions_take_only_tensors_and_promise_no_alignment_of_views(bench):

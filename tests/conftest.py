@@ -1,4 +1,8 @@
-"""What all tests share: one thread a process, no network, and GPU tests only where there is a GPU."""
+"""What all tests share: one thread a process, no network, and which tests run by default.
+
+Tests marked `gpu` are skipped where there is no CUDA device. Tests marked `slow` run with `--slow`, or where the
+expression of `-m` names them.
+"""
 
 import os
 
@@ -11,10 +15,17 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+    if not config.option.slow and "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]

@@ -1,18 +1,13 @@
-"""The walk over transformers' families: a dozen live, with refusals of every kind, and the committed table."""
+"""The walk over transformers' families: a few live and a refusal of every kind, or a dozen and all refusals."""
 
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from sparsespec_compile import errors
-
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "breadth.py"
-RESULTS = ROOT / "benchmarks" / "results"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "breadth.py"
 
 EQUAL = (
     "cohere2",
@@ -39,49 +34,26 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("breadth")
-    json_file, table = folder / "breadth.json", folder / "breadth.md"
-    command = [sys.executable, SCRIPT, "--families", *EQUAL, *REFUSED, "--json", json_file, "--markdown", table]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
-    found = {outcome["family"]: outcome for outcome in json.loads(json_file.read_text())["outcomes"]}
-    assert all(f"| {family} | {outcome['status']} |" in table.read_text() for family, outcome in found.items())
-    return found
-
-
-@pytest.mark.parametrize("family", EQUAL)
-def test_text_is_huggingfaces(outcomes, family):
-    outcome = outcomes[family]
-    assert outcome["status"] == "equal", outcome["why"]
-    assert outcome["layers"] == 4
-    assert outcome["distinct"] > 10, "a text of a few tokens proves little"
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_refusals_are_named(outcomes, family):
-    outcome = outcomes[family]
-    assert outcome["status"] == "refused", outcome["why"]
-    assert outcome["why"].startswith(REFUSED[family])
-
-
-def committed():
-    return json.loads((RESULTS / "breadth.json").read_text())["outcomes"]
-
-
-def test_committed_table_has_no_family_that_differs_or_crashes():
-    counts = Counter(outcome["status"] for outcome in committed())
-    assert counts["equal"] >= 55
-    assert not counts["differs"]
-    assert not counts["crashed"]
-    assert sum(counts.values()) > 150
-    names = set(errors.__all__)
-    assert all(outcome["why"].split(":")[0] in names for outcome in committed() if outcome["status"] == "refused")
-
-
-def test_committed_table_is_the_committed_result():
-    lines = (RESULTS / "breadth.md").read_text().splitlines()
-    rows = [line.split(" | ")[:2] for line in lines if line.startswith("| ") and " --- " not in line][1:]
-    assert [(family.removeprefix("| "), status) for family, status in rows] == [
-        (outcome["family"], outcome["status"]) for outcome in committed()
-    ]
+@pytest.mark.parametrize(
+    ("equal", "refused"),
+    [
+        pytest.param(("cohere2", "gpt_neox"), ("bart", "bloom", "mamba", "rwkv"), id="few"),
+        pytest.param(EQUAL, REFUSED, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_text_is_huggingfaces_or_the_refusal_is_named(equal, refused, tmp_path):
+    json_file, table = tmp_path / "breadth.json", tmp_path / "breadth.md"
+    command = [sys.executable, SCRIPT, "--families", *equal, *refused, "--json", json_file, "--markdown", table]
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    outcomes = json.loads(json_file.read_text())["outcomes"]
+    assert sorted(outcome["family"] for outcome in outcomes) == sorted([*equal, *refused])
+    for outcome in outcomes:
+        family = outcome["family"]
+        assert f"| {family} | {outcome['status']} |" in table.read_text()
+        if family in refused:
+            assert outcome["status"] == "refused", (family, outcome["why"])
+            assert outcome["why"].startswith(REFUSED[family]), (family, outcome["why"])
+        else:
+            assert outcome["status"] == "equal", (family, outcome["why"])
+            assert outcome["layers"] == 4, family
+            assert outcome["distinct"] > 10, "a text of a few tokens proves little"

@@ -151,6 +151,7 @@ def test_the_kernel_is_given_what_the_tiles_say(monkeypatch: pytest.MonkeyPatch)
     assert (tiling.scored_ahead, given["SCORED_AHEAD"]) == (2, 0), "whatever tiles say, it holds no code for scores"
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_equal_calls_give_equal_bits(device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
     share(SHARINGS["uneven"])
     case = build(Shape(), REQUESTS, torch.float32)

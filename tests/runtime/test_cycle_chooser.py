@@ -355,10 +355,12 @@ def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():
 def test_what_was_given_up_is_tried_again():
     chooser = Numbers(4, seconds)
     assert settle(chooser, [20000] * 16, 0.0) == 0
-    for _ in range(60_000):
+    for _ in range(3000):
         chooser.took(seconds(chooser.current, 20000, 16), [20000] * 16)
         chooser.choose([20000] * 16)
-    assert chooser.current > 0
+        if chooser.current > 0:
+            return
+    pytest.fail("plain decoding for good")
 
 
 @dataclasses.dataclass

@@ -243,7 +243,7 @@ def test_output_is_yielded_as_it_becomes_final(toy):
     assert all(1 <= len(piece) <= 5 for piece in pieces)
 
 
-def test_noise_is_skipped_only_when_every_request_is_greedy(toy):
+def test_greedy_and_sampled_requests_side_by_side(toy):
     mixed = requests_of(LENGTHS, 20) + requests_of(LENGTHS, 20, temperature=1.1)
     texts = run(toy.engine(draft_tokens=3, min_budget=4), mixed)
     assert texts == [toy.decode(request) for request in mixed]

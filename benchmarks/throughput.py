@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
     parser.add_argument("--workload", nargs="+", default=["64x8192"], help="requests x cached tokens, -drain behind")
     parser.add_argument("--engine", nargs="+", default=["sparsespec", "plain"], choices=list(ENGINES))
-    parser.add_argument("--drafter", nargs="+", default=["pillar"], choices=["pillar", "window", "full"])
+    parser.add_argument("--drafter", nargs="+", default=["pillar"], choices=["pillar", "window", "full", "ngram"])
     parser.add_argument("--draft-tokens", type=draft_tokens, nargs="+", default=[8], help="numbers, or auto")
     parser.add_argument("--schedule", nargs="+", default=["grouped"], choices=get_args(Schedule))
     parser.add_argument("--new-tokens", type=int, default=256)

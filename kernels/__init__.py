@@ -17,12 +17,13 @@ if __name__ == "sparsespec_compile.kernels":
     from .cpu.attention import dual_mode_attention
     from .errors import KernelUnavailableError
     from .products import halved
-    from .reference import attention, sampling, selection
+    from .reference import attention, proposals, sampling, selection
 
     LAUNCHERS = {
         "dual_mode_attention": "attention.launcher",
         "select_pillars": "selection.kernel",
         "draw_tokens": "sampling.draw",
+        "propose_ngrams": "proposals.ngram",
     }
     """The modules that run ops on CUDA tensors; each has a function of the op's name."""
 
@@ -48,6 +49,7 @@ if __name__ == "sparsespec_compile.kernels":
     torch.library.impl("sparsespec::dual_mode_attention", "cpu", dual_mode_attention)
     torch.library.impl("sparsespec::select_pillars", "cpu", selection.select_pillars)
     torch.library.impl("sparsespec::draw_tokens", "cpu", sampling.draw_tokens)
+    torch.library.impl("sparsespec::propose_ngrams", "cpu", proposals.propose_ngrams)
     for _op in LAUNCHERS:
         torch.library.impl(f"sparsespec::{_op}", "cuda", partial(run_on_cuda, _op))
 

@@ -89,6 +89,22 @@ def check_select(
     _check_devices(scores, {**per_request, "pillar_index": pillar_index})
 
 
+def check_proposals(tokens: Tensor, length: Tensor, wanted: Tensor, most: int) -> None:
+    """Refuse arguments of ``propose_ngrams`` that do not fit each other."""
+    _check_rank({"tokens": tokens}, 2)
+    if tokens.dtype != torch.int64:
+        raise KernelInputError(f"tokens are {tokens.dtype}; proposals take torch.int64")
+    _check_rank({"length": length}, 1)
+    for name, tensor in {"length": length, "wanted": wanted}.items():
+        _check_exact(name, tensor, (length.shape[0],))
+    if tokens.shape[0] < length.shape[0]:
+        raise KernelInputError(f"tokens have {tokens.shape[0]} rows for {length.shape[0]} requests; give one for each")
+    if most < 0:
+        raise KernelInputError(f"most is {most}; it must be 0 or more")
+    _check_last_stride({"tokens": tokens})
+    _check_devices(tokens, {"length": length, "wanted": wanted})
+
+
 def check_product(x: Tensor, weight: Tensor) -> None:
     """Refuse arguments of ``halved_product`` that do not fit each other."""
     _check_rank({"weight": weight}, 2)

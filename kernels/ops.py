@@ -1,4 +1,4 @@
-"""The five ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
+"""The six ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
 
 Sizes: T packed rows (tokens) of a step, R of them with logits, V tokens of the vocabulary, B request slots, Hq query
 heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the head dimensions of keys and values, P logical pages of a request, C
@@ -56,6 +56,14 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     written in ascending order, and pillar_count[b] becomes count. Entries past count are not written, and not read by
     anyone. Scores are ordered as floating-point numbers (0.0 and -0.0 are equal; a NaN ranks by its bit pattern).
 
+``sparsespec::propose_ngrams(tokens, length, wanted, most) -> ()``
+    tokens [at least B, N] int64, a text in each row, is written; length [B] int32, the position of a text's newest
+    token; wanted [B] int32, how many tokens to propose, 0 to leave a row alone; most, an upper bound of it. For a row
+    with wanted[b] > 0 the longest suffix of tokens[b, :length[b] + 1], of NGRAM_TOKENS tokens at most, that occurs
+    earlier in it is looked up, and the latest such occurrence counts, which may overlap the suffix. The tokens that
+    followed it are written to positions length[b] + 1 and on, wanted[b] of them, as far as the row goes; behind the end
+    of the text the last length[b] - match tokens repeat. A row without such an occurrence is left as it is.
+
 ``sparsespec::halved_product(x, weight) -> [2, ..., N]``
     x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to
     the dtype. Up to ``products.halved.FEW_ROWS`` rows they are the products of the first and of the second half of K;
@@ -86,6 +94,7 @@ from .errors import KernelInputError, KernelUnavailableError, SparseSpecError
 __all__ = [
     "MEASURING_PILLARS",
     "MEASURING_POSITIONS",
+    "NGRAM_TOKENS",
     "SCORED_PAIRS",
     "STEP_TENSORS",
     "KernelInputError",
@@ -96,6 +105,7 @@ __all__ = [
     "draw_tokens",
     "dual_mode_attention",
     "halved_product",
+    "propose_ngrams",
     "scored_rows_at_most",
     "select_pillars",
 ]
@@ -144,6 +154,10 @@ MEASURING_PILLARS = 8
 positions together, but so many pillars at least."""
 
 
+NGRAM_TOKENS = 4
+"""Tokens of the longest suffix that is looked up in a text."""
+
+
 def scored_rows_at_most(group: int) -> int:
     """Trailing rows of a verification whose scores come out of the pass that attends, at least 1.
 
@@ -175,6 +189,9 @@ torch.library.define(
     "Tensor(b!) pillar_count) -> ()",
     tags=_TAGS,
 )
+torch.library.define(
+    "sparsespec::propose_ngrams", "(Tensor(a!) tokens, Tensor length, Tensor wanted, int most) -> ()", tags=_TAGS
+)
 torch.library.define("sparsespec::halved_product", "(Tensor x, Tensor weight) -> Tensor", tags=_TAGS)
 torch.library.define(
     "sparsespec::draw_tokens",
@@ -186,6 +203,7 @@ torch.library.define(
 attention_site = torch.ops.sparsespec.attention_site.default
 dual_mode_attention = torch.ops.sparsespec.dual_mode_attention.default
 select_pillars = torch.ops.sparsespec.select_pillars.default
+propose_ngrams = torch.ops.sparsespec.propose_ngrams.default
 draw_tokens = torch.ops.sparsespec.draw_tokens.default
 halved_product = torch.ops.sparsespec.halved_product.default
 
@@ -213,6 +231,11 @@ def _select_pillars_fake(
     pillar_index: Tensor,
     pillar_count: Tensor,
 ) -> None:
+    return None
+
+
+@torch.library.register_fake("sparsespec::propose_ngrams")
+def _propose_ngrams_fake(tokens: Tensor, length: Tensor, wanted: Tensor, most: int) -> None:
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.errors import ConfigError, SparseSpecError
 
-Drafter = Literal["pillar", "window", "full"]
+Drafter = Literal["pillar", "window", "full", "ngram"]
 Backend = Literal["auto", "eager", "inductor"]
 Schedule = Literal["grouped", "balanced", "random", "in_phase"]
 
@@ -57,9 +57,11 @@ class SpecConfig(Settings, error=ConfigError):
         max_draft_tokens: drafts of the longest cycle of "auto", 1 to 64.
         budget_ratio: share of the cached positions a draft reads, in (0, 1] (the paper uses 0.05).
         min_budget: positions that a draft reads at least, per KV head: `max(min_budget, ceil(budget_ratio * length))`.
-        drafter: what a draft reads besides the tokens since the last verification. "pillar": the positions with the
-            highest attention in that verification (paper, PillarAttn). "window": the first 4 and the latest ones
-            (StreamingLLM), as many as "pillar" would read. "full": everything.
+        drafter: where drafts come from. Most are passes of the model that read, besides the tokens since the last
+            verification, "pillar": the positions with the highest attention in that verification (paper, PillarAttn);
+            "window": the first 4 and the latest ones (StreamingLLM), as many as "pillar" would read; "full":
+            everything. "ngram" takes no pass: what followed the latest earlier occurrence of the text's last 1 to 4
+            tokens is proposed, and every iteration verifies.
         local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
             verification instead of on the highest scores. 0 is the paper's choice.
         page_size: tokens in a page of the KV pool.

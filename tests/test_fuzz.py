@@ -73,7 +73,7 @@ def random_settings(chance: random.Random, page_size: int, longest: int) -> ss.S
         max_draft_tokens=chance.choice([1, 3, 6]),
         budget_ratio=chance.choice([0.01, 0.05, 0.3, 1.0]),
         min_budget=chance.choice([1, 2, 5, 11, 300]),
-        drafter=chance.choice(["pillar", "pillar", "pillar", "window", "full"]),
+        drafter=chance.choice(["pillar", "pillar", "pillar", "window", "full", "ngram"]),
         local_ratio=chance.choice([0.0, 0.25, 0.5, 1.0]),
         page_size=page_size,
         prefill_chunk=chance.choice([1, 2, 3, 7, 20, 2048]),

@@ -22,13 +22,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, dual_mode_attention, select_pillars
+from sparsespec_compile.kernels.ops import (
+    STEP_TENSORS,
+    draw_tokens,
+    dual_mode_attention,
+    propose_ngrams,
+    select_pillars,
+)
 from sparsespec_compile.kernels.step_kind import Promise, kind_of_step, promised
 from sparsespec_compile.passes.base import find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
 from sparsespec_compile.runtime.build import most_rows
-from sparsespec_compile.runtime.device.drafters import drafters_of
+from sparsespec_compile.runtime.device.drafters import NgramDrafter, drafters_of
 
 _ALIGNMENT = 16
 """Kernels differ by whether addresses and strides are multiples of 16."""
@@ -104,7 +110,20 @@ class Selection(NamedTuple):
         select_pillars(scores, slot, torch.full_like(slot, -1), slot, pillars, count)
 
 
-Call = Attention | Draw | Selection
+class Proposals(NamedTuple):
+    """A call of `propose_ngrams` for so many slots of which none wants a proposal, of `most` tokens at most."""
+
+    slots: int
+    most: int
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        tokens = torch.zeros(self.slots, _ALIGNMENT, dtype=torch.int64, device=device)
+        none = torch.zeros(self.slots, dtype=torch.int32, device=device)
+        propose_ngrams(tokens, none, none, self.most)
+
+
+Call = Attention | Draw | Selection | Proposals
 
 
 @contextmanager
@@ -154,6 +173,8 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     calls[Draw(layout_of(logits, _FEW_ROWS))] = None
     if reads_scores:
         calls[Selection(slots)] = None
+    if any(isinstance(drafter, NgramDrafter) for drafter in drafters_of(config)):
+        calls[Proposals(slots, config.most_draft_tokens)] = None
     return list(calls)
 
 

@@ -94,7 +94,7 @@ class Play:
             draft_tokens=chance.choice([0, 1, 2, 4, 7, "auto"]),
             max_draft_tokens=chance.choice([1, 3, 5]),
             min_budget=chance.choice([1, 4, 50]),
-            drafter=chance.choice(["pillar", "pillar", "window", "full"]),
+            drafter=chance.choice(["pillar", "pillar", "window", "full", "ngram"]),
             page_size=page,
             prefill_chunk=chance.choice([2, 5, 64]),
             max_requests=chance.choice([4, 8] if crowded else [2, 3, 6]),

@@ -58,7 +58,7 @@ class Changing:
         return self.order[-1]
 
 
-@pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
+@pytest.mark.parametrize("drafter", ["pillar", "window", "full", "ngram"])
 def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     toy = Toy()
     monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)

@@ -8,9 +8,10 @@ from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.device import drafters
 from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.device.drafters import SINK_TOKENS, Cycle, Drafter, budgets, cycles_of, drafters_of
+from sparsespec_compile.runtime.device.drafters import SINK_TOKENS, Cycle, NgramDrafter, budgets, cycles_of, drafters_of
 from sparsespec_compile.runtime.device.state import Capacity, State
 from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.host.request import Request
 
 from ..support.toy import Toy, requests_of, run
 
@@ -36,7 +37,8 @@ def state():
 def apply(state, lengths, **settings):
     (drafter,) = drafters_of(SpecConfig(min_budget=BUDGET, budget_ratio=0.01, **settings))
     slots = torch.tensor([2, 0, 1], dtype=torch.int32)
-    drafter.update(state, slots, torch.tensor(lengths, dtype=torch.int32))
+    final = torch.zeros(3, dtype=torch.int32)
+    drafter.update(state, final, slots, torch.tensor(lengths, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("local_ratio", [0.0, 0.25, 1.0])
@@ -80,37 +82,35 @@ def test_budgets_on_the_device_are_the_configs():
         assert budgets(lengths, config).tolist() == [config.budget(length) for length in lengths.tolist()]
 
 
-class TextDrafter(Drafter):
-    """Proposes four tokens: what followed the latest earlier occurrence of the newest token, prompt included."""
-
-    name = "text"
-
-    def passes(self, drafts):
-        return 0
-
-    def update(self, state, score_slot, scored_length):
-        tokens, slots = state.tokens[:-1], torch.arange(state.capacity.slots)
-        position = torch.arange(tokens.shape[1])
-        newest = tokens[slots, state.length.long().clamp(max=tokens.shape[1] - 1)]
-        found = (tokens == newest[:, None]) & (position < state.length[:, None])
-        latest = torch.where(found, position, 0).amax(1)
-        for nth in range(1, 5):
-            target = state.length.long() + nth
-            row = torch.where(target < tokens.shape[1], slots, state.capacity.slots)
-            proposed = tokens[slots, (latest + nth).clamp(max=tokens.shape[1] - 1)]
-            state.tokens[row, target.clamp(max=tokens.shape[1] - 1)] = proposed
-
-
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_drafter_that_proposes_from_the_text_is_no_more_than_a_class(monkeypatch, overlap):
-    """Every iteration verifies; nothing else of the runtime knows of it."""
+def test_drafts_from_the_text_itself(overlap):
+    """Every iteration verifies; nothing but the drafter knows of it."""
     toy = Toy()
-    monkeypatch.setitem(drafters._DRAFTERS, "full", TextDrafter)
     requests = requests_of((1, 23, 40, 5), 100)
-    engine = toy.engine(draft_tokens=4, drafter="full", max_requests=3, overlap=overlap)
+    engine = toy.engine(draft_tokens=4, drafter="ngram", max_requests=3, overlap=overlap)
     assert run(engine, requests) == [toy.decode(request) for request in requests]
-    assert set(engine.stats.by_cycle) == {("text", 4)}
+    assert set(engine.stats.by_cycle) == {("ngram", 4)}
     assert engine.stats.tokens > 1.2 * engine.stats.target_passes
+
+
+def test_drafts_are_looked_up_in_the_prompt_too():
+    """A text that repeats its prompt is drafted from the first pass on."""
+    toy = Toy()
+    (first,) = requests_of((6,), 60)
+    text = toy.decode(first)
+    again = Request([*first.prompt, *text, *first.prompt], 40)
+    engine = toy.engine(draft_tokens=6, drafter="ngram")
+    assert run(engine, [again]) == [toy.decode(Request(again.prompt, 40))]
+    assert engine.stats.target_passes < engine.stats.tokens
+
+
+def test_only_texts_that_have_grown_are_looked_up(state):
+    """A slot that drafted nothing in the iteration, or holds no text, keeps its tokens."""
+    (drafter,) = drafters_of(SpecConfig(drafter="ngram", draft_tokens=3))
+    state.tokens[:] = torch.tensor([4, 5, 6, 4, 5, 6, 4] + [0] * (TOKENS - 7))
+    state.length.fill_(6)
+    drafter.update(state, torch.tensor([1, 0, 2], dtype=torch.int32), state.length, state.length)
+    assert state.tokens[:, 6:11].tolist() == [[4, 5, 6, 4, 0], [4, 0, 0, 0, 0], [4, 5, 6, 4, 0], [4, 0, 0, 0, 0]]
 
 
 def test_prompts_stand_among_the_tokens():
@@ -130,7 +130,7 @@ def test_the_text_stays_while_drafters_change(monkeypatch):
     """From plain decoding to drafts by sparse attention to drafts from the text, in every order."""
     toy, config = Toy(), SpecConfig(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3)
     pillar = cycles_of(config)
-    cycles = [*pillar[::2], *(Cycle(TextDrafter(config), drafts) for drafts in (1, 4))]
+    cycles = [*pillar[::2], *(Cycle(NgramDrafter(config), drafts) for drafts in (1, 4))]
     monkeypatch.setattr(drafters, "cycles_of", lambda config: cycles)
     monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)
 

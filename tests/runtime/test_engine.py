@@ -20,7 +20,7 @@ def toy():
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4, 8])
-@pytest.mark.parametrize("drafter", ["pillar", "window", "full"])
+@pytest.mark.parametrize("drafter", ["pillar", "window", "full", "ngram"])
 def test_greedy_text_is_plain_decodings(toy, draft_tokens, drafter):
     requests = requests_of(LENGTHS, 60)
     texts = run(toy.engine(draft_tokens=draft_tokens, drafter=drafter, min_budget=4, page_size=4), requests)

@@ -122,6 +122,17 @@ def test_closing_from_another_thread_ends_the_iterator(toy):
     assert run(engine, requests_of(LENGTHS, 9)) == [toy.decode(request) for request in requests_of(LENGTHS, 9)]
 
 
+def test_a_client_cancels_its_own_requests_alone(toy):
+    engine, requests = engine_of(toy), requests_of(LENGTHS, 12)
+    with engine.client() as mine, engine.client() as other:
+        mine.submit(requests)
+        other.submit(requests_of((4,), 30))
+        next(mine)
+        other.cancel(requests)
+        assert {output.request for output in mine if output.ended} == set(requests)
+    assert [request.output for request in requests] == [toy.decode(request) for request in requests_of(LENGTHS, 12)]
+
+
 def test_requests_added_one_by_one_run_together(toy):
     """The state is sized by the configuration, not by the first request."""
     engine = engine_of(toy, max_requests=32)

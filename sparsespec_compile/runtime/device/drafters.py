@@ -52,13 +52,14 @@ class Drafter:
         """Of `length` cached positions those that a draft iteration reads, for predictions of its time."""
         return length
 
-    def update(self, state: State, score_slot: Tensor, scored_length: Tensor) -> None:
+    def update(self, state: State, final: Tensor, score_slot: Tensor, scored_length: Tensor) -> None:
         """Prepare the next drafts on the device. Called in the step, after drafts were accepted and lengths advanced.
 
-        Iterations in which every request has a single row and nobody is scored leave the call out.
+        Iterations in which every request has a single row and none is scored leave the call out.
 
         Args:
             state: `tokens` up to and including position `length` are final. The next drafts belong behind them.
+            final: int32 [S], tokens of a slot that became final in this iteration.
             score_slot: int32 [S], row of `state.scores` that belongs to a slot.
             scored_length: int32 [S], positions before the scored rows of a slot; -1 = it was not scored.
         """
@@ -75,7 +76,7 @@ class PillarDrafter(Drafter):
         """The budget."""
         return min(length, self.config.budget(round(length)))
 
-    def update(self, state: State, score_slot: Tensor, scored_length: Tensor) -> None:
+    def update(self, state: State, final: Tensor, score_slot: Tensor, scored_length: Tensor) -> None:
         """Index the positions with the highest scores, and let "recent" begin earlier for the local share."""
         budget = budgets(scored_length, self.config)
         local = torch.minimum((budget.double() * self.config.local_ratio).int(), scored_length.clamp(min=0))
@@ -96,7 +97,7 @@ class WindowDrafter(Drafter):
         """The budget."""
         return min(length, self.config.budget(round(length)))
 
-    def update(self, state: State, score_slot: Tensor, scored_length: Tensor) -> None:
+    def update(self, state: State, final: Tensor, score_slot: Tensor, scored_length: Tensor) -> None:
         """Index the first and the latest positions."""
         count = torch.minimum(budgets(scored_length, self.config), scored_length)
         entry = torch.arange(state.pillar_index.shape[-1], dtype=torch.int32, device=count.device)
@@ -108,13 +109,39 @@ class WindowDrafter(Drafter):
         _renew(state.recent_start, scored_length, scored_length)
 
 
+class NgramDrafter(Drafter):
+    """Proposes what followed the latest earlier occurrence of the text's last tokens, prompt included.
+
+    It runs no pass of the model: every iteration verifies, and yields one token at least. (Prompt lookup decoding,
+    Saxena 2023; here on the device, so that the host need not know the text.)
+    """
+
+    name = "ngram"
+
+    def passes(self, drafts: int) -> int:
+        """None."""
+        return 0
+
+    def positions(self, length: float) -> float:
+        """None: there are no draft iterations."""
+        return 0.0
+
+    def update(self, state: State, final: Tensor, score_slot: Tensor, scored_length: Tensor) -> None:
+        """Look up the texts that have grown."""
+        most = self.config.most_draft_tokens
+        wanted = torch.where(final > 0, most, 0).int()
+        torch.ops.sparsespec.propose_ngrams(state.tokens, state.length, wanted, most)
+
+
 class NoDrafter(Drafter):
     """Plain decoding: every iteration is a verification of one row."""
 
     name = "none"
 
 
-_DRAFTERS: dict[str, type[Drafter]] = {kind.name: kind for kind in (Drafter, PillarDrafter, WindowDrafter)}
+_DRAFTERS: dict[str, type[Drafter]] = {
+    kind.name: kind for kind in (Drafter, PillarDrafter, WindowDrafter, NgramDrafter)
+}
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Step:
         self._accept(state, inputs, placed, out, logit_rows, self.results, variant.logprobs)
         if variant.promise is not Promise.SINGLE_ROWS:
             for update in self._updates:
-                update(state, inputs.score_slot, placed.scored_length)
+                update(state, self.results.tokens[:, 0], inputs.score_slot, placed.scored_length)
 
 
 def _updates(drafter: Drafter) -> bool:

@@ -58,7 +58,10 @@ class Client:
         self._engine.submit(self, requests)
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """End requests where they stand; outputs that were not taken yet are dropped. Finished ones are left alone."""
+        """End requests where they stand; outputs that were not taken yet are dropped.
+
+        Finished requests, and those of other clients, are left alone.
+        """
         self._engine.cancel(self, requests)
 
     def close(self) -> None:

@@ -131,7 +131,8 @@ class Engine:
         """`Client.cancel`."""
         if self._driver == threading.get_ident():  # called by what an iteration calls: the rest is done at its end
             for request in requests:
-                request.cancel()
+                if self._owners.get(request) is client:
+                    request.cancel()
         self._command(lambda: self._drop(client, requests))
 
     def close(self, client: Client) -> None:
@@ -325,7 +326,9 @@ class Engine:
     def _drop(self, client: Client, requests: Collection[Request]) -> None:
         with self._turn:
             client.forget(requests)
-            owned = [request for request in requests if self._owners.pop(request, None) is not None]
+            owned = [request for request in requests if self._owners.get(request) is client]
+            for request in owned:
+                del self._owners[request]
             self._turn.notify_all()
         for request in owned:
             if self._session is not None:

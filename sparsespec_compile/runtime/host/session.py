@@ -317,6 +317,8 @@ class Session:
 def decoding_rows(slots: int, config: SpecConfig) -> int:
     """Rows of an iteration in which every slot decodes, and as many as may verify; half while their number changes."""
     most = config.most_draft_tokens
+    if not cycles_of(config)[-1].passes:
+        return slots * (most + 1)  # without draft iterations all verify
     together = slots if config.schedule == "in_phase" else -(-slots // (most + 1))
     if config.schedule == "grouped":
         together = min(slots, max(together, GROUPED_ROWS // (most + 1)))

@@ -1,0 +1,1 @@
+"""Drafts that are found in a request's own text, on CUDA."""

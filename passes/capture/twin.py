@@ -87,7 +87,7 @@ def _held_by(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__self__]
     if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
+        return [value.func, *value.args, *value.keywords.values(), *vars(value).values()]
     if isinstance(value, FunctionType):
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         return [*defaults, *vars(value).values(), *map(_content, value.__closure__ or ())]
@@ -115,7 +115,9 @@ def _method(copier: _Copier, value: MethodType) -> MethodType:
 
 def _partial(copier: _Copier, value: partial) -> partial:
     keywords = {name: copier.copy(held) for name, held in value.keywords.items()}
-    return copier.note(value, partial(copier.copy(value.func), *map(copier.copy, value.args), **keywords))
+    copy = copier.note(value, partial(copier.copy(value.func), *map(copier.copy, value.args), **keywords))
+    vars(copy).update((name, copier.copy(held)) for name, held in vars(value).items())  # as of functools.wraps
+    return copy
 
 
 def _function(copier: _Copier, value: FunctionType) -> FunctionType:

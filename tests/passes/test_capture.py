@@ -4,12 +4,12 @@ import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, update_wrapper
 
 import pytest
 import torch
 
-from sparsespec_compile.passes.capture.capture import capture
+from sparsespec_compile.passes.capture.capture import PackedModel, capture
 from sparsespec_compile.passes.capture.interface import model_configs
 from sparsespec_compile.passes.capture.twin import twin_of
 from sparsespec_compile.passes.errors import (
@@ -290,6 +290,19 @@ def test_what_was_set_on_a_module_is_captured_with_it():
     positions = torch.arange(11)[None]
     got = graph.graph_module(input_ids=sequence[None], position_ids=positions, logits_to_keep=torch.arange(11))
     assert torch.allclose(got[0], logits(model, sequence), atol=1e-4)
+
+
+def test_a_forward_that_was_wrapped_keeps_its_signature():
+    """As Accelerate's hooks wrap it. Without `logits_to_keep` in it, every row would get logits."""
+    model = tiny("llama")
+    model.before = model.forward
+    model.forward = update_wrapper(
+        partial(lambda module, *args, **named: module.before(*args, **named), model), model.before
+    )
+    twin = twin_of(model)
+    assert PackedModel(twin).selects_rows
+    assert twin.forward.args == (twin,)
+    assert twin.before.__self__ is twin
 
 
 def test_a_twin_shares_tensors_and_nothing_that_changes():

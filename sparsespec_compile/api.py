@@ -47,8 +47,8 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
     """Compile a HuggingFace causal LM for lossless sparse self-speculative decoding.
 
     The model is captured once, its attention is replaced, and projections that share an input are fused. The compiled
-    graph works on the model's own parameters: they are not copied, and changing them in place changes both. Other threads
-    may use the model meanwhile; calls from several threads are carried out one after the other.
+    graph works on the model's own parameters: they are not copied, and changing them in place changes both. Other
+    threads may use the model meanwhile; calls from several threads are carried out one after the other.
 
     Args:
         model: a decoder-only `PreTrainedModel` on one device, in the dtype it shall run in.

@@ -1,7 +1,7 @@
 """What all tests share: one thread a process, no network, and which tests run by default.
 
 Tests marked `gpu` are skipped where there is no CUDA device. Tests marked `slow` run with `--slow`, or where the
-expression of `-m` names them.
+expression of `-m` names them; those that are also marked `gpu` run wherever `gpu` tests do, as no test is slow there.
 """
 
 import os
@@ -26,6 +26,6 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
     if not config.option.slow and "slow" not in config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow")]
+        slow = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in set(slow)]

@@ -13,6 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from texts import common_share  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_stage_writes_the_same_texts(tmp_path):
     file = tmp_path / "ablation.json"
     sizes = {"requests": 5, "max-requests": 4, "max-new-tokens": 40, "pool-tokens": 192, "host-pool-tokens": 2048}

@@ -144,6 +144,7 @@ def test_greedy_text_is_the_same():
     assert torch.equal(big.generate(ids, **greedy), expected)
 
 
+@pytest.mark.slow
 def test_text_and_acceptance_are_those_of_the_small_model():
     """The pillars of a group come from its query heads alone: here from three copies of each, averaged."""
     small, ids = countdown()

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from kernel_bench.cases import CASES, READ_CEILING, Bar
@@ -12,6 +14,7 @@ from kernel_bench.report import Result, judge
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_runs_without_a_gpu_and_writes_nothing():
     before = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()}
     command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--device", "cpu", "--repeats", "1"]

@@ -15,7 +15,7 @@ from countdown_model import held_out_prompts, load
 from logit_gap import check_text, texts_of
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.6])
 def test_tells_right_texts_from_wrong_ones(temperature):
     model, tokenizer = load("cpu", torch.bfloat16)
     exact = copy.deepcopy(model).float()

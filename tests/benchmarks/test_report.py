@@ -48,6 +48,7 @@ def results(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_writes_a_chart(results):
     path = results(ROWS)
     run = subprocess.run(

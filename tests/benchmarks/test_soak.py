@@ -15,6 +15,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.slow
 def test_soak(tmp_path):
     result = run("soak.py", "--requests", "150", "--slots", "12", "--json", str(tmp_path / "soak.json"))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -26,6 +27,7 @@ def test_soak(tmp_path):
     assert outcome["texts_compared"] > 50
 
 
+@pytest.mark.slow
 def test_schedules(tmp_path):
     pytest.importorskip("matplotlib", reason="comes with the extra `bench`")
     files = {name: tmp_path / f"schedules.{name}" for name in ("json", "png")}

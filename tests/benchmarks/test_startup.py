@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STARTUP = Path(__file__).parents[2] / "benchmarks" / "startup.py"
 sys.path.insert(0, str(STARTUP.parent))
 
 import startup  # noqa: E402
 
 
+@pytest.mark.slow
 def test_starts_with_empty_and_with_filled_caches(tmp_path):
     file = tmp_path / "startup.json"
     command = [sys.executable, str(STARTUP), "--shape", "countdown", "--device", "cpu", "--requests", "2"]

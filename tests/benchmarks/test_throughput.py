@@ -41,6 +41,7 @@ def test_engines_run_on_the_same_texts(tmp_path):
     assert ours["accepted_per_cycle"] > 5
 
 
+@pytest.mark.slow
 def test_our_texts_equal_plain_decodings():
     result = run("--workload", "2x100", "--new-tokens", "60")
     assert result.returncode == 0, result.stderr
@@ -50,6 +51,7 @@ def test_our_texts_equal_plain_decodings():
     )
 
 
+@pytest.mark.slow
 def test_a_batch_that_drains_is_timed_to_its_end(tmp_path):
     file = tmp_path / "throughput.json"
     engines = ("--engine", "plain", "sparsespec", "hf-generate", "--draft-tokens", "4")
@@ -66,13 +68,16 @@ def test_a_batch_that_drains_is_timed_to_its_end(tmp_path):
     assert [load.new_tokens_of(i) for i in range(3)] == [30, 75, 120]
 
 
-@pytest.mark.parametrize("workload", ["64", "x5", "0x100", "axb", "2x50-grow"])
+@pytest.mark.parametrize(
+    "workload", ["0x100", *(pytest.param(name, marks=pytest.mark.slow) for name in ("64", "x5", "axb", "2x50-grow"))]
+)
 def test_workloads_that_are_wrong(workload):
     result = run("--workload", workload)
     assert result.returncode != 0
     assert "give requests x cached tokens" in result.stderr
 
 
+@pytest.mark.slow
 def test_texts_too_short_to_be_timed():
     result = run("--workload", "2x50", "--new-tokens", "20", "--engine", "plain")
     assert result.returncode != 0

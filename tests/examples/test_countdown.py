@@ -165,6 +165,7 @@ def test_decoder_gives_the_text_of_generate():
         assert text == expected[0].tolist()
 
 
+@pytest.mark.slow
 def test_training_saves_resumes_and_ships_a_loadable_model(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     command = [sys.executable, "-m", "examples.countdown.train", "--out", str(tmp_path / "run"), "--no-compile"]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,6 +23,7 @@ def test_solves_a_puzzle_and_compares_with_plain_decoding():
         assert line in result.stdout
 
 
+@pytest.mark.slow
 def test_takes_a_prompt_of_ones_own_greedily():
     prompt = "solve 3 8 12 25 for 97\n"
     result = run("--prompt", prompt, "--temperature", "0", "--max-new-tokens", "40", "--draft-tokens", "3")
@@ -29,6 +32,7 @@ def test_takes_a_prompt_of_ones_own_greedily():
     assert "answer:" not in result.stdout
 
 
+@pytest.mark.slow
 def test_says_what_is_wrong_with_an_argument():
     result = run("--draft-tokens", "99", "--max-new-tokens", "5")
     assert result.returncode != 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .compile_for_target import OTHERS, PROMISES, SELECTION, TARGETS
+from .compile_for_target import DRAWING, OTHERS, PROMISES, SELECTION, TARGETS
 
 STACK_BYTES = 2048
 """A program parks what it knows of its unit of work outside registers while it attends, a few loads for each block of
@@ -39,7 +39,13 @@ PROGRAMS = {
     "Qwen3-8B, prefilling": 1,
 }
 
-CASES = [(capability, name) for capability, (_, layers) in TARGETS.items() for name in (*layers, *OTHERS)]
+FAST = ((80, "Phi-3"), (90, "Qwen3-8B"), (90, SELECTION), (90, f"{DRAWING}bfloat16"))
+
+CASES = [
+    pytest.param(capability, name, marks=() if (capability, name) in FAST else pytest.mark.slow)
+    for capability, (_, layers) in TARGETS.items()
+    for name in (*layers, *OTHERS)
+]
 
 
 @pytest.mark.parametrize(("capability", "layer"), CASES)

@@ -24,7 +24,7 @@ TOP_P = (1.0, 1.0, 0.05, 0.5, 0.95, 1 - 2**-24)
 MIN_P = (0.0, 0.0, 0.02, 1.0)
 
 
-@pytest.fixture(params=["blocks of their own size", "small blocks"])
+@pytest.fixture(params=[pytest.param("blocks of their own size", marks=pytest.mark.slow), "small blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Small blocks: rows of several programs and blocks, candidates that do not suffice."""
     if request.param == "small blocks":

@@ -97,7 +97,14 @@ def test_other_heads_are_not_written() -> None:
     assert (index[:, [0, -1]] == SENTINEL).all()
 
 
-@pytest.mark.parametrize(("capacity", "chunk"), [(CAPACITY, 1024), (0, 1024), (CAPACITY, 256)])
+@pytest.mark.parametrize(
+    ("capacity", "chunk"),
+    [
+        pytest.param(CAPACITY, 1024, marks=pytest.mark.slow),
+        pytest.param(0, 1024, marks=pytest.mark.slow),
+        (CAPACITY, 256),
+    ],
+)
 @pytest.mark.parametrize("packed", [True, False])
 def test_triton_equals_reference(
     capacity: int, chunk: int, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch

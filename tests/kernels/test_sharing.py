@@ -49,6 +49,8 @@ SHARINGS: dict[str, Sharing] = {
     "more programs than blocks": (400, TILING),
 }
 
+FAST = (("uneven", 37), ("more programs than blocks", 0))
+
 
 @pytest.fixture
 def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sharing], list[Tensor]]:
@@ -80,8 +82,14 @@ def _launch(case: Case, device: str) -> tuple[Tensor, Case]:
     return launcher.dual_mode_attention(*actual.arguments()), actual
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("window", [0, 37])
+@pytest.mark.parametrize(
+    ("sharing", "window"),
+    [
+        pytest.param(sharing, window, marks=() if (sharing, window) in FAST else pytest.mark.slow)
+        for sharing in SHARINGS
+        for window in (0, 37)
+    ],
+)
 def test_any_split_is_right(sharing: str, window: int, device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
     case = build(Shape(window=window, kv_heads=1, q_heads=2, scale=1.5), REQUESTS, torch.float32)
     seen = share(SHARINGS[sharing])

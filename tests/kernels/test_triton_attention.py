@@ -51,18 +51,30 @@ def check_result(output: Tensor, actual: Case, expected: Expected) -> None:
     torch.testing.assert_close(actual.pool.double(), expected.pool, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+FAST = ("gqa", "groups of 7, page 16", "window", "unequal dims")
+
+
+@pytest.mark.parametrize(
+    "layer", [pytest.param(layer, marks=() if layer in FAST else pytest.mark.slow) for layer in LAYERS]
+)
 def test_mixed_step_in_float32(layer: str, device: str) -> None:
     check(build(LAYERS[layer], MIXED, torch.float32), torch.float32, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layer", ["gqa", "unequal dims"])
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [
+        ("gqa", torch.bfloat16),
+        ("unequal dims", torch.float16),
+        pytest.param("gqa", torch.float16, marks=pytest.mark.slow),
+        pytest.param("unequal dims", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_mixed_step_in_half_precision(layer: str, dtype: torch.dtype, device: str) -> None:
     check(build(LAYERS[layer], MIXED, dtype), dtype, device)
 
 
-@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 33])
 def test_several_blocks_and_tiles(window: int, device: str) -> None:
     check(
         build(Shape(q_heads=7, kv_heads=1, page_size=16, window=window), LONG, torch.bfloat16), torch.bfloat16, device
@@ -86,7 +98,10 @@ def unscored(requests: list[Request]) -> list[Request]:
 
 
 @pytest.mark.parametrize("requests", [SINGLE, unscored(LONG), unscored(MIXED)], ids=["kept", "broken", "broken, short"])
-@pytest.mark.parametrize("shape", [Shape(), Shape(q_heads=7, kv_heads=1, page_size=16, window=33)])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(Shape(), marks=pytest.mark.slow), Shape(q_heads=7, kv_heads=1, page_size=16, window=33)],
+)
 def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shape, device: str) -> None:
     """They take tiles of their own. A step that breaks the promise is right as well."""
     with promised(Promise.SINGLE_ROWS):
@@ -94,7 +109,7 @@ def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shap
 
 
 @pytest.mark.parametrize("requests", [unscored(LONG), unscored(MIXED)], ids=["long", "short"])
-@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 33])
 def test_steps_promised_to_have_no_scores(requests: list[Request], window: int, device: str) -> None:
     with promised(Promise.NO_SCORES):
         check(build(Shape(page_size=16, window=window), requests, torch.bfloat16), torch.bfloat16, device)
@@ -113,8 +128,17 @@ def test_scores_that_a_step_promised_not_to_ask_for_are_not_written(promise: Pro
     assert torch.equal(actual.tensors["scores"].view(torch.int32), scores.view(torch.int32))
 
 
-@pytest.mark.parametrize("window", [0, 150])
-@pytest.mark.parametrize(("group", "rows"), [(4, 17), (8, 9), (5, 13), (4, 65)])
+@pytest.mark.parametrize(
+    ("group", "rows", "window"),
+    [
+        (4, 17, 150),
+        (5, 13, 0),
+        *(
+            pytest.param(*given, marks=pytest.mark.slow)
+            for given in ((4, 17, 0), (8, 9, 0), (8, 9, 150), (5, 13, 150), (4, 65, 0), (4, 65, 150))
+        ),
+    ],
+)
 def test_verifications_of_several_tiles_give_scores_as_they_attend(
     group: int, rows: int, window: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +164,7 @@ def test_verifications_of_more_scored_rows_than_a_tile_holds(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("promise", [Promise.NOTHING, Promise.ONLY_VERIFICATIONS_SCORED])
-@pytest.mark.parametrize("changed", [{"scored_ahead": 0}, {"big_m": 16}])
+@pytest.mark.parametrize("changed", [{"scored_ahead": 0}, pytest.param({"big_m": 16}, marks=pytest.mark.slow)])
 def test_tiles_that_cannot_give_out_what_a_step_asks_for(
     promise: Promise, changed: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

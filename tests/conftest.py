@@ -26,6 +26,9 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
     if not config.option.slow and "slow" not in config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+        config.hook.pytest_deselected(items=[item for item in items if is_slow(item)])
+        items[:] = [item for item in items if not is_slow(item)]
+
+
+def is_slow(item):
+    return item.get_closest_marker("slow") and not item.get_closest_marker("gpu")

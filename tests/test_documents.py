@@ -1,0 +1,18 @@
+"""What documents link to is there. Figures of the README are compared by benchmarks/check_readme.py."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "examples/countdown/README.md"]
+)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    missing = [target for target in targets if target and not (ROOT / document).parent.joinpath(target).exists()]
+    assert not missing

@@ -442,7 +442,7 @@ def test_what_pays_is_found_without_a_prediction(length, requests, right):
         found.append(generate(chooser, CACHE, length, requests, right, iterations=600, seed=seed)[0])
     speeds = [CACHE.speed(drafts, length, requests, right) for drafts in range(MOST + 1)]
     assert min(found) > 1.2 * speeds[0]
-    assert statistics.mean(found) > 0.93 * max(speeds)
+    assert statistics.mean(found) > 0.85 * max(speeds)
 
 
 def test_finding_out_takes_few_iterations_and_is_not_repeated():
@@ -495,3 +495,30 @@ def test_a_choice_takes_little_of_an_iteration():
     for _ in range(20):
         chooser.choose([8000] * 64)
     assert (time.perf_counter() - started) / 20 < 10e-3
+
+
+@pytest.mark.parametrize("device", [SMALL, CACHE])
+def test_a_device_that_others_slow_down_for_a_while(device):
+    """Its speed changes by up to two every hundred iterations: no cycle is taken for faster because others were
+    measured in a slow moment. Speed is that of the work alone."""
+    slower = random.Random(5)
+    chooser, factor, speeds = Numbers(MOST, None), 1.0, []
+    rng, drafted, cycle, written, taken = random.Random(6), 0, 0, 0, 0.0
+    for iteration in range(2000):
+        if slower.random() < 0.01:
+            factor = slower.choice([1.0, 1.3, 2.0])
+        lengths = [4000 + written // 4] * 4
+        seconds = device.seconds(cycle, drafted, lengths[0], 4)
+        taken += seconds
+        drafted += 1
+        if drafted > cycle:
+            accepted = [draw(rng, cycle, 0.8) for _ in range(4)]
+            written += sum(accepted) + 4
+            drafted = 0
+            for number in accepted if cycle else ():
+                chooser.verified(cycle, number)
+        chooser.took(seconds * factor * rng.uniform(0.92, 1.08), lengths)
+        if iteration % _CHOICE_EVERY == 0 and chooser.choose(lengths) != cycle:
+            drafted, cycle = 0, chooser.current
+        speeds.append(device.speed(0, lengths[0], 4, 0.8))
+    assert written / taken > 0.96 * statistics.mean(speeds)

@@ -132,7 +132,8 @@ class MeasuredTimes(IterationTimes):
     for cycles with drafts, what verifying adds and what draft iterations save. That is in proportion to their share of
     a cycle, so that one number of drafts tells of all others, and at most in proportion to the positions that they
     leave out, so that nothing is tried where the cache is short. How much it is, must be measured: nothing where a
-    pass takes as long whatever it reads, as that of a small model on a CPU.
+    pass takes as long whatever it reads, as that of a small model on a CPU. The device's own speed drifts, as others use
+    it too: cycles are compared by what was measured at much the same time.
     """
 
     COMMON = 2.0
@@ -150,6 +151,12 @@ class MeasuredTimes(IterationTimes):
     NOISE = 0.05
     """Standard deviation of one measurement."""
 
+    DRIFT, DRIFTING = 0.25, 8.0
+    """Standard deviation of the device's speed as others use it too, and measurements over which it changes."""
+
+    LASTING = 2048.0
+    """Measurements over which what drafts save is forgotten, for it to be tried again."""
+
     AVERAGED = 4
     """Measurements at one place that are averaged, in effect."""
 
@@ -164,15 +171,17 @@ class MeasuredTimes(IterationTimes):
 
     def __init__(self) -> None:
         self._known: dict[tuple[Cycle, int, int], tuple[_Place, float, int]] = {}
+        self._now = 0
         self._estimates: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # an estimate takes a millisecond
 
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
         key = self._key(cycle, load)
+        self._now += 1
         _, mean, count = self._known.pop(key, (None, math.log(seconds), 0))
         count = min(count + 1, self.AVERAGED)
         change = (math.log(seconds) - mean) / count
-        self._known[key] = (_place(cycle, load), mean + change, count)
+        self._known[key] = (_place(cycle, load)._replace(time=self._now), mean + change, count)
         if len(self._known) > self.PLACES:
             del self._known[next(iter(self._known))]
         if count < self.AVERAGED or abs(change) > self.NOTICED:
@@ -208,7 +217,7 @@ class MeasuredTimes(IterationTimes):
         return cycle, round(8 * math.log2(load.length + _SHORT)), load.requests
 
     def _posterior(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
-        asked = _Places([_place(cycle, load) for cycle in cycles])
+        asked = _Places([_place(cycle, load)._replace(time=self._now) for cycle in cycles])
         prior = self._variance(asked)
         if not self._known:
             return self.VERIFYING * asked.drafting, np.sqrt(prior)
@@ -223,11 +232,15 @@ class MeasuredTimes(IterationTimes):
         near = np.exp(-0.5 * (one.load_distance(other) / _OCTAVES) ** 2)  # times change smoothly with the load
         alike = one.same_drafter(other) * np.outer(one.drafting, other.drafting)
         spent = self.VERIFYING**2 + self.SAVING**2 * np.outer(one.saving, other.saving)
-        return (self.COMMON**2 + alike * spent) * near + self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
+        apart = np.abs(one.time[:, None] - other.time[None])
+        drift = self.DRIFT**2 * np.exp(-apart / self.DRIFTING)
+        spent = spent * np.exp(-apart / self.LASTING)
+        error = self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
+        return (self.COMMON**2 + alike * spent) * near + drift + error
 
     def _variance(self, places: "_Places") -> np.ndarray:
         spent = places.drafting * (self.VERIFYING**2 + self.SAVING**2 * places.saving**2)
-        return self.COMMON**2 + spent + self.ERROR**2
+        return self.COMMON**2 + spent + self.DRIFT**2 + self.ERROR**2
 
 
 class _Place(NamedTuple):
@@ -238,6 +251,7 @@ class _Place(NamedTuple):
     length: float
     requests: float
     saving: float
+    time: float = 0.0
 
 
 @lru_cache(1024)
@@ -259,7 +273,7 @@ class _Places:
         names, *columns = zip(*places, strict=True)
         self.drafter = np.array(names)
         self.drafting = (self.drafter != NoDrafter.name).astype(float)
-        self._drafts, length, requests, self.saving = np.array(columns)
+        self._drafts, length, requests, self.saving, self.time = np.array(columns)
         self._load = np.stack([length, requests])
 
     def same_drafter(self, other: "_Places") -> np.ndarray:

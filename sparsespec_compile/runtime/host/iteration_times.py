@@ -132,8 +132,8 @@ class MeasuredTimes(IterationTimes):
     for cycles with drafts, what verifying adds and what draft iterations save. That is in proportion to their share of
     a cycle, so that one number of drafts tells of all others, and at most in proportion to the positions that they
     leave out, so that nothing is tried where the cache is short. How much it is, must be measured: nothing where a
-    pass takes as long whatever it reads, as that of a small model on a CPU. The device's own speed drifts, as others use
-    it too: cycles are compared by what was measured at much the same time.
+    pass takes as long whatever it reads, as that of a small model on a CPU. The device's own speed drifts, as others
+    use it too: cycles are compared by what was measured at much the same time.
     """
 
     COMMON = 2.0

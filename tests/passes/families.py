@@ -1,5 +1,8 @@
 """The families that the compiler is tested on: those of `tests.support.models`, and some built differently."""
 
+from collections.abc import Iterable
+
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -61,6 +64,15 @@ OTHERS = {
 }
 
 DOZEN = (*FAMILIES, "mixtral", "gpt2")
+
+FAST = ("llama", "qwen2", "gemma3_text", "mixtral", "gpt2", "deepseek_v3")
+"""Plain; with biases; with windows and norms of queries and keys; with experts; with other linear layers; with latent
+attention. Tests on the other families are slow."""
+
+
+def each(families: Iterable[str]) -> list[object]:
+    """Parameters of a test that runs on each of `families`."""
+    return [pytest.param(family, marks=() if family in FAST else pytest.mark.slow) for family in families]
 
 
 def tiny(family: str, **settings: object) -> PreTrainedModel:

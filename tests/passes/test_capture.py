@@ -20,7 +20,7 @@ from sparsespec_compile.passes.errors import (
 )
 from sparsespec_compile.passes.pipeline import compile_model
 
-from .families import DOZEN, OTHERS, logits, tiny, tokens
+from .families import DOZEN, OTHERS, each, logits, tiny, tokens
 
 FAMILIES = (*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt")
 
@@ -32,7 +32,7 @@ def run(captured, sequence, kept):
         )[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_captured_graph_gives_the_models_logits(bench, family):
     case = bench(family)
     for sequence, expected in zip(case.sequences, case.expected, strict=True):

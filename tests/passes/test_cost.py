@@ -13,7 +13,7 @@ from sparsespec_compile.passes.cost.terms import SYMBOLS, Iteration
 from sparsespec_compile.passes.pipeline import compile_model
 from sparsespec_compile.passes.rewrites.fuse_projections import FuseProjections
 
-from .families import tiny
+from .families import each, tiny
 
 T, R, D, V, L, k, b = SYMBOLS
 HIDDEN, MLP, LAYERS, Q_HEADS, KV_HEADS, VOCABULARY = 48, 96, 2, 6, 2, 151
@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_expressions(cost_of):
         assert numbers == tuple(float(expression.subs(values)) for expression in expressions)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
     from_config, from_graph = config_cost(bench(family).model.config, torch.float32), cost_of(family)
     assert {term.name for term in from_config.terms} == {term.name for term in from_graph.terms}

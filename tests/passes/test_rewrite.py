@@ -10,13 +10,13 @@ from sparsespec_compile.passes.errors import GraphInvariantError, PassMatchError
 from sparsespec_compile.passes.rewrites.dual_mode import AttentionToDualMode
 from sparsespec_compile.passes.rewrites.normalise import Normalise
 
-from .families import DOZEN, tokens
+from .families import DOZEN, each, tokens
 from .prefill import PAGES_PER_REQUEST, prefill, prefill_step
 
 FAMILIES = (*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_prefill_gives_the_models_logits_alone_and_packed(bench, family):
     case = bench(family)
     for sequence, expected in zip(case.sequences, case.expected, strict=True):
@@ -25,7 +25,7 @@ def test_prefill_gives_the_models_logits_alone_and_packed(bench, family):
         assert case.close(got, expected)
 
 
-@pytest.mark.parametrize("family", DOZEN)
+@pytest.mark.parametrize("family", each(DOZEN))
 def test_nothing_is_specialised(bench, family):
     """Signature, symbols and sizes: rows, kept rows, requests, pages, score rows and positions, pillars."""
     case = bench(family)

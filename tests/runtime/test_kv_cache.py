@@ -58,20 +58,20 @@ def test_each_group_of_layers_has_a_page_table_of_its_own():
 
 
 def decode(manager, request, chunk=8):
-    """Prefill and decode a request, two tokens a verification; yields the pages that it holds after each iteration."""
+    """Prefill and decode a request, two tokens a verification; yields the pages that it holds for each iteration."""
     while request.prefilling:
         rows = min(chunk, len(request.prompt) - request.prefilled)
         manager.begin_iteration([request])
         assert manager.cover(request, request.prefilled + rows)
-        request.prefilled += rows
         yield request.pages_held
+        request.prefilled += rows
     request.output = [1]
     while len(request.output) < request.max_new_tokens - 1:
         manager.begin_iteration([request])
         request.unread = 2
         assert manager.cover(request, min(request.reach + 1, request.max_length))
-        request.unread, request.output = 0, [*request.output, 1, 1]
         yield request.pages_held
+        request.unread, request.output = 0, [*request.output, 1, 1]
 
 
 def test_layers_with_a_window_give_back_the_pages_behind_it():
@@ -82,7 +82,7 @@ def test_layers_with_a_window_give_back_the_pages_behind_it():
         whole, windowed = request.page_tables
         assert held == len(whole.pages) + len(windowed.pages) <= manager.largest(request)
         assert whole.first == 0
-        first_seen = request.cached - 8 + 1  # by the next row
+        first_seen = request.cached - 8 + 1  # by the iteration's first row
         assert windowed.first * 4 <= max(first_seen, 0)
         assert windowed.end == whole.end
     assert len(whole.pages) == 23

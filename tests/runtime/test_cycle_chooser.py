@@ -497,22 +497,20 @@ def test_a_choice_takes_little_of_an_iteration():
     assert (time.perf_counter() - started) / 20 < 10e-3
 
 
-@pytest.mark.parametrize("device", [SMALL, CACHE])
-def test_a_device_that_others_slow_down_for_a_while(device):
-    """Its speed changes by up to two every hundred iterations: no cycle is taken for faster because others were
-    measured in a slow moment. Speed is that of the work alone."""
-    slower = random.Random(5)
-    chooser, factor, speeds = Numbers(MOST, None), 1.0, []
-    rng, drafted, cycle, written, taken = random.Random(6), 0, 0, 0, 0.0
-    for iteration in range(2000):
-        if slower.random() < 0.01:
-            factor = slower.choice([1.0, 1.3, 2.0])
+def speed_beside_others(seed):
+    """Speed over plain decoding's, as work alone takes, on a device that others slow down by up to two for a while."""
+    others, rng = random.Random(seed), random.Random(6)
+    chooser, factor, plain = Numbers(MOST, None), 1.0, []
+    drafted, cycle, written, taken = 0, 0, 0, 0.0
+    for iteration in range(1000):
+        if others.random() < 0.01:
+            factor = others.choice([1.0, 1.3, 2.0])
         lengths = [4000 + written // 4] * 4
-        seconds = device.seconds(cycle, drafted, lengths[0], 4)
+        seconds = SMALL.seconds(cycle, drafted, lengths[0], 4)
         taken += seconds
         drafted += 1
         if drafted > cycle:
-            accepted = [draw(rng, cycle, 0.8) for _ in range(4)]
+            accepted = [draw(rng, cycle, 0.95) for _ in range(4)]
             written += sum(accepted) + 4
             drafted = 0
             for number in accepted if cycle else ():
@@ -520,5 +518,10 @@ def test_a_device_that_others_slow_down_for_a_while(device):
         chooser.took(seconds * factor * rng.uniform(0.92, 1.08), lengths)
         if iteration % _CHOICE_EVERY == 0 and chooser.choose(lengths) != cycle:
             drafted, cycle = 0, chooser.current
-        speeds.append(device.speed(0, lengths[0], 4, 0.8))
-    assert written / taken > 0.96 * statistics.mean(speeds)
+        plain.append(SMALL.speed(0, lengths[0], 4, 0.95))
+    return written / taken / statistics.mean(plain)
+
+
+def test_a_device_that_others_slow_down_for_a_while():
+    """No cycle is taken for faster because another one was measured in a slow moment."""
+    assert statistics.mean(speed_beside_others(seed) for seed in range(7)) > 0.984

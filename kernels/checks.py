@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import KernelInputError
+from .ops import AttentionCall
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOGIT_DTYPES = FLOAT_DTYPES[:3]
@@ -29,21 +30,13 @@ def check_site(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, softc
     _check_settings(scale, window, softcap)
 
 
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: Tensor,
-    scores: Tensor,
-    step: Mapping[str, Tensor],
-    pillar_index: Tensor,
-    settings: tuple[float, int, float],
-    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
-) -> None:
+def check_attention(call: AttentionCall, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     """Refuse arguments of ``dual_mode_attention`` that do not fit each other.
 
-    ``settings`` is (scale, window, softcap); ``dtypes`` what the calling implementation takes for q, k, v and kv.
+    ``dtypes`` are what the calling implementation takes for q, k, v and kv.
     """
+    q, k, v, kv, scores, tensors, pillar_index, settings = call
+    step = tensors._asdict()
     packed = {"q": q, "k": k, "v": v}
     _check_rank(packed, 3)
     _check_rank({"kv": kv}, 4)

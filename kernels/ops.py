@@ -16,7 +16,7 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     kv [pages, Hkv, page_size, Dk + Dv]: this layer's view of the pool, the key and value of a token side by side.
     scores [C, Hkv, S] float32 (or float64 with float64 inputs): this layer's view of the score buffer.
     pillar_index [B, Hkv, M] int32: this layer's view of the pillars, logical positions below recent_start.
-    The step tensors, int32, are described at STEP_TENSORS.
+    The step tensors, int32, are described at StepTensors.
 
     1. The K/V of every row of every request is written to kv at its position. An IDLE request has no rows, whatever
        its row_count says; rows of no request write nothing and give zeros.
@@ -84,7 +84,9 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     token differs from p by less than that, either side is right.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -97,10 +99,14 @@ __all__ = [
     "NGRAM_TOKENS",
     "SCORED_PAIRS",
     "STEP_TENSORS",
+    "AttentionCall",
+    "AttentionSettings",
     "KernelInputError",
     "KernelUnavailableError",
     "Mode",
+    "SiteCall",
     "SparseSpecError",
+    "StepTensors",
     "attention_site",
     "draw_tokens",
     "dual_mode_attention",
@@ -124,26 +130,122 @@ class Mode(IntEnum):
     """Rows that read everything: a chunk of the prompt."""
 
 
-STEP_TENSORS: tuple[str, ...] = (
-    "request_mode",
-    "row_start",
-    "row_count",
-    "cached_length",
-    "page_table",
-    "score_rows",
-    "score_slot",
-    "pillar_count",
-    "recent_start",
-)
-"""The int32 tensors that describe a step to every layer alike, in the order the op takes them.
+class StepTensors(NamedTuple):
+    """The int32 tensors that describe a step to every layer alike, in the order the op takes them.
 
-request_mode [B]: a Mode (not called mode: torch keeps that argument name of an op for itself). row_start [B]: first
-packed row. row_count [B]: rows, 0 for none. cached_length [B]: tokens in the pool before this step, so row
-row_start + i stands at position cached_length + i. page_table [B, P]: physical page of each logical page, -1 past the
-reserved ones (never read). score_rows [B]: number of trailing rows whose attention is given out.
-score_slot [B]: the row of scores that is written for a request with score_rows > 0, not read otherwise.
-pillar_count [B]: valid entries of pillar_index, alike for all layers and heads. recent_start [B]: first position that
-draft rows read densely."""
+    Attributes:
+        request_mode: [B], a Mode (not called mode: torch keeps that argument name of an op for itself).
+        row_start: [B], first packed row.
+        row_count: [B], rows, 0 for none.
+        cached_length: [B], tokens in the pool before this step, so row row_start + i stands at position
+            cached_length + i.
+        page_table: [B, P], physical page of each logical page, -1 past the reserved ones (never read).
+        score_rows: [B], number of trailing rows whose attention is given out.
+        score_slot: [B], the row of scores that is written for a request with score_rows > 0, not read otherwise.
+        pillar_count: [B], valid entries of pillar_index, alike for all layers and heads.
+        recent_start: [B], first position that draft rows read densely.
+    """
+
+    request_mode: Tensor
+    row_start: Tensor
+    row_count: Tensor
+    cached_length: Tensor
+    page_table: Tensor
+    score_rows: Tensor
+    score_slot: Tensor
+    pillar_count: Tensor
+    recent_start: Tensor
+
+
+STEP_TENSORS = StepTensors._fields
+
+
+class AttentionSettings(NamedTuple):
+    """What a layer's attention is, beside its tensors."""
+
+    scale: float
+    window: int
+    softcap: float
+
+    @classmethod
+    def of(cls, layer: object) -> "AttentionSettings":
+        """Those of a description of a layer, which has attributes of these names."""
+        return cls(*(getattr(layer, name) for name in cls._fields))
+
+
+class SiteCall(NamedTuple):
+    """The arguments of ``attention_site`` by name. Schema, fake and readers are made from it; see AttentionCall."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    settings: AttentionSettings
+    layer: int
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "SiteCall":
+        """The call with these arguments, in the op's order; nodes of a graph or anything else may stand for tensors."""
+        end = _TENSORS_OF_SITE + len(AttentionSettings._fields)
+        settings = AttentionSettings(*arguments[_TENSORS_OF_SITE:end])
+        fields: list[Any] = [*arguments[:_TENSORS_OF_SITE], settings, *arguments[end:]]
+        return cls(*fields)
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of ``dual_mode_attention`` by name: the one place that knows their order.
+
+    The op's schema is made from these annotations, and its fake, its implementations, the passes and the warm-up read
+    and write calls through it. A new tensor (``Tensor | None`` for an optional one) or setting is one line here.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv: Tensor
+    scores: Tensor
+    step: StepTensors
+    pillar_index: Tensor
+    settings: AttentionSettings
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "AttentionCall":
+        """The call with these arguments, in the op's order; nodes of a graph or anything else may stand for tensors."""
+        step_end = _TENSORS_OF_LAYER + len(STEP_TENSORS)
+        settings = step_end + 1
+        end = settings + len(AttentionSettings._fields)
+        fields: list[Any] = [
+            *arguments[:_TENSORS_OF_LAYER],
+            StepTensors(*arguments[_TENSORS_OF_LAYER:step_end]),
+            arguments[step_end],
+            AttentionSettings(*arguments[settings:end]),
+            *arguments[end:],
+        ]
+        return cls(*fields)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The op's arguments, in order."""
+        before, after = self[:_TENSORS_OF_LAYER], self[_TENSORS_OF_LAYER + 3 :]
+        return (*before, *self.step, self.pillar_index, *self.settings, *after)
+
+
+_TENSORS_OF_SITE = SiteCall._fields.index("settings")
+_TENSORS_OF_LAYER = AttentionCall._fields.index("step")
+
+_WRITTEN = {"kv": "Tensor(a!)", "scores": "Tensor(b!)"}
+"""Arguments that are written, as a schema declares them."""
+
+
+def _schema(call: type) -> str:
+    """The arguments of an op as a schema lists them, one after the other."""
+    kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"}
+    declared = []
+    for name, kind in get_type_hints(call).items():
+        if hasattr(kind, "_fields"):
+            declared.append(_schema(kind))
+        else:
+            declared.append(f"{_WRITTEN.get(name, kinds[kind])} {name}")
+    return ", ".join(declared)
+
 
 SCORED_PAIRS = 64
 """(Row, query head of one KV head) pairs of a verification that the GPU kernel takes at a time, in 16-bit dtypes."""
@@ -171,18 +273,8 @@ def scored_rows_at_most(group: int) -> int:
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-torch.library.define(
-    "sparsespec::attention_site",
-    "(Tensor q, Tensor k, Tensor v, float scale, int window, float softcap, int layer) -> Tensor",
-    tags=_TAGS,
-)
-torch.library.define(
-    "sparsespec::dual_mode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) scores, "
-    + ", ".join(f"Tensor {name}" for name in STEP_TENSORS)
-    + ", Tensor pillar_index, float scale, int window, float softcap) -> Tensor",
-    tags=_TAGS,
-)
+torch.library.define("sparsespec::attention_site", f"({_schema(SiteCall)}) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::dual_mode_attention", f"({_schema(AttentionCall)}) -> Tensor", tags=_TAGS)
 torch.library.define(
     "sparsespec::select_pillars",
     "(Tensor scores, Tensor score_slot, Tensor scored_length, Tensor budget, Tensor(a!) pillar_index, "
@@ -209,17 +301,17 @@ halved_product = torch.ops.sparsespec.halved_product.default
 
 
 @torch.library.register_fake("sparsespec::attention_site")
-def _attention_site_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, layer: int
-) -> Tensor:
-    batch, q_heads, rows, _ = q.shape
-    return q.new_empty(batch, rows, q_heads, v.shape[-1])
+def _attention_site_fake(*arguments: Any) -> Tensor:
+    call = SiteCall.of(arguments)
+    batch, q_heads, rows, _ = call.q.shape
+    return call.q.new_empty(batch, rows, q_heads, call.v.shape[-1])
 
 
 @torch.library.register_fake("sparsespec::dual_mode_attention")
-def _dual_mode_attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
-    rows, q_heads, _ = q.shape
-    return q.new_empty(rows, q_heads, v.shape[-1])
+def _dual_mode_attention_fake(*arguments: Any) -> Tensor:
+    call = AttentionCall.of(arguments)
+    rows, q_heads, _ = call.q.shape
+    return call.q.new_empty(rows, q_heads, call.v.shape[-1])
 
 
 @torch.library.register_fake("sparsespec::select_pillars")

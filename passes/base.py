@@ -18,6 +18,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from transformers import PreTrainedModel
 
+from sparsespec_compile.kernels.ops import AttentionCall, SiteCall
+
 from .compat import FakeTensorMode, ShapeEnv, python_dispatch
 from .errors import GraphInvariantError, PassMatchError
 from .layout import KVLayout
@@ -97,6 +99,21 @@ def argument(node: Node, name: str) -> Any:
             given = node.args[position : position + 1] or (node.kwargs.get(name, declared.default_value),)
             return given[0]
     raise GraphInvariantError(f"{describe(node)} has no argument {name!r}.")
+
+
+def call_of(kind: type[SiteCall] | type[AttentionCall], node: Node) -> Any:
+    """The arguments of an attention node by name, as a `kind` that has nodes in place of tensors.
+
+    Raises:
+        GraphInvariantError: an argument is missing, or is no node where the op takes a tensor.
+    """
+    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    if len(node.args) != len(declared):
+        raise GraphInvariantError(f"{describe(node)} has {len(node.args)} arguments; it must have {len(declared)}.")
+    for argument, given in zip(declared, node.args, strict=True):
+        if argument.type.kind() == "TensorType" and not isinstance(given, Node):
+            raise GraphInvariantError(f"{argument.name} of {describe(node)} is {given!r}; it must be a node.")
+    return kind.of(node.args)
 
 
 def find_calls(graph: Graph, target: object) -> list[Node]:

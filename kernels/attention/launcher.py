@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import check_attention
 from ..device import device_limits
-from ..ops import STEP_TENSORS, scored_rows_at_most
+from ..ops import AttentionCall, AttentionSettings, StepTensors, scored_rows_at_most
 from ..step_kind import Promise, kind_of_step, present_promise
 from ..tuning.table import tiling_for
 from ..tuning.tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile
@@ -37,53 +37,32 @@ _of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 _for_captures: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
-def dual_mode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: Tensor,
-    scores: Tensor,
-    request_mode: Tensor,
-    row_start: Tensor,
-    row_count: Tensor,
-    cached_length: Tensor,
-    page_table: Tensor,
-    score_rows: Tensor,
-    score_slot: Tensor,
-    pillar_count: Tensor,
-    recent_start: Tensor,
-    pillar_index: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    tiling: Tiling | None = None,
-) -> Tensor:
+def dual_mode_attention(*arguments: Any, tiling: Tiling | None = None) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``. float16, bfloat16 and float32.
 
     ``tiling`` None chooses tiles by shapes and device. Equal calls give equal bits. How units of work are split depends
     on all of a step, so the last bits of a request's rows may depend on its company.
     """
-    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
-    step = {name: tensor.contiguous() for name, tensor in zip(STEP_TENSORS, (*given, recent_start), strict=True)}
-    check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap), TRITON_DTYPES)
+    call = AttentionCall.of(arguments)
+    call = call._replace(step=StepTensors(*(tensor.contiguous() for tensor in call.step)))
+    check_attention(call, TRITON_DTYPES)
+    q, scale = call.q, call.settings.scale
     if scale <= 0:
         # The kernel takes the largest product for the largest logit.
         q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), abs(scale) or 1.0
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    call = call._replace(q=q, settings=call.settings._replace(scale=scale))
+    out = q.new_empty(q.shape[0], q.shape[1], call.v.shape[2])
     if q.shape[0] == 0:
         return out
-    arguments = {
-        **{"q": q, "k": k, "v": v, "kv": kv, "scores": scores, "pillar_index": pillar_index, "out": out, **step},
-        **_sizes(q, k, v, kv, scores, step, pillar_index),
-        **_settings(scale, window, softcap, q.dtype),
-    }
-    layer = Layer(q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, kv.shape[2])
-    kind = kind_of_step(q.shape[0], q.shape[1], request_mode.shape[0])
+    tensors = {"k": call.k, "v": call.v, "kv": call.kv, "scores": call.scores, "pillar_index": call.pillar_index}
+    given = {"q": q, "out": out, **tensors, **call.step._asdict(), **_sizes(call), **_settings(call.settings, q.dtype)}
+    layer = Layer(q.shape[1] // call.k.shape[1], q.shape[2], call.v.shape[2], q.dtype, call.kv.shape[2])
+    kind = kind_of_step(q.shape[0], q.shape[1], call.step.request_mode.shape[0])
     with torch.cuda.device_of(q):
         tiling = tiling or tiling_for(layer, kind, device_limits(q.device))
         if present_promise() >= Promise.NO_SCORES:
             tiling = replace(tiling, scored_ahead=0)
-        _launch(arguments, layer, tiling)
+        _launch(given, layer, tiling)
     return out
 
 
@@ -125,11 +104,10 @@ def _leaves_scores(layer: Layer, tiling: Tiling) -> bool:
     return present_promise() is Promise.NOTHING
 
 
-def _sizes(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, scores: Tensor, step: dict[str, Tensor], pillar_index: Tensor
-) -> dict[str, int]:
+def _sizes(call: AttentionCall) -> dict[str, int]:
     """Sizes and strides as the kernel names them."""
-    requests = step["request_mode"].shape[0]
+    q, k, v, kv = call.q, call.k, call.v, call.kv
+    requests = call.step.request_mode.shape[0]
     return {
         "requests": requests,
         "rows": q.shape[0],
@@ -139,9 +117,9 @@ def _sizes(
         **_strides("v", v, "row", "head"),
         "stride_head": kv.stride(1),
         **pool_units(kv),
-        "stride_table": step["page_table"].stride(0),
-        **_strides("score", scores, "slot", "head"),
-        **_strides("pillar", pillar_index, "request", "head"),
+        "stride_table": call.step.page_table.stride(0),
+        **_strides("score", call.scores, "slot", "head"),
+        **_strides("pillar", call.pillar_index, "request", "head"),
         "GROUP": q.shape[1] // k.shape[1],
         "KEY_DIM": q.shape[2],
         "VALUE_DIM": v.shape[2],
@@ -169,8 +147,9 @@ def _strides(prefix: str, tensor: Tensor, first: str, second: str) -> dict[str, 
     return {f"stride_{prefix}_{first}": tensor.stride(0), f"stride_{prefix}_{second}": tensor.stride(1)}
 
 
-def _settings(scale: float, window: int, softcap: float, dtype: torch.dtype) -> dict[str, Any]:
+def _settings(settings: AttentionSettings, dtype: torch.dtype) -> dict[str, Any]:
     """Scale and soft-cap as ``tiles.products`` takes them."""
+    scale, window, softcap = settings
     log2_e = LOG2_E.value
     return {
         "window": window,

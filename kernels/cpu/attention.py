@@ -13,14 +13,14 @@ Float64 inputs are computed in float64, everything else in float32.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..checks import check_attention
-from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
+from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, Mode
 from ..reference.attention import as_kept
 from .plan import Pages, Request, SparseRows, StepPlan, kinds, plan_of
 
@@ -66,36 +66,17 @@ class _Layer(NamedTuple):
         return max(0, position - self.window + 1) if self.window else 0
 
 
-def dual_mode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: Tensor,
-    scores: Tensor,
-    request_mode: Tensor,
-    row_start: Tensor,
-    row_count: Tensor,
-    cached_length: Tensor,
-    page_table: Tensor,
-    score_rows: Tensor,
-    score_slot: Tensor,
-    pillar_count: Tensor,
-    recent_start: Tensor,
-    pillar_index: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
+def dual_mode_attention(*arguments: Any) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
-    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
-    step = (*given, recent_start)
+    call = AttentionCall.of(arguments)
+    q, k, v, kv, scores, step, pillar_index, settings = call
     plan = plan_of(step)
-    _check((q, k, v, kv, scores, pillar_index), step, (scale, window, softcap), plan)
+    _check(call, plan)
     _write(k, v, kv, plan)
-    layer = _Layer(q, k, v, kv, plan, pillar_index, scale, window, softcap)
+    layer = _Layer(q, k, v, kv, plan, pillar_index, *settings)
     make = q.new_empty if plan.covered == q.shape[0] else q.new_zeros
     out = make((q.shape[0], q.shape[1], v.shape[2]))
-    sparse = plan.sparse_rows(window)
+    sparse = plan.sparse_rows(settings.window)
     if sparse is not None:
         out.index_copy_(0, sparse.row, _sparse(layer, sparse))
     for request in plan.requests:
@@ -107,14 +88,11 @@ def dual_mode_attention(
     return out
 
 
-def _check(
-    tensors: tuple[Tensor, ...], step: tuple[Tensor, ...], settings: tuple[float, int, float], plan: StepPlan
-) -> None:
+def _check(call: AttentionCall, plan: StepPlan) -> None:
     """``check_attention``, once for calls alike."""
-    looked_at = (settings, kinds(tensors), plan.kinds)
+    looked_at = (call.settings, kinds((call.q, call.k, call.v, call.kv, call.scores, call.pillar_index)), plan.kinds)
     if looked_at not in _in_order:
-        *layer, pillar_index = tensors
-        check_attention(*layer, dict(zip(STEP_TENSORS, step, strict=True)), pillar_index, settings)
+        check_attention(call)
         if len(_in_order) >= _MOST_KINDS:
             _in_order.clear()
         _in_order.add(looked_at)

@@ -5,12 +5,13 @@ heads. Float64 inputs are computed in float64, everything else in float32.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_attention, check_site
-from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, STEP_TENSORS, Mode
+from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, Mode, StepTensors
 
 _ROW_BLOCK = 512
 """Rows of a request computed at once: bounds the logits of a long prompt, and skips keys that none of them may see."""
@@ -32,33 +33,15 @@ def attention_site(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, s
     return torch.cat(blocks)[None]
 
 
-def dual_mode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: Tensor,
-    scores: Tensor,
-    request_mode: Tensor,
-    row_start: Tensor,
-    row_count: Tensor,
-    cached_length: Tensor,
-    page_table: Tensor,
-    score_rows: Tensor,
-    score_slot: Tensor,
-    pillar_count: Tensor,
-    recent_start: Tensor,
-    pillar_index: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
+def dual_mode_attention(*arguments: Any) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
-    given = (request_mode, row_start, row_count, cached_length, page_table, score_rows, score_slot, pillar_count)
-    step = dict(zip(STEP_TENSORS, (*given, recent_start), strict=True))
-    check_attention(q, k, v, kv, scores, step, pillar_index, (scale, window, softcap))
-    _write_kv(k, v, kv, request_mode, row_start, row_count, cached_length, page_table)
+    call = AttentionCall.of(arguments)
+    check_attention(call)
+    q, k, v, kv, scores, step, pillar_index, (scale, window, softcap) = call
+    page_table = step.page_table
+    _write_kv(k, v, kv, step)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lists = (tensor.tolist() for name, tensor in step.items() if name != "page_table")
+    lists = (tensor.tolist() for name, tensor in step._asdict().items() if name != "page_table")
     requests = enumerate(zip(*lists, strict=True))
     for b, (kind, first, count, cached, scored, slot, pillars, recent) in requests:
         if kind == Mode.IDLE or count == 0:
@@ -76,25 +59,16 @@ def dual_mode_attention(
     return out
 
 
-def _write_kv(
-    k: Tensor,
-    v: Tensor,
-    kv: Tensor,
-    request_mode: Tensor,
-    row_start: Tensor,
-    row_count: Tensor,
-    cached_length: Tensor,
-    page_table: Tensor,
-) -> None:
+def _write_kv(k: Tensor, v: Tensor, kv: Tensor, step: StepTensors) -> None:
     """Write the K/V of every row that belongs to a request at its position."""
     k, v = as_kept(k, v)
-    counts = row_count.where(request_mode != Mode.IDLE, 0)
+    counts = step.row_count.where(step.request_mode != Mode.IDLE, 0)
     owner = torch.repeat_interleave(counts).long()
     place = torch.arange(owner.shape[0], device=owner.device) - (counts.cumsum(0) - counts)[owner]
-    row = row_start[owner] + place
-    position = cached_length[owner] + place
+    row = step.row_start[owner] + place
+    position = step.cached_length[owner] + place
     page_size, key_dim = kv.shape[2], k.shape[2]
-    page = page_table[owner, position // page_size]
+    page = step.page_table[owner, position // page_size]
     tokens = kv.transpose(1, 2)
     tokens[..., :key_dim].index_put_((page, position % page_size), k[row])
     tokens[..., key_dim:].index_put_((page, position % page_size), v[row])

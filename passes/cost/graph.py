@@ -18,9 +18,9 @@ from sympy import Expr
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from sparsespec_compile.kernels.ops import dual_mode_attention, halved_product
+from sparsespec_compile.kernels.ops import AttentionCall, dual_mode_attention, halved_product
 
-from ..base import argument, describe, input_node
+from ..base import argument, call_of, describe, input_node
 from ..errors import CostModelError
 from .terms import IterationCost, R, T, Term, attention, collect, embedding, logits, projection
 
@@ -70,10 +70,9 @@ def _terms(node: Node, sizes: _Sizes) -> Iterator[Term]:
         value = node.meta["val"]
         yield embedding(sizes.rows(node, value.shape[-1]), value.shape[-1], value.itemsize)
     elif node.target is dual_mode_attention:
-        q, key, value = (input_node(node, position).meta["val"] for position in range(3))
-        yield from attention(
-            q.shape[1], key.shape[1], key.shape[2], value.shape[2], argument(node, "window"), key.itemsize
-        )
+        call = call_of(AttentionCall, node)
+        q, key, value = (tensor.meta["val"] for tensor in (call.q, call.k, call.v))
+        yield from attention(q.shape[1], key.shape[1], key.shape[2], value.shape[2], call.settings.window, key.itemsize)
     elif node.op == "output":
         value = input_node(node, 0).meta["val"]
         yield logits(sizes.rows(input_node(node, 0), value.shape[-1]), value.shape[-1], value.itemsize)

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from sparsespec_compile.kernels.ops import attention_site
+from sparsespec_compile.kernels.ops import SiteCall, attention_site
 
-from ..base import GraphPass, attribute, describe, find_calls, input_node
+from ..base import GraphPass, attribute, call_of, describe, find_calls, input_node
 from ..errors import NotANumberError, RowMixingError
 from .verify import lasting_write
 
@@ -199,8 +199,9 @@ class Lockstep:
             run.start(inputs)
         for node in self.graph.nodes:
             if node.target is attention_site:
-                for index in range(3):
-                    self._require_agreement(input_node(node, index), axis=2)
+                call = call_of(SiteCall, node)
+                for tensor in (call.q, call.k, call.v):
+                    self._require_agreement(tensor, axis=2)
             if node.op == "output":
                 self._require_agreement(input_node(node, 0), axis=1)
                 break

@@ -7,15 +7,24 @@ SPARSESPEC_VERIFY is set, as in tests.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
+from sparsespec_compile.kernels.ops import (
+    STEP_TENSORS,
+    AttentionCall,
+    AttentionSettings,
+    SiteCall,
+    attention_site,
+    dual_mode_attention,
+)
 
-from ..base import INPUTS, STATE_INPUTS, describe, find_calls, input_node, propagate
+from ..base import INPUTS, STATE_INPUTS, call_of, describe, find_calls, input_node, propagate
 from ..errors import GraphInvariantError
 from ..layout import KVLayout
 
@@ -51,26 +60,29 @@ def verify(graph_module: GraphModule, layout: KVLayout) -> None:
 def _check_sites(graph_module: GraphModule, layout: KVLayout) -> None:
     _refuse_any(graph_module, dual_mode_attention, "before the attention rewrite")
     sites = find_calls(graph_module.graph, attention_site)
-    _check_settings(sites, layout, [(*node.args[3:6], node.args[6]) for node in sites])
+    _check_settings(
+        sites, layout, [(*call.settings, call.layer) for call in (call_of(SiteCall, node) for node in sites)]
+    )
 
 
 def _check_dual_nodes(graph_module: GraphModule, layout: KVLayout) -> None:
     _refuse_any(graph_module, attention_site, "after the attention rewrite")
     nodes = find_calls(graph_module.graph, dual_mode_attention)
-    _check_settings(nodes, layout, [(*node.args[15:18], number) for number, node in enumerate(nodes)])
-    for number, node in enumerate(nodes):
+    calls = [call_of(AttentionCall, node) for node in nodes]
+    _check_settings(nodes, layout, [(*call.settings, number) for number, call in enumerate(calls)])
+    for number, (node, call) in enumerate(zip(nodes, calls, strict=True)):
         start, head = layout.page_offset(number), layout.head_offset(number)
         heads = (head, head + layout.layers[number].kv_heads)
-        _check_view(node, input_node(input_node(node, 3), 0), "kv_pool", (start, start + layout.page_elements(number)))
-        _check_view(node, input_node(node, 4), "scores", heads)
-        _check_view(node, input_node(node, 14), "pillar_index", heads)
-        _check_step(node, layout.group_of(number))
+        _check_view(node, input_node(call.kv, 0), "kv_pool", (start, start + layout.page_elements(number)))
+        _check_view(node, call.scores, "scores", heads)
+        _check_view(node, call.pillar_index, "pillar_index", heads)
+        _check_step(node, call.step, layout.group_of(number))
 
 
-def _check_step(node: Node, group: int) -> None:
+def _check_step(node: Node, step: Any, group: int) -> None:
     """Each step tensor is the input of its name, the page table that of the layer's group."""
-    for place, name in enumerate(STEP_TENSORS):
-        given, expected = input_node(node, 5 + place), name
+    for name, tensor in step._asdict().items():
+        given, expected = tensor, name
         if name == "page_table":
             expected = f"{name}[{group}]"
             if given.target is torch.ops.aten.select.int and given.args[1:] == (0, group):
@@ -85,12 +97,13 @@ def _refuse_any(graph_module: GraphModule, target: object, when: str) -> None:
 
 
 def _check_settings(nodes: list[Node], layout: KVLayout, found: list[tuple]) -> None:
-    expected = [(layer.scale, layer.window, layer.softcap, layer.layer) for layer in layout.layers]
+    expected = [(*AttentionSettings.of(layer), layer.layer) for layer in layout.layers]
     if len(found) != len(expected):
         raise GraphInvariantError(f"the graph has {len(found)} attention nodes, the layout {len(expected)} layers.")
     for node, got, wanted in zip(nodes, found, expected, strict=True):
         if got != wanted:
-            raise GraphInvariantError(f"{describe(node)} has (scale, window, softcap, layer) {got}, not {wanted}.")
+            names = ", ".join((*AttentionSettings._fields, "layer"))
+            raise GraphInvariantError(f"{describe(node)} has ({names}) {got}, not {wanted}.")
 
 
 def _check_view(node: Node, view: Node, source: str, bounds: tuple[int, int]) -> None:

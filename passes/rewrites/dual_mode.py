@@ -27,9 +27,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
+from sparsespec_compile.kernels.ops import (
+    STEP_TENSORS,
+    AttentionCall,
+    AttentionSettings,
+    SiteCall,
+    StepTensors,
+    attention_site,
+    dual_mode_attention,
+)
 
-from ..base import STATE_INPUTS, GraphPass, fake_mode, fill, find_calls, input_node, require_count
+from ..base import STATE_INPUTS, GraphPass, call_of, fake_mode, fill, find_calls, require_count
 from ..compat import symbolic_input
 from ..errors import GraphInvariantError, UnsupportedAttentionError
 from ..layout import AttentionLayer
@@ -60,7 +68,7 @@ class AttentionToDualMode(GraphPass):
         sites = find_calls(graph_module.graph, attention_site)
         layers = self.context.layout.layers
         require_count(graph_module.graph, self.name, attention_site, sites, len(layers))
-        numbers = [site.args[6] for site in sites]
+        numbers = [call_of(SiteCall, site).layer for site in sites]
         if numbers != [layer.layer for layer in layers]:
             raise GraphInvariantError(f"the graph's attention sites are numbered {numbers}, not in the layout's order.")
 
@@ -79,7 +87,8 @@ class AttentionToDualMode(GraphPass):
 
     def _add_inputs(self, graph_module: GraphModule, first_site: Node) -> _Inputs:
         mode = fake_mode(graph_module)
-        key = input_node(first_site, 1).meta["val"]
+        first = call_of(SiteCall, first_site)
+        key = first.k.meta["val"]
         device = str(key.device)
         layout = self.context.layout
         b, heads = HINTS["requests"], layout.total_kv_heads
@@ -130,14 +139,13 @@ class AttentionToDualMode(GraphPass):
         def heads_of(tensor: Node) -> Node:
             return call(aten.slice.Tensor, tensor, 1, head, head + layer.kv_heads)
 
-        packed = [
-            call(aten.transpose.int, call(aten.select.int, x, 0, 0), 0, 1)
-            for x in (input_node(site, i) for i in range(3))
-        ]
+        asked = call_of(SiteCall, site)
+        q, k, v = (call(aten.transpose.int, call(aten.select.int, x, 0, 0), 0, 1) for x in (asked.q, asked.k, asked.v))
         page = [-1, layer.kv_heads, layout.page_size, layer.key_dim + layer.value_dim]
         kv = call(aten.view.default, call(aten.slice.Tensor, inputs.kv_pool, 1, start, end), page)
         scores, pillars = heads_of(inputs.scores), heads_of(inputs.pillar_index)
-        step = (inputs.step | {"page_table": inputs.page_tables[layout.group_of(layer.layer)]}).values()
-        settings = (layer.scale, layer.window, layer.softcap)
-        rows = call(dual_mode_attention, *packed, kv, scores, *step, pillars, *settings)
+        step: Any = StepTensors(**inputs.step | {"page_table": inputs.page_tables[layout.group_of(layer.layer)]})
+        tensors: Any = (q, k, v, kv, scores, step, pillars)
+        made = AttentionCall(*tensors, AttentionSettings.of(layer))
+        rows = call(dual_mode_attention, *made.arguments())
         return call(aten.unsqueeze.default, rows, 0)

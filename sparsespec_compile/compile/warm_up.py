@@ -24,13 +24,16 @@ from torch.fx import Node
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import (
     STEP_TENSORS,
+    AttentionCall,
+    AttentionSettings,
+    StepTensors,
     draw_tokens,
     dual_mode_attention,
     propose_ngrams,
     select_pillars,
 )
 from sparsespec_compile.kernels.step_kind import Promise, kind_of_step, promised
-from sparsespec_compile.passes.base import find_calls, input_node
+from sparsespec_compile.passes.base import call_of, find_calls
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.passes.pipeline import CompiledModel
 from sparsespec_compile.runtime.build import most_rows
@@ -69,20 +72,18 @@ class Attention(NamedTuple):
     kv: Layout
     requests: int
     promise: Promise
-    scale: float
-    window: int
-    softcap: float
+    settings: AttentionSettings
 
     def run(self, device: torch.device) -> None:
         """Make the tensors and call the op."""
         packed = [layout.make(device) for layout in (self.q, self.k, self.v, self.kv)]
         heads = self.k.size[1]
         idle = torch.zeros(self.requests, dtype=torch.int32, device=device)
-        step = [idle[:, None] if name == "page_table" else idle for name in STEP_TENSORS]
+        step = StepTensors(**dict.fromkeys(STEP_TENSORS, idle))._replace(page_table=idle[:, None])
         scores = torch.zeros(1, heads, 1, dtype=torch.float32, device=device)
         pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
         with promised(self.promise):
-            dual_mode_attention(*packed, scores, *step, pillars, self.scale, self.window, self.softcap)
+            dual_mode_attention(*AttentionCall(*packed, scores, step, pillars, self.settings).arguments())
 
 
 class Draw(NamedTuple):
@@ -167,8 +168,9 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
         row_counts = (most_rows(config, slots), _FEW_ROWS)
         by_kind = {kind_of_step(rows, layer.q_heads, slots): rows for rows in row_counts}
         for rows, promise in (*((rows, any_work) for rows in by_kind.values()), (_FEW_ROWS, Promise.SINGLE_ROWS)):
-            q, k, v = (layout_of(input_node(node, index), rows) for index in range(3))
-            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, promise, *_alike(layer))] = None
+            given = call_of(AttentionCall, node)
+            q, k, v = (layout_of(tensor, rows) for tensor in (given.q, given.k, given.v))
+            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, promise, _alike(layer))] = None
     (logits,) = compiled.graph_module.graph.output_node().all_input_nodes
     calls[Draw(layout_of(logits, _FEW_ROWS))] = None
     if reads_scores:
@@ -185,9 +187,9 @@ def _part_of_pool(kv_layout: KVLayout, layer: AttentionLayer, dtype: torch.dtype
     return Layout(size, stride, kv_layout.page_offset(layer.layer) % _ALIGNMENT, dtype)
 
 
-def _alike(layer: AttentionLayer) -> tuple[float, int, float]:
-    """Scale, window and soft-cap that take the same kernel as the layer's."""
-    return (1.0 if layer.scale > 0 else layer.scale), min(layer.window, 1), float(layer.softcap > 0)
+def _alike(layer: AttentionLayer) -> AttentionSettings:
+    """Settings that take the same kernel as the layer's."""
+    return AttentionSettings(1.0 if layer.scale > 0 else layer.scale, min(layer.window, 1), float(layer.softcap > 0))
 
 
 def layout_of(node: Node, size: int) -> Layout:

@@ -111,7 +111,7 @@ def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     model = tiny("gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
     fast = ss.optimize(model, ss.SpecConfig(draft_tokens=8))
     attention = [call for call in calls_of(fast._compiled, fast.spec_config) if isinstance(call, Attention)]
-    assert sorted(call.window for call in attention) == [0, 0, 1, 1]
+    assert sorted(call.settings.window for call in attention) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("settings", [{"drafter": "window"}, {"drafter": "full"}, {"draft_tokens": 0}])

@@ -1,5 +1,7 @@
 """The ops as torch sees them: schemas, fakes, and what Inductor makes of a pool that many layers share."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -17,9 +19,25 @@ def test_modes_of_the_kernels() -> None:
     assert [tiles.IDLE.value, tiles.DRAFT.value, tiles.VERIFY.value, tiles.PREFILL.value] == list(Mode)
 
 
-def test_step_tensors_are_the_arguments_of_the_op() -> None:
+def test_calls_name_the_arguments_of_the_ops() -> None:
+    """Each argument arrives in the field of its name, and goes back to its place."""
     names = [argument.name for argument in ops.dual_mode_attention._schema.arguments]
-    assert tuple(names[5 : 5 + len(STEP_TENSORS)]) == STEP_TENSORS
+    call = ops.AttentionCall.of(names)
+    assert call.arguments() == tuple(names)
+    assert call.step == STEP_TENSORS
+    assert call.settings == call.settings._fields
+    assert all(call._asdict()[name] == name for name in ("q", "k", "v", "kv", "scores", "pillar_index"))
+    names = [argument.name for argument in ops.attention_site._schema.arguments]
+    site = ops.SiteCall.of(names)
+    assert (site.q, site.k, site.v, *site.settings, site.layer) == tuple(names)
+
+
+def test_a_new_argument_is_one_line() -> None:
+    class Longer(NamedTuple):
+        step: ops.StepTensors
+        sinks: torch.Tensor | None
+
+    assert ops._schema(Longer).endswith("Tensor recent_start, Tensor? sinks")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ import torch
 
 from sparsespec_compile.compile import warm_up
 from sparsespec_compile.compile.warm_up import Attention, Draw, Layout
+from sparsespec_compile.kernels.ops import AttentionSettings
 from sparsespec_compile.kernels.step_kind import Promise
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
@@ -27,7 +28,9 @@ def test_attention_without_work(promise: Promise, device: str, monkeypatch: pyte
 
     monkeypatch.setattr(warm_up, "dual_mode_attention", launch)
     kv = Layout((2, 2, 4, 16), (256, 64, 16, 1), 8, torch.float32)
-    call = Attention(packed(4, 64), packed(2, 64, 32), packed(2, 64, 48), kv, 3, promise, 1.0, 1, 0.0)
+    call = Attention(
+        packed(4, 64), packed(2, 64, 32), packed(2, 64, 48), kv, 3, promise, AttentionSettings(1.0, 1, 0.0)
+    )
     call.run(torch.device(device))
     assert len(pools) == 1
     assert (pools[0] == 7.0).all()

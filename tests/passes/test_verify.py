@@ -81,6 +81,16 @@ def swap_step_tensors(graph_module):
     node.args = (*node.args[:5], node.args[6], node.args[5], *node.args[7:])
 
 
+def give_no_scores(graph_module):
+    node = dual_nodes(graph_module)[0]
+    node.args = (*node.args[:4], None, *node.args[5:])
+
+
+def forget_the_settings(graph_module):
+    node = dual_nodes(graph_module)[0]
+    node.args = node.args[:15]
+
+
 def leave_a_site(graph_module):
     dual_nodes(graph_module)[0].target = attention_site
 
@@ -115,6 +125,8 @@ BREAKS = {
     share_page_tables: r"must take page_table\[0\]",
     take_all_page_tables: r"must take page_table\[1\]",
     swap_step_tensors: r"must take request_mode",
+    give_no_scores: "scores of .* is None; it must be a node",
+    forget_the_settings: "has 15 arguments; it must have 18",
     leave_a_site: "must not be in a graph after the attention rewrite",
     swap_inputs: "inputs are",
     write_into_the_pool: r"aten\.zero_.*writes into an input",

@@ -32,8 +32,8 @@ class StepKind(Enum):
 class Promise(IntEnum):
     """What a step does not need, each including the ones before it; kernels that need not do it are faster.
 
-    Rows of a step that breaks its promise are right, but take longer, and scores that it should not ask for are not
-    written.
+    If a step breaks its promise, its rows are still right but take longer, and scores that it promised not to ask for
+    are not written.
     """
 
     NOTHING = 0

@@ -16,7 +16,8 @@ MEASURING_POSITIONS = tl.constexpr(ops.MEASURING_POSITIONS)
 MEASURING_PILLARS = tl.constexpr(ops.MEASURING_PILLARS)
 
 MAX_STREAM_TILES = tl.constexpr(4)
-"""Most tiles of a request in the line; of a verification any number, for only there are scores given out."""
+"""Above this many tiles a request is scheduled tile by tile. Verifications always stand in the line, the only path that
+writes scores."""
 
 
 @triton.jit

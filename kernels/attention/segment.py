@@ -88,7 +88,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
         seen_by = (cached + place, cached + first, ragged_key // TILE.block)
         ahead = first_look_up(source, listed, first_block, seen_by, settings, LAYER, SCORED_TILE)[2]
         largest = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, LIST_TILE, False)
-        # What is no row looks at nothing.
+        # Padding rows attend to nothing.
         largest = tl.where(real_pair, largest, float("inf"))
         looks = (scores, scored_end, largest, 1.0 / (scored * LAYER.group))
         total, sums = attend_scored(

@@ -387,7 +387,7 @@ class OptimizedModel:
         with closing(self._engine.run(requests)) as outputs:
             for output in outputs:
                 if streamer is not None:
-                    streamer.put(torch.tensor(output.tokens, device="cpu"))
+                    streamer.put(torch.tensor(output.tokens, dtype=torch.int64, device="cpu"))
         if streamer is not None:
             streamer.end()
 

@@ -50,7 +50,7 @@ class TokenStream:
         self._reader = reader
         self._check = check  # that the model is as it was compiled, whenever prompts come
         self._client = engine.client()
-        self._lock = threading.Lock()  # guards the two that follow
+        self._lock = threading.RLock()  # guards the two that follow
         self._names: dict[Request, tuple[int, int]] = {}
         self._prompts = 0
         self._ended = False
@@ -65,11 +65,14 @@ class TokenStream:
 
     def __next__(self) -> Tokens:
         try:
-            for output in self._client:
-                piece = self._piece(output)
-                self._show()
-                if piece is not None:
-                    return piece
+            while True:
+                for output in self._client:
+                    piece = self._piece(output)
+                    self._show()
+                    if piece is not None:
+                        return piece
+                if self._client.closed or self._engine.finish(self._client):  # or prompts were added meanwhile
+                    break
         except BaseException:
             self.close()
             raise
@@ -116,16 +119,17 @@ class TokenStream:
         try:
             self._client.submit(list(names))
         except BaseException:
+            self._client.cancel(list(names))  # an interrupted submission may still be carried out
             with self._lock:
                 for request in names:
-                    del self._names[request]
+                    self._names.pop(request, None)
             raise
         return list(range(first, first + len(read)))
 
     def cancel(self, index: int) -> list[Completion]:
         """End all texts of prompt `index`; returns them as they stand, tokens that were not given out yet included.
 
-        Texts that are complete are left alone.
+        Texts that were given out whole are left alone.
 
         Raises:
             PromptError: the stream has had no such prompt.
@@ -140,10 +144,11 @@ class TokenStream:
 
     def _piece(self, output: Output) -> Tokens | None:
         """None for a text that `cancel` gave out meanwhile."""
-        name = self._names.get(output.request)
-        if name is None:
-            return None
-        return Tokens(*name, output.tokens, self._complete(output.request) if output.ended else None)
+        with self._lock:
+            name = self._names.get(output.request)
+            if name is None:
+                return None
+            return Tokens(*name, output.tokens, self._complete(output.request) if output.ended else None)
 
     def _complete(self, request: Request) -> Completion | None:
         with self._lock:

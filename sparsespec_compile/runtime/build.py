@@ -44,7 +44,8 @@ class MemoryPlan:
 
     Attributes:
         parts: bytes by what they are for.
-        available: free bytes of the device before the parts are allocated; None = not limited (CPU).
+        available: bytes that the parts may take together, of the weights and of what was free beside them; None = not
+            limited (CPU).
     """
 
     parts: dict[str, int]
@@ -60,8 +61,9 @@ class MemoryPlan:
         if self.available is not None and self.total > self.available:
             figures = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in self.parts.items())
             raise MemoryPlanError(
-                f"The device has {self.available / _GIB:.2f} GiB free, and {self.total / _GIB:.2f} are needed: "
-                f"{figures}. Lower SpecConfig.max_requests, pool_tokens or prefill_chunk, or max_new_tokens."
+                f"{self.available / _GIB:.2f} GiB of the device may be used, and {self.total / _GIB:.2f} are needed: "
+                f"{figures}. Lower SpecConfig.max_requests, max_length, pool_tokens or prefill_chunk, raise "
+                "memory_fraction, or free memory."
             )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -181,10 +183,11 @@ def _plan_memory(
     parts |= {_WORKSPACE: workspace, _GRAPHS: int(available * _GRAPH_SHARE)}
     if config.pool_tokens is None:
         page = page_bytes(target.layout, target.dtype)
-        rest = max(0, int(available * config.memory_fraction) - sum(parts.values()) + parts[POOL])
-        parts[POOL] = min(parts[POOL], rest // page * page)
-        if parts[POOL] < 2 * page:
-            parts[POOL] = 2 * page  # so that what does not fit is refused with every figure
+        weights = target.weight_bytes
+        available = weights + int((available - weights) * config.memory_fraction)  # the weights are there already
+        rest = available - sum(parts.values()) + parts[POOL]
+        # A pool of less than two pages holds no request: then its two pages are refused with every figure.
+        parts[POOL] = max(min(parts[POOL], rest // page * page), 2 * page)
     plan = MemoryPlan(parts, available)
     plan.require()
     return plan

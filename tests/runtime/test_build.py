@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.errors import MemoryPlanError
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime.build import Target, engine_capacity, first_runs
+from sparsespec_compile.runtime.build import Target, _plan_memory, engine_capacity, first_runs
 from sparsespec_compile.runtime.device.cpu import CpuDevice
 from sparsespec_compile.runtime.device.drafters import drafters_of
 from sparsespec_compile.runtime.device.inputs import InputSizes
@@ -68,6 +69,19 @@ def test_what_grows_with_the_longest_text_takes_a_tenth_of_the_memory_at_most():
         assert 1024 <= sizes.tokens < 131072
     assert capacity(4 * GIB, positions=131072, longest=50_000).tokens == 50_000, "it was asked for"
     assert capacity(4 * GIB, positions=131072, max_length=131072).tokens == 131072
+
+
+def test_memory_fraction_is_of_what_is_free_beside_the_weights():
+    config = SpecConfig(draft_tokens=8, memory_fraction=0.4)
+    target = Target(None, QWEN3_8B, torch.bfloat16, torch.device("cpu"), weight_bytes=60 * GIB)
+    sizes = engine_capacity(target, config, drafters_of(config), Gpu(40 * GIB), 0)
+    state = state_bytes(QWEN3_8B, sizes, torch.bfloat16)
+    rest = sum(state.values()) - state["KV pool"]
+    plan = _plan_memory(target, config, sizes, workspace=GIB, memory=Gpu(40 * GIB - rest))
+    used = plan.total - plan.parts["weights"]
+    assert 0.39 * 40 * GIB < used <= 0.4 * 40 * GIB
+    with pytest.raises(MemoryPlanError, match=r"may be used, and .* are needed: weights 60\.00"):
+        _plan_memory(target, config, sizes, workspace=30 * GIB, memory=Gpu(40 * GIB - rest))
 
 
 def test_a_gemma_s_pool_takes_less_than_a_third_of_whole_pages():

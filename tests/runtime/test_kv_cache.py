@@ -130,8 +130,13 @@ def test_a_request_with_windows_comes_back_from_host_memory_as_it_left():
     assert left.place is Place.DEVICE
     assert [(table.first, len(table.pages)) for table in left.page_tables] == logical
     assert manager.cover(left, left.cached + 1)
-    wanted = [(first + n, group) for group, (first, count) in enumerate(logical) for n in range(count)]
-    assert [(update.page, update.group) for update in manager.updates] == wanted
+    tabled = {(update.page, update.group): update.physical for update in manager.updates}
+    assert tabled == {
+        (table.first + n, group): page
+        for group, table in enumerate(left.page_tables)
+        for n, page in enumerate(table.pages)
+    }
+    assert left.page_tables[1].first > logical[1][0], "the window went on meanwhile"
 
 
 def test_a_page_is_free_when_its_last_holder_has_released_it():

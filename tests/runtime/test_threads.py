@@ -1,11 +1,16 @@
 """Any thread may generate, add, cancel, close and stop at any time: every text is right, or its end is named."""
 
+import contextlib
 import gc
+import os
 import random
+import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +22,7 @@ from sparsespec_compile.errors import (
 )
 from sparsespec_compile.runtime.device.step import Step
 from sparsespec_compile.runtime.host.client import BackgroundDriver
+from sparsespec_compile.runtime.host.engine import Engine
 from sparsespec_compile.runtime.host.request import FinishReason
 
 from ..support.toy import Toy, requests_of, run, stepping
@@ -163,6 +169,57 @@ def test_a_text_beyond_the_models_positions_starts_while_no_other_runs(toy):
     assert run(engine, long) == [toy.decode(request) for request in requests_of((80,), 20)]
 
 
+def test_the_old_state_is_gone_before_a_larger_one_is_sized(toy, monkeypatch):
+    engine = engine_of(toy, max_length=None)
+    engine.target = replace(engine.target, positions=64)
+    run(engine, requests_of((5,), 20))
+    pool, new_session, alive = weakref.ref(engine._session.state.pool), Engine._new_session, []
+
+    def note(engine, longest):
+        alive.append(pool())
+        return new_session(engine, longest)
+
+    monkeypatch.setattr(Engine, "_new_session", note)
+    run(engine, requests_of((80,), 20))
+    assert alive == [None]
+
+
+def test_a_text_for_which_no_state_can_be_built_is_forgotten(toy, monkeypatch):
+    engine = engine_of(toy, max_length=None)
+    engine.target = replace(engine.target, positions=64)
+    new_session = Engine._new_session
+
+    def refuse_long(engine, longest):
+        if longest > 1000:
+            raise PoolTooSmallError("too long")
+        return new_session(engine, longest)
+
+    monkeypatch.setattr(Engine, "_new_session", refuse_long)
+    with pytest.raises(PoolTooSmallError, match="too long"):
+        run(engine, requests_of((5,), 5000))
+    assert run(engine, requests_of((5,), 9)) == [toy.decode(request) for request in requests_of((5,), 9)]
+
+
+def test_a_long_prompt_may_need_more_pages_than_a_longer_text():
+    """With windows, where chunks of a prompt count."""
+    windowed = Toy(windows=(6, 6))
+    engine = engine_of(windowed, pool_tokens=40, prefill_chunk=64, draft_tokens=1)
+    with pytest.raises(PoolTooSmallError, match="A request of 52 tokens"):
+        run(engine, [*requests_of((2,), 70), *requests_of((50,), 2)])
+
+
+def test_texts_with_windows_leave_and_return(toy):
+    """Results land while a request is in host memory, and its window goes on."""
+    windowed = Toy(windows=(0, 4))
+    lengths = range(20, 26)
+    settings = {"drafter": "full", "max_requests": 6, "page_size": 1, "pool_tokens": 110, "host_pool_tokens": 2000}
+    engine = windowed.engine(draft_tokens=8, min_budget=4, prefill_chunk=16, max_length=128, **settings)
+    assert run(engine, requests_of(lengths, 60)) == [windowed.decode(request) for request in requests_of(lengths, 60)]
+    assert engine.stats.pages_offloaded > 0
+    run(engine, requests_of((3,), 4))
+    assert engine.stats.pages_offloaded == 0
+
+
 def test_a_failing_iteration_names_itself_to_everybody_who_shared_it(toy, monkeypatch):
     engine = engine_of(toy)
     other = engine.client()
@@ -238,6 +295,109 @@ def test_an_interrupt_while_a_client_is_closed_leaves_the_engine_usable(toy, mon
         with pytest.raises(KeyboardInterrupt):
             client.close()
     assert run(engine, requests_of(LENGTHS, 9)) == [toy.decode(request) for request in requests_of(LENGTHS, 9)]
+
+
+def test_stop_ends_a_generation_whose_state_is_being_built(toy, monkeypatch):
+    engine, requests, building = engine_of(toy), requests_of(LENGTHS, 30), threading.Event()
+    new_session = Engine._new_session
+
+    def slowly(engine, longest):
+        building.set()
+        time.sleep(0.2)
+        return new_session(engine, longest)
+
+    monkeypatch.setattr(Engine, "_new_session", slowly)
+
+    def stop():
+        building.wait(30)
+        engine.stop()
+
+    in_threads(lambda: run(engine, requests), stop)
+    assert [request.output for request in requests] == [[]] * len(LENGTHS)
+    assert not engine._clients
+
+
+@pytest.mark.parametrize("at", ["_hand_over", "_leave", "_fail"])
+def test_an_interrupt_anywhere_leaves_the_engine_usable(toy, monkeypatch, at):
+    engine, interrupted = engine_of(toy), []
+    whole = getattr(Engine, at)
+
+    def interrupt(engine, *arguments):
+        if not interrupted:
+            interrupted.append(at)
+            raise KeyboardInterrupt
+        return whole(engine, *arguments)
+
+    client = engine.client()
+    client.submit(requests_of(LENGTHS, 40))
+    next(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, at, interrupt)
+        if at == "_fail":
+            patch.setattr(Step, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("a kernel failed")))
+        with pytest.raises(KeyboardInterrupt):
+            client.close() if at == "_leave" else list(client)
+    with contextlib.suppress(EngineFailedError):
+        client.close()
+    assert interrupted
+    assert run(engine, requests_of(LENGTHS, 9)) == [toy.decode(request) for request in requests_of(LENGTHS, 9)]
+    assert not engine._clients
+
+
+def test_what_an_iteration_calls_cannot_add_or_release(toy):
+    engine, requests, refused = engine_of(toy), requests_of(LENGTHS, 9), []
+
+    def check(output):
+        for call in (lambda: client.submit(requests_of((3,), 5)), engine.release, lambda: engine.capture(2, 64)):
+            with pytest.raises(EngineBusyError, match="from within an iteration"):
+                call()
+            refused.append(call)
+        return False
+
+    requests[0].stop_check = check
+    with engine.client() as client:
+        client.submit(requests)
+        assert sum(output.ended for output in client) == len(LENGTHS)
+    assert len(refused) == 3 * 9
+
+
+def test_a_client_that_is_abandoned_gives_its_pages_back_at_once(toy):
+    engine = engine_of(toy)
+    client = engine.client()
+    client.submit(requests_of(LENGTHS, 40))
+    next(client)
+    engine.abandon(client)
+    kv_cache = engine._session._scheduler.kv_cache
+    assert kv_cache.pool.free == kv_cache.pool.pages
+    assert not engine._clients
+
+
+def test_a_background_thread_ends_with_its_client(toy):
+    engine = engine_of(toy)
+    client = engine.client()
+    driver = BackgroundDriver(engine, client)
+    client.submit(requests_of((3,), 4))
+    list(client)
+    engine.abandon(client)  # as when its stream is dropped
+    driver._thread.join(30)
+    assert not driver._thread.is_alive()
+
+
+def test_the_interpreter_ends_while_a_background_thread_is_at_work():
+    script = """
+from tests.support.toy import Toy, requests_of
+from sparsespec_compile.runtime.host.client import BackgroundDriver
+engine = Toy().engine(draft_tokens=3, min_budget=4, max_length=4096)
+client = engine.client()
+BackgroundDriver(engine, client)
+client.submit(requests_of((3, 5), 4000))
+next(client)
+"""
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_what_an_iteration_calls_may_close_but_not_wait(toy):

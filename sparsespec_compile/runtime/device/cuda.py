@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,6 +62,10 @@ class CudaStream:
         return torch.cuda.stream(self._stream)
 
 
+_ALLOCATOR = threading.RLock()
+"""Held while steps are captured, or memory is measured or given back: torch allows one of these at a time."""
+
+
 class CudaGraphs:
     """Captures CUDA graphs on a stream of its own, into one memory pool."""
 
@@ -80,7 +85,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Torch's own capture stream belongs to the device that captured first, and its default mode lets any other
         # thread's call break a capture.
-        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local")
+        with _ALLOCATOR, capture:
             work()
         self._memory = graph.pool()
         return graph
@@ -94,16 +100,18 @@ class CudaMemory:
 
     def free(self) -> int:
         """See `interface.Memory`."""
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0]
+        with _ALLOCATOR:
+            torch.cuda.empty_cache()
+            return torch.cuda.mem_get_info(self._device)[0]
 
     def taken_by(self, work: Callable[[], None]) -> int:
         """See `interface.Memory`."""
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        work()
-        return torch.cuda.max_memory_allocated(self._device) - before
+        with _ALLOCATOR:
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            work()
+            return torch.cuda.max_memory_allocated(self._device) - before
 
 
 class CudaDevice:

@@ -1,5 +1,6 @@
 """A caller's side of the engine: its requests, and the outputs that wait for it."""
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -9,6 +10,9 @@ from sparsespec_compile.runtime.host.request import Request
 
 if TYPE_CHECKING:
     from sparsespec_compile.runtime.host.engine import Engine
+
+_EXIT_SECONDS = 30.0
+"""The interpreter's end waits so long for a background thread's iteration."""
 
 
 class Output(NamedTuple):
@@ -107,9 +111,19 @@ class Client:
         return self._outputs.popleft() if self._outputs else None
 
     @property
-    def live(self) -> frozenset[Request]:
+    def live(self) -> list[Request]:
         """Requests whose last output has not arrived."""
-        return frozenset(self._live)
+        return list(self._live)
+
+    @property
+    def waits(self) -> bool:
+        """Whether an output will arrive."""
+        return bool(self._live)
+
+    @property
+    def done(self) -> bool:
+        """Whether no output is there and none will arrive."""
+        return not self._live and not self._outputs
 
 
 class BackgroundDriver:
@@ -123,12 +137,22 @@ class BackgroundDriver:
     def __init__(self, engine: "Engine", client: Client) -> None:
         self._engine = engine
         self._client = client
-        threading.Thread(target=self._run, name="sparsespec-engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="sparsespec-engine", daemon=True)
+        # A daemon thread that the interpreter's end meets inside of torch takes the process down.
+        atexit.register(self._end)
+        self._thread.start()
 
     def _run(self) -> None:
         try:
             while self._engine.drive(self._client):
                 pass
+            self._engine.carry_out_commands()
         except Exception:
             if self._client.failure is None:  # else whoever waits for the client's outputs is told
                 raise
+        finally:
+            atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        self._engine.abandon(self._client)
+        self._thread.join(_EXIT_SECONDS)

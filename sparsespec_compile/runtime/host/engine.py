@@ -12,6 +12,7 @@ from sparsespec_compile.runtime.build import MemoryPlan, Target, build_runner, c
 from sparsespec_compile.runtime.device import open_device
 from sparsespec_compile.runtime.device.captured_step import CapturedStep
 from sparsespec_compile.runtime.device.drafters import drafters_of
+from sparsespec_compile.runtime.device.graphs import StepRunner
 from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.host.client import Client, Output
 from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser, chooser_for
@@ -52,7 +53,8 @@ class Engine:
     and then one iteration for the requests of all clients. Any thread may become the driver, for as long as it waits
     for an output of its own. A command of another thread is queued and carried out by the driver between two
     iterations; without a driver, the thread carries it out itself. So scheduler, KV cache and step are only ever
-    touched by one thread, and nobody waits for longer than one iteration.
+    touched by one thread. A command waits for one iteration, or for the building of the state and the capture of steps
+    where another command asks for those.
 
     The state on the device is built for the first request, by the configuration and the device's memory, and kept
     until `release`.
@@ -85,6 +87,7 @@ class Engine:
         self._commands: deque[_Command] = deque()
         self._clients: list[Client] = []
         self._owners: dict[Request, Client] = {}
+        self._counting = False  # whether `stats` are of clients that are open
 
     def client(self) -> Client:
         """A new client; it takes part once it has submitted a request."""
@@ -99,7 +102,12 @@ class Engine:
             As `Client.submit`, and `EngineFailedError` when another caller's iteration failed.
         """
         with self.client() as client:
-            client.submit(requests)
+            try:
+                client.submit(requests)
+            except EngineBusyError:
+                if not client.closed:
+                    raise
+                return  # `stop` was faster
             yield from client
 
     def submit(self, client: Client, requests: Sequence[Request]) -> None:
@@ -114,17 +122,19 @@ class Engine:
             self._stream.wait(submitted)
             session = self._session_for(requests)
             session.require_room(requests)
-            if not self._clients:
-                self.stats = session.restart()
+            if not self._counting:
+                self.stats, self._counting = session.restart(), True
             session.prepare(len(requests))
             with self._turn:
-                if client not in self._clients:
-                    self._clients.append(client)
                 client.own(requests)
                 self._owners.update(dict.fromkeys(requests, client))
             for request in requests:
                 session.add(request)
 
+        self._require_outside()
+        with self._turn:  # from here on `stop` ends it
+            if not client.closed and client not in self._clients:
+                self._clients.append(client)
         self._command(action)
 
     def cancel(self, client: Client, requests: Sequence[Request]) -> None:
@@ -138,17 +148,39 @@ class Engine:
     def close(self, client: Client) -> None:
         """`Client.close`."""
         with self._turn:
-            closed, client.closed = client.closed, True
+            client.closed = True
             self._turn.notify_all()
-        if not closed:
+        if client in self._clients:
             self._command(lambda: self._leave(client))
+        if self._driver != threading.get_ident():
             self._device.current().wait(self._stream.record())
 
-    def abandon(self, client: Client) -> None:
-        """Close a client without waiting or locking, for finalizers, which run at any point of any thread."""
-        if not client.closed:
+    def finish(self, client: Client) -> bool:
+        """Close a client if it is done; whether it was."""
+        with self._turn:
+            if not client.done:
+                return False
             client.closed = True
-            self._commands.append(_Command(lambda: self._leave(client)))
+        self.close(client)
+        return True
+
+    def abandon(self, client: Client) -> None:
+        """Close a client without waiting for a driver: for finalizers, which run at any point of any thread."""
+        if client.closed:
+            return
+        client.closed = True
+        self._commands.append(_Command(lambda: self._leave(client)))
+        me = threading.get_ident()
+        with self._turn:
+            self._turn.notify_all()
+            if self._driver is not None:
+                return  # it is done at the end of the iteration
+            self._driver = me
+        self._carry_out(me)
+
+    def carry_out_commands(self) -> None:
+        """Carry out what was commanded and not done yet, if no other thread drives."""
+        self._command(lambda: None)
 
     def stop(self) -> None:
         """Close every client that is open, whoever has it. Threads that wait for outputs return."""
@@ -170,10 +202,12 @@ class Engine:
                     f"{len(self._clients)} generation(s) of this model are unfinished. Exhaust or close them, or end "
                     "them with stop(), before release()."
                 )
-            session, self._session, self.memory_plan = self._session, None, None
-            if session is not None:
-                session.shut_down()
+            self._drop_session()
+            self._longest = 0
+            if self._device.memory is not None:
+                self._device.memory.free()  # torch keeps no cache of it either
 
+        self._require_outside()
         self._command(action)
 
     def next_output(self, client: Client) -> Output | None:
@@ -193,11 +227,18 @@ class Engine:
 
     def capture(self, max_requests: int, max_length: int, vocabulary: int | None = None) -> CapturedStep:
         """A step with a state of its own, for a loop outside of this engine; see `CapturedStep`."""
-        layout = self.target.layout
+        self._require_outside()
+        layout, stream = self.target.layout, self._device.current()
         pages = max(max_requests, 2) * len(layout.groups) * layout.pages_for(max(max_length, 2))
         capacity = capacity_for(self.config, self._drafters, max_requests, max_length, pages)
-        with torch.inference_mode(False):
-            runner, plan = build_runner(self.target, self.config, self._drafters, capacity, self._device)
+        built: list[tuple[StepRunner, MemoryPlan]] = []
+
+        def action() -> None:  # between iterations, as it measures what a step takes
+            with torch.inference_mode(False), stream.active():
+                built.append(build_runner(self.target, self.config, self._drafters, capacity, self._device))
+
+        self._command(action)
+        ((runner, plan),) = built
         if runner.step.state.capacity.pages < capacity.pages:
             raise PoolTooSmallError(
                 f"A step for {max_requests} texts of {max_length} tokens needs {capacity.pages} pages of KV, the "
@@ -214,11 +255,7 @@ class Engine:
 
     def _take_turns(self, client: Client, *, take: bool) -> Output | None:
         me = threading.get_ident()
-        if self._driver == me:
-            raise EngineBusyError(
-                "An output was asked for from within an iteration, by something that it calls, such as a tokenizer's "
-                "decode. Ask from outside of it."
-            )
+        self._require_outside()
         while True:
             try:
                 with self._turn:
@@ -228,9 +265,9 @@ class Engine:
                         if client.closed:
                             return None
                         output = client.take() if take else None
-                        if output is not None or (take and not client.live):
+                        if output is not None or (take and not client.waits):
                             return output
-                        if self._driver is None and (client.live or self._commands):
+                        if self._driver is None and (client.waits or self._commands):
                             self._driver = me
                             break
                         self._turn.wait()
@@ -246,6 +283,8 @@ class Engine:
         try:
             self._run_commands()
             session = self._session
+            if session is None and self._owners:
+                raise EngineFailedError("Cleaning up after a failed iteration was interrupted. Generate again.")
             if session is None or not session.busy:
                 return
             outputs = session.advance()
@@ -256,12 +295,16 @@ class Engine:
                         owner.deliver(output)
                         if output.ended:
                             del self._owners[output.request]
+            self._run_commands()  # those of what the iteration called
         except BaseException as error:
             self._fail(error)
             raise
 
     def _command(self, action: Callable[[], None]) -> None:
-        """Carry `action` out between two iterations, and raise its error. From within one, it is done at its end."""
+        """Carry `action` out between two iterations, and raise its error.
+
+        From within an iteration, as by a tokenizer's decode, it is queued and done at the iteration's end.
+        """
         command, me = _Command(action), threading.get_ident()
         self._commands.append(command)
         if self._driver == me:
@@ -273,45 +316,64 @@ class Engine:
                 if not command.done:
                     self._driver = me
             if self._driver == me:
-                try:
-                    self._run_commands()
-                except BaseException as error:
-                    self._fail(error)
-                    raise
+                self._carry_out(me)
         finally:
             self._hand_over(me)
         if command.error is not None:
             raise command.error
 
+    def _carry_out(self, me: int) -> None:
+        """Carry out all commands, as the driver, and hand over."""
+        try:
+            self._run_commands()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._hand_over(me)
+
+    def _require_outside(self) -> None:
+        if self._driver == threading.get_ident():
+            raise EngineBusyError(
+                "This was called from within an iteration, by something that it calls, such as a tokenizer's decode. "
+                "Call it from outside of it."
+            )
+
     def _run_commands(self) -> None:
         while self._commands:
-            self._commands.popleft().run()
+            self._commands[0].run()
+            self._commands.popleft()
             with self._turn:
                 self._turn.notify_all()
 
     def _hand_over(self, me: int) -> None:
+        if self._driver == me:
+            self._driver = None  # without the lock, which an interrupt might keep from being taken
         with self._turn:
-            if self._driver == me:
-                self._driver = None
             self._turn.notify_all()
 
     def _session_for(self, requests: Sequence[Request]) -> Session:
         longest = max(request.max_length for request in requests)
-        session, sized_by_model = self._session, self.config.max_length is None and self.config.pool_tokens is None
-        if session is not None and not self._clients and sized_by_model and longest > session.state.capacity.tokens:
+        sized_by_model = self.config.max_length is None and self.config.pool_tokens is None
+        if self._session is not None and not self._owners and sized_by_model and self._session.room < longest:
             # Rotary models go on behind their positions. While others generate, their state cannot change.
-            session.shut_down()
-            self._session = None
+            self._drop_session()
         if self._session is None:
-            self._longest = max(self._longest, longest)
             # In inference mode the state would be made so that no later call outside of it could write to it.
             with torch.inference_mode(False), self._stream.active():
-                self._session = self._new_session()
+                self._session = self._new_session(max(self._longest, longest))
+            self._longest = max(self._longest, longest)
         return self._session
 
-    def _new_session(self) -> Session:
+    def _drop_session(self) -> None:
+        """Give the state back; nothing runs."""
+        if self._session is not None:
+            self._session.shut_down()
+        self._session = self.memory_plan = None
+
+    def _new_session(self, longest: int) -> Session:
         config = self.config
-        capacity = engine_capacity(self.target, config, self._drafters, self._device, self._longest)
+        capacity = engine_capacity(self.target, config, self._drafters, self._device, longest)
         runner, self.memory_plan = build_runner(self.target, config, self._drafters, capacity, self._device)
         pool = runner.step.state.pool
         host_pages = 0
@@ -337,12 +399,14 @@ class Engine:
     def _leave(self, client: Client) -> None:
         if client not in self._clients:
             return
-        last = len(self._clients) == 1
-        if self._session is not None and last:
-            self._session.settle()
-        self._drop(client, client.live)
-        with self._turn:
-            self._clients.remove(client)
+        try:
+            if self._session is not None and len(self._clients) == 1:
+                self._session.settle()
+            self._drop(client, client.live)
+        finally:
+            with self._turn:
+                self._clients.remove(client)
+                self._counting = self._counting and bool(self._clients)
 
     def _fail(self, error: BaseException) -> None:
         """Drop everything after an iteration ended in the middle: what host and device know may differ by now."""
@@ -358,6 +422,7 @@ class Engine:
                 client.failure.__cause__ = error
             self._clients.clear()
             self._owners.clear()
+            self._counting = False
         if session is not None:
             session.reset()
             self._session = session  # not if the reset was interrupted: the next request builds a new one

@@ -28,7 +28,7 @@ class PageTable:
     Attributes:
         first: logical page of the first page held; those before it were given back.
         pages: page of the pool, or of host memory, of each logical page from `first` on.
-        tabled: logical pages below this are right in the page table on the device, as far as they are held.
+        tabled: the page table on the device is right for logical pages `first` to `tabled - 1`.
     """
 
     first: int = 0
@@ -45,6 +45,7 @@ class PageTable:
         count = min(max(page - self.first, 0), len(self.pages))
         dropped, self.pages = self.pages[:count], self.pages[count:]
         self.first += count
+        self.tabled = max(self.tabled, self.first)  # pages that came back from host memory may not be tabled yet
         return dropped
 
 

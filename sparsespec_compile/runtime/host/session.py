@@ -89,6 +89,7 @@ class Session:
         """Count anew, for requests to come; nothing is running. Returns the new counts, which go on changing."""
         self._recorder = StatsRecorder(self.state.layout, self._config)
         self._landed_at, self._idle_iterations = math.nan, 0
+        self._scheduler.kv_cache.pages_offloaded = 0
         if self._chooser is not None:
             self._chooser.began()
             self._scheduler.set_cycle(self._chooser.current)
@@ -96,22 +97,24 @@ class Session:
 
     def require_room(self, requests: Sequence[Request]) -> None:
         """Raises PoolTooSmallError for a request that the state can never hold."""
-        longest = max(requests, key=lambda request: request.max_length)
-        needs, kv_cache = (
-            f"A request of {longest.max_length} tokens, prompt and max_new_tokens",
-            self._scheduler.kv_cache,
-        )
-        if not kv_cache.fits(longest):
+        kv_cache = self._scheduler.kv_cache
+        # With sliding windows the most pages are not those of the longest text: chunks of long prompts count too.
+        largest = max(requests, key=kv_cache.largest)
+        if not kv_cache.fits(largest):
+            remedy = "free memory of the device, raise SpecConfig.memory_fraction or lower max_requests"
+            if self._config.pool_tokens is not None:
+                remedy = "raise SpecConfig.pool_tokens"
             raise PoolTooSmallError(
-                f"{needs}, needs {kv_cache.largest(longest)} pages of KV, the pool holds {kv_cache.pool.pages}. Lower "
-                "max_new_tokens, shorten the prompt, or raise SpecConfig.pool_tokens"
-                + ("." if self._config.pool_tokens is not None else " above what fits the device's free memory.")
+                f"A request of {largest.max_length} tokens, prompt and max_new_tokens, needs "
+                f"{kv_cache.largest(largest)} pages of KV, the pool holds {kv_cache.pool.pages}. Lower max_new_tokens, "
+                f"shorten the prompt, or {remedy}."
             )
-        if longest.max_length > self.state.capacity.tokens:
+        longest = max(request.max_length for request in requests)
+        if longest > self.room:
             raise PoolTooSmallError(
-                f"{needs}, is longer than the {self.state.capacity.tokens} that the engine's state has room for. Lower "
-                "max_new_tokens, shorten the prompt, or set SpecConfig.max_length. (A text beyond the model's "
-                "positions may start while no other is running.)"
+                f"A request of {longest} tokens, prompt and max_new_tokens, is longer than the {self.room} that the "
+                "engine's state has room for. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.max_length "
+                "or pool_tokens. (A text beyond the model's positions may start while no other is running.)"
             )
 
     def prepare(self, requests: int) -> None:
@@ -150,6 +153,7 @@ class Session:
         outputs: list[Output] = []
         if work or self._scheduler.kv_cache.updates:
             outputs += self._enqueue(work)
+        self._recorder.stats.pages_offloaded = self._scheduler.kv_cache.pages_offloaded
         self._recorder.stats.host_seconds += time.perf_counter() - started
         if len(self._flight) == self._flight.depth or (not work and len(self._flight)):
             outputs += self._land()
@@ -163,10 +167,14 @@ class Session:
         """The state that requests share."""
         return self._runner.step.state
 
+    @property
+    def room(self) -> int:
+        """Tokens of the longest text that the state has room for."""
+        return self.state.capacity.tokens
+
     def settle(self) -> None:
         """Finish after the last request: write the pages still in use into the counts, then give all of them back."""
         stats, kv_cache = self._recorder.stats, self._scheduler.kv_cache
-        stats.pages_offloaded = kv_cache.pages_offloaded
         stats.pages_held = kv_cache.pool.pages - kv_cache.pool.free + kv_cache.tier.held
         for request in list(self._added):
             self.cancel(request)

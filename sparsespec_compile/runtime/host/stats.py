@@ -35,6 +35,8 @@ class CycleStats:
 class Stats:
     """Counts of one generation: a call of `generate`, or a stream from beginning to end.
 
+    Generations that run at the same time share their counts, from the first one's beginning.
+
     Attributes:
         draft_tokens: drafts of the longest cycle, k.
         tokens: tokens that became part of a text.
@@ -72,28 +74,28 @@ class Stats:
     @property
     def cycles(self) -> int:
         """Full cycles of all kinds."""
-        return sum(kind.cycles for kind in self.by_cycle.values())
+        return sum(kind.cycles for kind in list(self.by_cycle.values()))
 
     @property
     def drafts_per_cycle(self) -> float:
         """Mean drafts of a full cycle; NaN before the first."""
-        drafts = sum(kind.cycles * len(kind.accepted_at) for kind in self.by_cycle.values())
+        drafts = sum(kind.cycles * len(kind.accepted_at) for kind in list(self.by_cycle.values()))
         return drafts / self.cycles if self.cycles else float("nan")
 
     @property
     def accepted_per_cycle(self) -> float:
         """Mean accepted drafts of a full cycle; NaN before the first."""
-        accepted = sum(sum(kind.accepted_at) for kind in self.by_cycle.values())
+        accepted = sum(sum(kind.accepted_at) for kind in list(self.by_cycle.values()))
         return accepted / self.cycles if self.cycles else float("nan")
 
     @property
     def accepted_by_position(self) -> list[float]:
         """Of the full cycles with a 1st, 2nd, ... k-th draft, the share in which it was accepted; empty before the
         first."""
-        longest = max((len(kind.accepted_at) for kind in self.by_cycle.values()), default=0)
+        longest = max((len(kind.accepted_at) for kind in list(self.by_cycle.values())), default=0)
         shares = []
         for place in range(longest):
-            kinds = [kind for kind in self.by_cycle.values() if len(kind.accepted_at) > place]
+            kinds = [kind for kind in list(self.by_cycle.values()) if len(kind.accepted_at) > place]
             shares.append(sum(kind.accepted_at[place] for kind in kinds) / sum(kind.cycles for kind in kinds))
         return shares
 

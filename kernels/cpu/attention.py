@@ -133,17 +133,17 @@ def _dense(layer: _Layer, request: Request, scores: Tensor) -> Tensor:
     q, scored = layer.q[request.rows], request.scored
     first = layer.first_seen(request.cached)
     keys, values = _tokens(layer, request, first, request.end)
-    if request.count == 1 and not scored:
+    if request.row_count == 1 and not scored:
         return _single(layer, q, keys, values)
     logits = None
-    if request.count > _FEW_ROWS:
+    if request.row_count > _FEW_ROWS:
         out = _long(layer, request, keys, values)
     else:
         logits = _logits(layer, q, keys, first, request.cached)
         out = _weighted(logits.softmax(-1), values, layer.q.dtype)
     if scored:
-        if logits is None or scored < request.count:
-            logits = _logits(layer, q[request.count - scored :], keys, first, request.end - scored)
+        if logits is None or scored < request.row_count:
+            logits = _logits(layer, q[request.row_count - scored :], keys, first, request.end - scored)
         _write_scores(layer, request, logits, scores)
     return out
 
@@ -166,8 +166,8 @@ def _long(layer: _Layer, request: Request, keys: Tensor, values: Tensor) -> Tens
         return _prompt(layer, request, keys, values)
     masked = layer.fused and _is_finite(keys)  # a mask is added to the logits of hidden keys
     blocks = []
-    for low in range(0, request.count, _ROW_BLOCK):
-        high = min(low + _ROW_BLOCK, request.count)
+    for low in range(0, request.row_count, _ROW_BLOCK):
+        high = min(low + _ROW_BLOCK, request.row_count)
         position = request.cached + low
         seen = slice(layer.first_seen(position) - first, request.cached + high - first)
         q = layer.q[request.first + low : request.first + high]
@@ -207,7 +207,7 @@ def _single(layer: _Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def _draft(layer: _Layer, request: Request) -> Tensor:
     """Rows [r, Hq, Dv] of a draft that reads one stretch: no pillars, or every position before the recent ones."""
     rows = []
-    for nth in range(request.count):
+    for nth in range(request.row_count):
         position = request.cached + nth
         first = max(0 if request.pillars else request.recent, layer.first_seen(position))
         row = request.first + nth

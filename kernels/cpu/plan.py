@@ -32,7 +32,7 @@ class Request(NamedTuple):
     slot: int
     mode: int
     first: int
-    count: int
+    row_count: int
     cached: int
     scored: int
     score_slot: int
@@ -42,12 +42,12 @@ class Request(NamedTuple):
     @property
     def rows(self) -> slice:
         """Its packed rows."""
-        return slice(self.first, self.first + self.count)
+        return slice(self.first, self.first + self.row_count)
 
     @property
     def end(self) -> int:
         """The position behind its last row."""
-        return self.cached + self.count
+        return self.cached + self.row_count
 
     @property
     def sparse(self) -> bool:
@@ -101,12 +101,12 @@ class StepPlan:
         """The requests that have rows, in the order of their slots."""
         columns = (tensor.tolist() for name, tensor in self._step.items() if name != "page_table")
         everyone = [Request(slot, *fields) for slot, fields in enumerate(zip(*columns, strict=True))]
-        return [request for request in everyone if request.mode != Mode.IDLE and request.count > 0]
+        return [request for request in everyone if request.mode != Mode.IDLE and request.row_count > 0]
 
     @cached_property
     def covered(self) -> int:
         """Packed rows that belong to a request."""
-        return sum(request.count for request in self.requests)
+        return sum(request.row_count for request in self.requests)
 
     @cached_property
     def _table(self) -> np.ndarray:
@@ -115,7 +115,7 @@ class StepPlan:
     def written(self, page_size: int) -> Written:
         """Page, place in it and packed row of every row of a request."""
         if page_size not in self._written:
-            columns = [(request.slot, request.first, request.count, request.cached) for request in self.requests]
+            columns = [(request.slot, request.first, request.row_count, request.cached) for request in self.requests]
             slot, first, count, cached = np.array(columns, dtype=np.int64).reshape(-1, 4).T
             nth = np.arange(self.covered) - np.repeat(np.cumsum(count) - count, count)
             position = np.repeat(cached, count) + nth
@@ -137,7 +137,7 @@ class StepPlan:
                 (request.first + nth, request.slot, request.cached + nth, request.recent, request.pillars)
                 for request in self.requests
                 if request.sparse
-                for nth in range(request.count)
+                for nth in range(request.row_count)
             ]
             self._sparse[window] = _sparse_rows(np.array(rows, dtype=np.int32), window) if rows else None
         return self._sparse[window]

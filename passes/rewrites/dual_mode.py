@@ -144,8 +144,9 @@ class AttentionToDualMode(GraphPass):
         page = [-1, layer.kv_heads, layout.page_size, layer.key_dim + layer.value_dim]
         kv = call(aten.view.default, call(aten.slice.Tensor, inputs.kv_pool, 1, start, end), page)
         scores, pillars = heads_of(inputs.scores), heads_of(inputs.pillar_index)
-        step: Any = StepTensors(**inputs.step | {"page_table": inputs.page_tables[layout.group_of(layer.layer)]})
-        tensors: Any = (q, k, v, kv, scores, step, pillars)
-        made = AttentionCall(*tensors, AttentionSettings.of(layer))
+        own: dict[str, Any] = {"page_table": inputs.page_tables[layout.group_of(layer.layer)]}
+        step: Any = StepTensors(**inputs.step | own)
+        nodes: list[Any] = [q, k, v, kv, scores, step, pillars, AttentionSettings.of(layer)]
+        made = AttentionCall._make(nodes)
         rows = call(dual_mode_attention, *made.arguments())
         return call(aten.unsqueeze.default, rows, 0)

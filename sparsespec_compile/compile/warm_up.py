@@ -76,14 +76,14 @@ class Attention(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         """Make the tensors and call the op."""
-        packed = [layout.make(device) for layout in (self.q, self.k, self.v, self.kv)]
+        q, k, v, kv = (layout.make(device) for layout in (self.q, self.k, self.v, self.kv))
         heads = self.k.size[1]
         idle = torch.zeros(self.requests, dtype=torch.int32, device=device)
         step = StepTensors(**dict.fromkeys(STEP_TENSORS, idle))._replace(page_table=idle[:, None])
         scores = torch.zeros(1, heads, 1, dtype=torch.float32, device=device)
         pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
         with promised(self.promise):
-            dual_mode_attention(*AttentionCall(*packed, scores, step, pillars, self.settings).arguments())
+            dual_mode_attention(*AttentionCall(q, k, v, kv, scores, step, pillars, self.settings).arguments())
 
 
 class Draw(NamedTuple):

@@ -301,7 +301,9 @@ def test_memory_plan_counts_what_is_allocated(toy):
 
 def test_a_plan_that_does_not_fit_is_refused_with_its_figures():
     MemoryPlan({"weights": 2**30, "KV pool": 2**31}, 3 * 2**30).require()
-    with pytest.raises(MemoryPlanError, match=r"2.50 GiB free, and 3.00 are needed: weights 1.00, KV pool 2.00\."):
+    with pytest.raises(
+        MemoryPlanError, match=r"2.50 GiB of the device may be used, and 3.00 are needed: weights 1.00, KV pool 2.00\."
+    ):
         MemoryPlan({"weights": 2**30, "KV pool": 2**31}, 5 * 2**29).require()
 
 

@@ -71,7 +71,7 @@ def test_requests_wait_for_slots_and_pages(toy):
 
 def test_text_ends_with_its_stop_token_inside_an_accepted_block(toy):
     full = run(toy.engine(draft_tokens=0), requests_of(LENGTHS, 60))
-    for place in range(20, 29):  # every place of a cycle of 8
+    for place in (0, *range(20, 29)):  # the token of the prompt's pass, and every place of a cycle of 8
         stop = full[2][place]
         requests = requests_of(LENGTHS, 60, stop_tokens=[stop])
         texts = run(toy.engine(draft_tokens=8, drafter="full"), requests)

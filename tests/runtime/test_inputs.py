@@ -58,3 +58,10 @@ def test_what_is_packed_is_what_the_step_reads():
     assert inputs.logit_start.tolist() == [3, 0, 0]
     assert inputs.update_at.tolist() == [2 * 3 + 1, 3 * 3]
     assert inputs.update_page[0] == 17
+
+
+def test_scored_requests_take_score_slots_of_their_own():
+    packer = InputPacker(InputSizes(slots=4, rows=9, logits=9, request_pages=3, updates=2))
+    scored, drafting = Work(0, Mode.VERIFY, rows=2, logits=2, scored=2), Work(2, Mode.DRAFT, rows=1, logits=1)
+    packer.pack([scored, drafting, scored._replace(slot=3), scored._replace(slot=1)], [])
+    assert packer._views["score_slot"][[0, 3, 1]].tolist() == [0, 1, 2]

@@ -362,6 +362,7 @@ def test_the_default_dtype_does_not_matter(model, half_by_default):
         assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
 
 
+@pytest.mark.slow
 def test_inductor_gives_the_same_text(model, batch):
     fast = ss.optimize(model, ss.SpecConfig(draft_tokens=3, min_budget=6, backend="inductor"))
     for arguments in ({}, {"do_sample": True, "seed": 2}):

@@ -96,7 +96,7 @@ def generators():
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_neither_optimize_nor_greedy_texts_nor_given_seeds_advance_a_generator(model, backend):
     input_ids, mask = left_padded(3, 11)
     before = generators()

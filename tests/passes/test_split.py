@@ -65,7 +65,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("two kinds in turn", "groups with pages of their own", "dense, then experts")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MODELS]
+)
 def test_each_distinct_region_is_compiled_once(name):
     build, regions, distinct = MODELS[name]
     compiled = compile_model(build(), page_size=16)

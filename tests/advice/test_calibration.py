@@ -1,6 +1,7 @@
 """Ceilings of devices that are not known: measured once, and kept for the device, torch and driver."""
 
 import json
+import os
 import threading
 import warnings
 from dataclasses import replace
@@ -167,6 +168,7 @@ def test_a_device_is_measured_in_a_second_or_two():
     got = calibration._measure(torch.device("cuda"), name)
     assert 1e11 < got.read_bytes_per_s < 2e13
     assert 1e13 < got.flops_per_s < 5e15
-    if calibration._is(H200, name):
+    # Beside other tests on the same GPU a share of its speed is measured.
+    if calibration._is(H200, name) and "PYTEST_XDIST_WORKER" not in os.environ:
         assert got.read_bytes_per_s == pytest.approx(H200.read_bytes_per_s, rel=0.15)
         assert got.flops_per_s == pytest.approx(H200.flops_per_s, rel=0.25)

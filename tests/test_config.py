@@ -22,7 +22,7 @@ from sparsespec_compile.errors import ConfigError, SparseSpecError
         ("local_ratio", -0.1, r"\[0, 1\]"),
         ("local_ratio", 1.01, r"\[0, 1\]"),
         ("min_budget", 0, "from 1 to 1048576"),
-        ("drafter", "ngram", "'pillar', 'window', 'full'"),
+        ("drafter", "eagle", "'pillar', 'window', 'full', 'ngram'"),
         ("page_size", 0, "from 1 to 4096"),
         ("pool_tokens", 8, "from 16 to"),
         ("max_requests", 0, "from 1 to 1024"),

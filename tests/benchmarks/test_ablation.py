@@ -16,7 +16,7 @@ from texts import common_share  # noqa: E402
 @pytest.mark.slow
 def test_every_stage_writes_the_same_texts(tmp_path):
     file = tmp_path / "ablation.json"
-    sizes = {"requests": 5, "max-requests": 4, "max-new-tokens": 40, "pool-tokens": 192, "host-pool-tokens": 2048}
+    sizes = {"requests": 5, "max-requests": 4, "max-new-tokens": 90, "pool-tokens": 192, "host-pool-tokens": 2048}
     arguments = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--device", "cpu", *arguments, "--json", str(file)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -51,7 +51,9 @@ def tiny(family: str, seed: int = 0, **settings) -> PreTrainedModel:
     """A float32 CPU model of `family` with random weights, the same for the same arguments."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**_COMMON, **_SPECIAL[family], **settings})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # transformers 5.6 gives Gemma-2 sdpa, which leaves its soft-cap out without a word; later versions take eager.
+    attention = "eager" if family == "gemma2" else None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def countdown(*prompts: str) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:

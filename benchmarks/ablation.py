@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from texts import common_share
 from throughput import load_model
-from throughput_engines import release_memory
+from throughput_ours import release_memory
 from traces import recorded_traces
 from transformers import PreTrainedModel
 

@@ -2,12 +2,16 @@
 
     python benchmarks/breadth.py --json benchmarks/results/breadth.json --markdown benchmarks/results/breadth.md
 
-Each family gets a tiny random float32 model. HuggingFace decodes three prompts greedily, each alone; the compiled
-model decodes them as one left-padded batch, drafting with few pillars so that drafts are often wrong. Every family
-runs in a process of its own, with limits on time and memory, so that none can stop the walk.
+Each family gets a tiny random float32 model, and another for each kind of checkpoints whose layers or positions its
+default configuration lacks (`published.py`). HuggingFace decodes three prompts greedily, each alone; the compiled
+model decodes them as one left-padded batch, drafting with few pillars so that drafts are often wrong. Every model
+runs in a process of its own, with limits on time and memory, so that none can stop the walk. With `--families` and
+`--keep`, some are examined again, and the outcomes of the others are taken over from a file, if it is of the same
+versions; the table says how many of them are of another state of the sources.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -16,12 +20,13 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 from environment import environment
+from published import PUBLISHED, configurations
 from tiny_configs import VOCABULARY, tiny_model
 from torch import Tensor
 from tqdm import tqdm
@@ -45,14 +50,17 @@ STATUSES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one family.
+    """What became of one model.
 
     Attributes:
+        family: its family; of a published configuration beside the family's default, the checkpoint behind a slash.
         status: one of STATUSES.
         why: for all but "equal", the error or the first token that differs.
         layers: attention layers, 0 when the model was not compiled.
         accepted: accepted drafts of `SETTINGS.draft_tokens` a cycle, None when nothing was generated.
         distinct: different tokens in the texts.
+        stands_for: which checkpoints the configuration stands for, where it is not the default one.
+        sources: `sources()` when it was examined.
     """
 
     family: str
@@ -61,6 +69,17 @@ class Outcome:
     layers: int = 0
     accepted: float | None = None
     distinct: int = 0
+    stands_for: str = ""
+    sources: str = ""
+
+
+def sources() -> str:
+    """A fingerprint of all that an outcome depends on beside the versions: our code, and this script's."""
+    root = Path(__file__).resolve().parents[1]
+    files = [path for folder in ("kernels", "passes", "sparsespec_compile") for path in root.glob(f"{folder}/**/*.py")]
+    files += [root / "benchmarks" / name for name in ("breadth.py", "published.py", "tiny_configs.py")]
+    content = b"".join(path.read_bytes() for path in sorted(files))
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def examine(family: str) -> Outcome:
@@ -165,8 +184,8 @@ class Examination:
 
 
 def walk(families: list[str], seconds: float, workers: int) -> list[Outcome]:
-    """All families, `workers` at a time; the outcomes in the families' order."""
-    tqdm.monitor_interval = 0
+    """All models that `families` names, `workers` at a time; the outcomes in their order."""
+    tqdm.monitor_interval, state = 0, sources()
     waiting, running, outcomes = list(reversed(families)), [], {}
     with tqdm(total=len(families), desc="families") as progress:
         while waiting or running:
@@ -179,41 +198,65 @@ def walk(families: list[str], seconds: float, workers: int) -> list[Outcome]:
                     running.remove(examination)
                     outcomes[examination.family] = outcome
                     progress.update()
-    return [outcomes[family] for family in families]
+    notes = {name: one.stands_for for name, one in PUBLISHED.items()}
+    return [replace(outcomes[name], stands_for=notes.get(name, ""), sources=state) for name in families]
+
+
+def kept(file: Path, measured_on: dict, names: list[str], again: list[str]) -> dict[str, Outcome]:
+    """The outcomes of `file` for those of `names` that are not examined `again`, by name."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if result["environment"] != measured_on:
+        raise SystemExit(f"{file} was made with {result['environment']}, here is {measured_on}: examine all again.")
+    found = {one["family"]: Outcome(**one) for one in result["outcomes"] if one["family"] not in again}
+    return {name: found[name] for name in names if name in found}
 
 
 def markdown(outcomes: list[Outcome], measured_on: dict) -> str:
     """The table, with a count of each status in front."""
-    counts = Counter(outcome.status for outcome in outcomes)
-    lines = ["# Families of transformers' causal-LM registry", "", _method(measured_on), ""]
-    lines += [f"- **{counts[status]} {status}**: {meaning}" for status, meaning in STATUSES.items()]
-    lines += ["", "| family | result | attention layers | accepted of 4 | why |", "| --- | --- | --- | --- | --- |"]
+    families = Counter(outcome.status for outcome in outcomes if "/" not in outcome.family)
+    further = Counter(outcome.status for outcome in outcomes if "/" in outcome.family)
+    lines = ["# Families of transformers' causal-LM registry", "", _method(outcomes, measured_on), ""]
+    lines += [
+        f"- **{families[status]} {status}**, and {further[status]} further configurations: {meaning}"
+        for status, meaning in STATUSES.items()
+    ]
+    lines += ["", "| family | result | stands for | attention layers | accepted of 4 | why |", "| --- " * 6 + "|"]
     for outcome in outcomes:
         accepted = f"{outcome.accepted:.2f}" if outcome.accepted is not None else ""
         why = outcome.why.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {outcome.family} | {outcome.status} | {outcome.layers or ''} | {accepted} | {why} |")
+        cells = outcome.family, outcome.status, outcome.stands_for, str(outcome.layers or ""), accepted, why
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _method(measured_on: dict) -> str:
+def _method(outcomes: list[Outcome], measured_on: dict) -> str:
+    older = sum(outcome.sources != sources() for outcome in outcomes)
+    mixed = f" {older} of the outcomes are of an earlier state of the sources." if older else ""
     return (
         f"Tiny random float32 models on CPU, torch {measured_on['torch']}, transformers {measured_on['transformers']}. "
         f"Greedy text of {len(PROMPTS)} prompts, {NEW_TOKENS} tokens each: HuggingFace `generate`, prompt by prompt, "
         f"against one left-padded batch of the compiled model ({SETTINGS.draft_tokens} drafts a cycle, budget "
-        f"{SETTINGS.min_budget}). Made by `python benchmarks/breadth.py`."
+        f"{SETTINGS.min_budget}). A family with a note, and a checkpoint behind a slash, have the kinds of layers or "
+        "positions of published checkpoints, which the family's default configuration lacks. Made by `python "
+        f"benchmarks/breadth.py`.{mixed}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--families", nargs="+", help="which to examine, with their published configurations")
+    parser.add_argument("--keep", type=Path, help="a file with outcomes of the others")
     parser.add_argument("--seconds", type=float, default=300.0, help="limit for each family")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the outcomes")
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     arguments = parser.parse_args()
     measured_on = environment("cpu")
-    outcomes = walk(arguments.families, arguments.seconds, arguments.workers)
+    names = configurations(list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    again = configurations(arguments.families) if arguments.families else names
+    others = kept(arguments.keep, measured_on, names, again) if arguments.keep else {}
+    examined = {outcome.family: outcome for outcome in walk(again, arguments.seconds, arguments.workers)}
+    outcomes = [found for name in names if (found := {**others, **examined}.get(name)) is not None]
     table = markdown(outcomes, measured_on)
     print(table)
     if arguments.markdown:

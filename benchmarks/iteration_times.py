@@ -2,31 +2,33 @@
 
     python benchmarks/iteration_times.py --shape Qwen3-8B --json benchmarks/results/h200-iteration-times.json
 
-One engine decodes each load (requests x cached tokens of recorded reasoning) with every number of drafts in turn, as
-"auto" could choose it, while their texts grow by some 400 tokens. Whole cycles are timed once all requests are in the
-rhythm of the present number; the median counts. These are also the times on which the tests try what chooses the
-number of drafts.
+One engine decodes each load (requests x cached tokens of recorded reasoning) with every cycle in turn, each drafter
+with each number of drafts that "auto" could choose, while their texts grow by some 400 tokens. Whole cycles are timed
+once all requests are in the rhythm of the present number; the median counts. These are also the times on which the
+tests try what chooses the number of drafts.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from decoding_clock import TooShortError
 from environment import environment, usable_device
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
-from throughput import load_model, workload_size
-from throughput_engines import TooShortError
+from throughput import load_model
 from traces import recorded_traces
+from workloads import workload
 
 import sparsespec_compile as ss
-from sparsespec_compile.runtime.device.drafters import Cycle, cycles_of
+from sparsespec_compile.runtime.device.drafters import Cycle, Drafter, cycles_of
 from sparsespec_compile.runtime.host.iteration_times import IterationTime
 
 LOADS = ("64x64", "64x1024", "64x4096", "64x8192", "16x1024", "16x8192", "1x8192", "128x1024")
@@ -47,7 +49,8 @@ class Tour:
     Attributes:
         current: the present cycle.
         done: whether all numbers were measured since a stream began.
-        rows: what was measured, of all streams: requests, mean cached tokens, drafts, seconds measured and predicted.
+        rows: what was measured, of all streams: requests, mean cached tokens, drafter, drafts, seconds measured and
+            predicted.
     """
 
     def __init__(self, config: ss.SpecConfig, predicted: IterationTime) -> None:
@@ -68,7 +71,7 @@ class Tour:
         self._left = list(self._cycles)
         self._next()
 
-    def verified(self, cycle: Cycle, drafts: int, accepted: int) -> None:
+    def verified(self, drafter: Drafter, drafts: int, accepted: int) -> None:
         """What was accepted makes no difference."""
 
     def took(self, seconds: float, lengths: list[int]) -> None:
@@ -96,7 +99,8 @@ class Tour:
         requests = cycles[0][0][2]
         seconds = statistics.median(statistics.mean(time for time, _, _ in cycle) for cycle in cycles)
         predicted = self._predicted(self.current, length, requests)
-        row = {"requests": requests, "length": round(length, 1), "draft_tokens": self.current.drafts}
+        row = {"requests": requests, "length": round(length, 1), "drafter": self.current.drafter.name}
+        row["draft_tokens"] = self.current.drafts
         self.rows.append({**row, "seconds": float(f"{seconds:.5g}"), "predicted": float(f"{predicted:.5g}")})
 
 
@@ -108,6 +112,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()
+
+
+@contextmanager
+def touring() -> Iterator[Callable[[], Tour]]:
+    """Let a `Tour` choose the cycles of every engine that builds its state meanwhile; gives the latest one."""
+    tours: list[Tour] = []
+
+    def start(config: ss.SpecConfig, predicted: IterationTime) -> Tour:
+        tours.append(Tour(config, predicted))
+        return tours[-1]
+
+    with patch("sparsespec_compile.runtime.host.engine.chooser_for", start):
+        yield lambda: tours[-1]
 
 
 def run(fast: ss.OptimizedModel, prompts: list[list[int]], tour: Callable[[], Tour]) -> None:
@@ -124,17 +141,17 @@ def run(fast: ss.OptimizedModel, prompts: list[list[int]], tour: Callable[[], To
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
-    table = Table("requests", "cached tokens", "drafts", "ms", "predicted", "measured / predicted")
+    table = Table("requests", "cached tokens", "drafter", "drafts", "ms", "predicted", "measured / predicted")
     for row in rows:
         milliseconds = [f"{1e3 * row[name]:.2f}" for name in ("seconds", "predicted")]
-        sizes = (str(row["requests"]), f"{row['length']:,.0f}", str(row["draft_tokens"]))
+        sizes = (str(row["requests"]), f"{row['length']:,.0f}", row["drafter"], str(row["draft_tokens"]))
         table.add_row(*sizes, *milliseconds, f"{row['seconds'] / row['predicted']:.3f}")
     return table
 
 
 def main() -> None:
     arguments = parse_arguments()
-    loads = [workload_size(name)[:2] for name in arguments.load]
+    loads = [(one.requests, one.length) for one in map(workload, arguments.load)]
     model, tokenizer = load_model(arguments.shape, arguments.device)
     config = ss.SpecConfig(
         draft_tokens="auto",
@@ -144,21 +161,15 @@ def main() -> None:
         ceilings=None if arguments.device.startswith("cuda") else ss.H200,
     )
     fast = ss.optimize(model, config)
-    tours: list[Tour] = []
-
-    def start(config: ss.SpecConfig, predicted: IterationTime) -> Tour:
-        tours.append(Tour(config, predicted))
-        return tours[-1]
-
-    with patch("sparsespec_compile.runtime.host.engine.chooser_for", start):
+    with touring() as tour:
         for requests, length in loads:
             prompts = recorded_traces(tokenizer, requests, length)
-            run(fast, prompts, lambda: tours[-1])
+            run(fast, prompts, tour)
             if arguments.json:
                 where = {"environment": environment(arguments.device), "shape": arguments.shape}
-                result = {**where, "rows": tours[-1].rows}
+                result = {**where, "rows": tour().rows}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(show(tours[-1].rows))
+        Console().print(show(tour().rows))
 
 
 if __name__ == "__main__":

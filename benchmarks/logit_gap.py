@@ -7,8 +7,9 @@ the error of the difference of two logits, a token that one program prefers can 
 up to 2 e in that other's logits, e for each program. HuggingFace's model is run over the whole text once in the checked
 precision and once in float32; e is the 99th percentile, over the text, of how far the two runs are apart in the
 difference of a row's two best tokens, the only ones that can change places. A token fails if its gap to HuggingFace's
-favourite exceeds 2 e. For sampled texts logits are divided by the temperature and carry the same Gumbel noise that the
-sampler used.
+favourite exceeds 2 e. (`sparsespec_compile.audit`, which has no room for a second model, runs the checked precision
+twice, in batches of other shapes.) For sampled texts logits are divided by the temperature and carry the same Gumbel
+noise that the sampler used.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsespec_compile as ss
-from sparsespec_compile.kernels.sampling.philox import gumbel_noise
 from sparsespec_compile.runtime.device.sampling import derive_seed
+from sparsespec_compile.trial.gaps import in_large_batches, token_gaps
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class GapReport:
     failed: int
 
 
-@torch.no_grad()
 def check_text(
     model: PreTrainedModel, exact: PreTrainedModel, text: Tensor, prompt_length: int, temperature: float, seed: int
 ) -> GapReport:
@@ -61,18 +61,12 @@ def check_text(
         temperature: 0.0 = the text is greedy.
         seed: the request's own seed, for sampled texts.
     """
-    rows = slice(prompt_length - 1, len(text) - 1)
-    logits = model(text[None]).logits[0, rows].float()
-    deviation = logits - exact(text[None]).logits[0, rows]
-    if temperature:
-        positions = torch.arange(prompt_length, len(text), device=text.device)
-        noise = gumbel_noise(torch.full_like(positions, seed), positions, logits.shape[-1])
-        logits = logits + noise * temperature  # the favourite is that of logits / temperature + noise
-    best = logits.topk(2, dim=1).indices
-    error = float(deviation.gather(1, best).diff(dim=1).abs().quantile(0.99))
-    chosen = text[prompt_length:, None]
-    gap = logits.amax(dim=1) - logits.gather(1, chosen)[:, 0]
-    return GapReport(len(gap), int((gap > 0).sum()), error, float(gap.max()), int((gap > 2 * error).sum()))
+    gaps = token_gaps(
+        in_large_batches(model), [in_large_batches(exact)], text, prompt_length, model.dtype, temperature, seed
+    )
+    error = float(gaps.noise.quantile(0.99))
+    failed = int((gaps.gap > 2 * error).sum())
+    return GapReport(len(gaps.gap), int((gaps.gap > 0).sum()), error, float(gaps.gap.max()), failed)
 
 
 def texts_of(output: Tensor, prompts: dict[str, Tensor], eos: int) -> list[tuple[Tensor, int]]:

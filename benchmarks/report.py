@@ -67,7 +67,8 @@ def _check_row(path: Path, number: int, row: object) -> None:
 
 def label(row: dict[str, Any]) -> str:
     """An engine with its settings, in one line."""
-    return " ".join([row["engine"], *(f"{name}={value}" for name, value in row["settings"].items())])
+    settings = (f"{name}={value}" for name, value in row["settings"].items())
+    return " ".join([row["engine"], *settings, *([f"@{row['right']:g}"] if row.get("right", 1) != 1 else [])])
 
 
 def without_what_is_common(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,7 +99,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     Raises:
         ReportError: matplotlib is not installed.
     """
-    figure_module, canvas_module = _matplotlib("figure"), _matplotlib("backends.backend_agg")
+    figure_module, canvas_module = matplotlib_module("figure"), matplotlib_module("backends.backend_agg")
     groups = by_workload(without_what_is_common(rows))
     groups = {name: group for name, group in groups.items() if len(group) > 1} or groups
     heights = [len(group) + 1.5 for group in groups.values()]
@@ -134,7 +135,8 @@ def annotation(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def _matplotlib(name: str) -> ModuleType:
+def matplotlib_module(name: str) -> ModuleType:
+    """A module of matplotlib; raises ReportError when that is not installed."""
     try:
         return import_module(f"matplotlib.{name}")
     except ImportError as error:

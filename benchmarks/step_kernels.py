@@ -1,6 +1,6 @@
 """Which kernels an iteration spends its time in.
 
-    python benchmarks/step_kernels.py --shape Qwen3-8B --workload 1x8192 --draft-tokens 0
+    python benchmarks/step_kernels.py --shape Qwen3-8B --workload 1x8192 --settings draft_tokens=0
 
 Requests of an inflated Countdown model (`inflate.py`) decode at the given length; once all of them do, iterations are
 traced. For each kernel: its time and its launches in a mean iteration, and what one launch takes in the least, the
@@ -12,15 +12,17 @@ import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from environment import environment, require_gpu
 from gpu_trace import Event, advance, gpu_events
 from inflated_shape import PRESETS
 from rich.console import Console
 from rich.table import Table
-from throughput import draft_tokens, load_model, workload_size
+from throughput import load_model, settings
 from traces import recorded_traces
 from transformers import PreTrainedModel
+from workloads import workload
 
 import sparsespec_compile as ss
 
@@ -32,15 +34,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
     parser.add_argument("--workload", default="64x8192", help="requests x cached tokens")
-    parser.add_argument("--draft-tokens", type=draft_tokens, default=8, help="a number, or auto")
+    parser.add_argument(
+        "--settings", type=settings, default={}, help="of SpecConfig: default, or name=value,name=value"
+    )
     parser.add_argument("--kernels", type=int, default=16, help="how many to show")
     parser.add_argument("--json", type=Path, help="where to write all of them")
     return parser.parse_args()
 
 
-def trace(model: PreTrainedModel, prompts: list[list[int]], drafts: int | str) -> tuple[list[Event], int]:
+def trace(model: PreTrainedModel, prompts: list[list[int]], settings: dict[str, Any]) -> tuple[list[Event], int]:
     """What ran on the GPU in some iterations, and in how many."""
-    config = ss.SpecConfig(draft_tokens=drafts, max_requests=len(prompts), prefill_chunk=8192)
+    config = ss.SpecConfig(max_requests=len(prompts), prefill_chunk=8192, **settings)
     fast = ss.optimize(model, config)
     sampling = ss.SamplingParams(max_new_tokens=1024, temperature=0.6, seed=1, stop_token_ids=())
     with fast.stream(prompts, sampling) as pieces:
@@ -75,9 +79,9 @@ def by_kernel(events: list[Event], iterations: int) -> list[dict[str, str | floa
 def main() -> None:
     arguments = parse_arguments()
     require_gpu()
-    requests, length, _ = workload_size(arguments.workload)
+    load = workload(arguments.workload)
     model, tokenizer = load_model(arguments.shape, "cuda")
-    events, iterations = trace(model, recorded_traces(tokenizer, requests, length), arguments.draft_tokens)
+    events, iterations = trace(model, recorded_traces(tokenizer, load.requests, load.length), arguments.settings)
     rows = by_kernel(events, iterations)
     total = (max(event.end for event in events) - events[0].start) / iterations
     busy = sum(float(row["us_per_iteration"]) for row in rows)

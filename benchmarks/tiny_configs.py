@@ -7,6 +7,7 @@ to a few layers with every kind of layer in them; what a family ties together ot
 from typing import Any
 
 import torch
+from published import PUBLISHED
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
@@ -92,10 +93,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": EXPERTS, "moe_top_k": 2},
     },
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **_each(1, "n_input_layers", "n_output_layers"),
+        "n_recurrent_layers": 2,
+    },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": [0.0] * LAYERS,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
         "intermediate_size": INNER,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
@@ -114,14 +120,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """The causal LM of `family`, small, with random float32 weights, in evaluation mode."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """The causal LM that `name` stands for, small, with random float32 weights, in evaluation mode.
+
+    Args:
+        name: of `published.configurations`: a family, or one with a checkpoint behind a slash.
+        seed: of its weights.
+    """
+    settings = PUBLISHED[name].settings if name in PUBLISHED else {}
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name.partition("/")[0]]]
     torch.manual_seed(seed)
-    return kind(_shrunk(kind.config_class)).eval()
+    return kind(_shrunk(kind.config_class, settings)).eval()
 
 
-def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _shrunk(kind: type[PreTrainedConfig], further: dict[str, Any] | None = None) -> PreTrainedConfig:
     required = REQUIRED.get(kind.model_type, {})
     default = kind(**required)
     fields = default.to_dict()
@@ -137,7 +149,7 @@ def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
         if part is not None:
             small = _shrunk(type(part)).to_dict() if _is_text(name) else _shallow(part)
             settings[name] = {**small, **required.get(name, {})}
-    return kind(**{**settings, **OVERRIDES.get(kind.model_type, {})})
+    return kind(**{**settings, **OVERRIDES.get(kind.model_type, {}), **(further or {})})
 
 
 def _is_text(part: str) -> bool:

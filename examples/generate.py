@@ -7,6 +7,7 @@ causal LM that `AutoModelForCausalLM` loads.
 import argparse
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 from countdown.device import usable_device
@@ -16,6 +17,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
 import sparsespec_compile as ss
+from sparsespec_compile.config import Drafter, DraftWeights
 
 COUNTDOWN = Path(__file__).parent / "countdown" / "model"
 
@@ -27,11 +29,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=8192)
     parser.add_argument("--temperature", type=float, default=0.6, help="0 = greedy")
     parser.add_argument("--seed", type=int, default=6)
-    parser.add_argument("--draft-tokens", type=int, default=8)
-    parser.add_argument("--drafter", default="pillar", choices=["pillar", "window", "full"])
+    parser.add_argument("--draft-tokens", type=number_or_auto, default=8, help="of a cycle, or auto")
+    parser.add_argument("--drafter", default="pillar", choices=get_args(Drafter))
+    parser.add_argument("--draft-weights", default="auto", choices=get_args(DraftWeights))
     parser.add_argument("--min-budget", type=int, default=128)
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
+
+
+def number_or_auto(text: str) -> int | str:
+    """The value of --draft-tokens."""
+    return text if text == "auto" else int(text)
 
 
 def generate(
@@ -46,10 +54,16 @@ def generate(
 
 
 def summary(stats: ss.Stats, seconds: float, plain_seconds: float, config: ss.SpecConfig) -> Table:
-    table = Table(title=f"{config.drafter} drafting", show_header=False)
+    chosen = "drafts as auto chose them" if "auto" in (config.drafter, config.draft_tokens) else config.drafter
+    table = Table(title=f"{chosen}, {config.draft_weights} draft weights", show_header=False)
     table.add_row("tokens", f"{stats.tokens:,}")
     if stats.cycles:
-        table.add_row(f"accepted of {config.draft_tokens} drafts", f"{stats.accepted_per_cycle:.2f}")
+        table.add_row(f"accepted of {stats.drafts_per_cycle:.3g} drafts", f"{stats.accepted_per_cycle:.2f}")
+    for (drafter, drafts), count in stats.iterations_by_cycle.most_common(
+        3 if len(stats.iterations_by_cycle) > 1 else 0
+    ):
+        name = f"{drafts} {drafter} drafts" if drafts else "plain decoding"
+        table.add_row(f"iterations with {name}", f"{count / stats.iterations:.0%}")
     table.add_row("full-attention passes saved", f"{1 - stats.target_passes / stats.tokens:.1%}")
     table.add_row("KV bytes read, of plain decoding's", f"{stats.kv_bytes_share:.1%}")
     table.add_row("time, and plain decoding's in this engine", f"{seconds:.1f} s, {plain_seconds:.1f} s")
@@ -78,7 +92,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         settings |= {"temperature": arguments.temperature, "top_k": 0, "seed": arguments.seed}
 
     config = ss.SpecConfig(
-        draft_tokens=arguments.draft_tokens, drafter=arguments.drafter, min_budget=arguments.min_budget
+        draft_tokens=arguments.draft_tokens,
+        drafter=arguments.drafter,
+        draft_weights=arguments.draft_weights,
+        min_budget=arguments.min_budget,
     )
     output, stats, seconds = generate(model, config, input_ids, TextStreamer(tokenizer), **settings)
     console.print("\nThe same once more, token by token ...")

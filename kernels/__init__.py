@@ -16,14 +16,22 @@ if __name__ == "sparsespec_compile.kernels":
     from . import ops
     from .cpu.attention import dual_mode_attention
     from .errors import KernelUnavailableError
-    from .products import halved
-    from .reference import attention, proposals, sampling, selection
+    from .products import collectives, library
+    from .reference.attention import attention_site
+    from .reference.drafting import propose_ngrams, select_pillars
+    from .reference.products import experts, experts_site, fp8_product, quantise_rows, quantised_product
+    from .reference.sampling import draw_part, draw_tokens
+    from .sampling import processing
 
     LAUNCHERS = {
         "dual_mode_attention": "attention.launcher",
-        "select_pillars": "selection.kernel",
+        "select_pillars": "drafting.pillars",
         "draw_tokens": "sampling.draw",
-        "propose_ngrams": "proposals.ngram",
+        "draw_part": "sampling.draw",
+        "propose_ngrams": "drafting.ngrams",
+        "experts": "products.experts",
+        "quantised_product": "products.quantised",
+        "quantise_rows": "products.quantised",
     }
     """The modules that run ops on CUDA tensors; each has a function of the op's name."""
 
@@ -44,12 +52,24 @@ if __name__ == "sparsespec_compile.kernels":
             ) from error
         return getattr(module, op)(*arguments)
 
-    torch.library.impl("sparsespec::attention_site", ("cpu", "cuda"), attention.attention_site)
-    torch.library.impl("sparsespec::halved_product", ("cpu", "cuda"), halved.halved_product)
+    torch.library.impl("sparsespec::attention_site", ("cpu", "cuda"), attention_site)
+    torch.library.impl("sparsespec::experts_site", ("cpu", "cuda"), experts_site)
+    torch.library.impl("sparsespec::experts", "cpu", experts)
+    torch.library.impl("sparsespec::halved_product", ("cpu", "cuda"), library.halved_product)
+    torch.library.impl("sparsespec::fp8_product", "cuda", library.fp8_product)
+    torch.library.impl("sparsespec::fp8_product", "cpu", fp8_product)
+    torch.library.impl("sparsespec::all_reduce", ("cpu", "cuda"), collectives.all_reduce)
+    torch.library.impl("sparsespec::all_gather", ("cpu", "cuda"), collectives.all_gather)
+    torch.library.impl("sparsespec::embed_part", ("cpu", "cuda"), collectives.embed_part)
+    torch.library.impl("sparsespec::process_logits", "cpu", processing.process_logits_on_cpu)
+    torch.library.impl("sparsespec::process_logits", "cuda", processing.process_logits)
     torch.library.impl("sparsespec::dual_mode_attention", "cpu", dual_mode_attention)
-    torch.library.impl("sparsespec::select_pillars", "cpu", selection.select_pillars)
-    torch.library.impl("sparsespec::draw_tokens", "cpu", sampling.draw_tokens)
-    torch.library.impl("sparsespec::propose_ngrams", "cpu", proposals.propose_ngrams)
+    torch.library.impl("sparsespec::select_pillars", "cpu", select_pillars)
+    torch.library.impl("sparsespec::draw_tokens", "cpu", draw_tokens)
+    torch.library.impl("sparsespec::draw_part", "cpu", draw_part)
+    torch.library.impl("sparsespec::propose_ngrams", "cpu", propose_ngrams)
+    torch.library.impl("sparsespec::quantised_product", "cpu", quantised_product)
+    torch.library.impl("sparsespec::quantise_rows", "cpu", quantise_rows)
     for _op in LAUNCHERS:
         torch.library.impl(f"sparsespec::{_op}", "cuda", partial(run_on_cuda, _op))
 

@@ -1,21 +1,23 @@
-"""The six ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
+"""The ops of the project: schemas, fakes and the constants callers need. No implementation is imported here.
 
 Sizes: T packed rows (tokens) of a step, R of them with logits, V tokens of the vocabulary, B request slots, Hq query
 heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the head dimensions of keys and values, P logical pages of a request, C
 rows of the score buffer, S positions for which scores can be kept, M pillars that can be kept.
 
-``sparsespec::attention_site(q, k, v, scale, window, softcap, layer) -> [1, T, Hq, Dv]``
+``sparsespec::attention_site(q, k, v, scale, window, softcap, layer, sinks) -> [1, T, Hq, Dv]``
     What capture leaves in the graph at each attention layer. q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv].
     Run eagerly it is causal attention over the T rows as one sequence, so that a captured graph can be compared with
-    the model it came from. ``layer`` only names the layer.
+    the model it came from. ``layer`` only names the layer; ``sinks`` are those of ``dual_mode_attention``.
 
-``sparsespec::dual_mode_attention(q, k, v, kv, scores, *STEP_TENSORS, pillar_index, scale, window, softcap)``
+``sparsespec::dual_mode_attention(q, k, v, kv, scores, *STEP_TENSORS, pillar_index, scale, window, softcap, sinks)``
 ``-> [T, Hq, Dv]``
     Drafting, verifying and prefilling rows in one call (paper: fused draft and verify attention).
     q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv]: any strides with a unit last one, one dtype with kv.
     kv [pages, Hkv, page_size, Dk + Dv]: this layer's view of the pool, the key and value of a token side by side.
     scores [C, Hkv, S] float32 (or float64 with float64 inputs): this layer's view of the score buffer.
     pillar_index [B, Hkv, M] int32: this layer's view of the pillars, logical positions below recent_start.
+    sinks [Hq] of any floating dtype, contiguous, or None: a logit of each query head that every row sees besides those
+    of its keys, with a value of 0. It enters the softmax as it is, without scale and soft-cap; -inf is none.
     The step tensors, int32, are described at StepTensors.
 
     1. The K/V of every row of every request is written to kv at its position. An IDLE request has no rows, whatever
@@ -33,11 +35,11 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        head h, of how much a row looks at position j (paper: PillarAttn); 0 where the window hides j. Nothing else in
        scores changes.
        For PREFILL that is the probability of j. For VERIFY it is min(1, exp(x_j - n)), with x_j the row's logit of j
-       and n the log-sum-exp of its logits over recent_start[b] .. p and the first of its pillars: as many as make
-       MEASURING_POSITIONS together, MEASURING_PILLARS at least. Attention sinks and what was read last hold most of a
-       softmax's sum; where they hold all of it n is the full log-sum-exp, as it is exactly with pillar_count 0 and
-       recent_start 0. And n is known soon, before the pass over the cache, so that this one pass gives output and
-       scores. The paper's kernel divides by the full sum instead.
+       and n the log-sum-exp of its sink and of its logits over recent_start[b] .. p and the first of its pillars: as
+       many as make MEASURING_POSITIONS together, MEASURING_PILLARS at least. The first tokens of a text and what was
+       read last hold most of a softmax's sum; where they hold all of it n is the full log-sum-exp, as it is exactly
+       with pillar_count 0 and recent_start 0. And n is known soon, before the pass over the cache, so that this one
+       pass gives output and scores. The paper's kernel divides by the full sum instead.
        Any number of rows may be scored, but scores of a VERIFY request cost next to nothing only if all its rows are,
        or its last scored_rows_at_most(G): more take passes of their own over all keys, and with fewer the request
        reads its keys and values once for every score_rows[b] of its rows.
@@ -66,8 +68,64 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
 
 ``sparsespec::halved_product(x, weight) -> [2, ..., N]``
     x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to
-    the dtype. Up to ``products.halved.FEW_ROWS`` rows they are the products of the first and of the second half of K;
+    the dtype. Up to ``products.library.FEW_ROWS`` rows they are the products of the first and of the second half of K;
     beyond, the product and zeros.
+
+``sparsespec::experts_site(x, choice, weight, up, down, up_bias, down_bias, activation, alpha, limit, shift,``
+``interleaved, transposed) -> [T, H]``
+    What capture leaves in the graph at each layer of experts: ``experts`` below, but that with ``transposed`` up is
+    [E, H, U] and down [E, I, H], as some families keep them.
+
+``sparsespec::experts(x, choice, weight, up, down, up_bias, down_bias, activation, alpha, limit, shift, interleaved)``
+``-> [T, H]``
+    Of E experts each row takes the K that choice [T, K] int32 or int64 names, with weight [T, K] of any floating-point
+    dtype: ``out[t] = sum over k of weight[t, k] * expert[choice[t, k]](x[t])``. A choice outside of 0 .. E - 1 adds
+    nothing. x [T, H]; up [E, U, H] and down [E, H, I] with one of the last two strides 1; up_bias [E, U] and down_bias
+    [E, H] contiguous, or None; one dtype but for weight. Experts with a gate have U = 2 I: the first I columns of
+    ``p = x @ up[e].T + up_bias[e]`` are the gate g and the others u; interleaved, these are columns 0, 2, .. and
+    1, 3, ... With ``limit`` l > 0, g becomes min(g, l) and u becomes min(max(u, -l), l). Then h = act(g) * (u + shift).
+    Experts without a gate have U = I, and h = act(p). act is a name of ACTIVATIONS; ``alpha`` is read by "swish"
+    alone. An expert gives ``h @ down[e].T + down_bias[e]``.
+    On CUDA products are summed up in float32, h is rounded to the dtype, and the sum over k runs in float32 in the
+    order of k, rounded once: equal calls give equal bits, whatever the other rows choose. Nothing waits for the host.
+    On CPU every step is rounded to the dtype, as transformers' own experts are (its ``grouped_mm``).
+
+``sparsespec::quantised_product(x, weight, scale) -> [..., N]``
+    x [..., K] float16, bfloat16 or float32, K even; weight [N, K] int8 or float8_e4m3fn, contiguous, in pairs; scale
+    [N] float32: the product ``x @ (unpaired(weight) * scale[:, None]).T`` in x's dtype. Sums are float32 and weights
+    enter them exactly, so the result is rounded like a product with 16-bit weights, of which it reads half the bytes.
+    In pairs means that the weights of a row lie as ``w[0], w[K / 2], w[1], w[K / 2 + 1], ...``: 16 bits then hold
+    weights of both halves of K, and matrix instructions take 16 bits as they are loaded. It pays for few rows: on an
+    H200 up to 64, beyond which widening the weights takes longer than reading twice as many bytes (benchmarks/LOG.md).
+
+``sparsespec::fp8_product(x, weight) -> [..., N]``
+    x [..., K] and weight [N, K] float8_e4m3fn, contiguous, K and N multiples of 16: the product ``x @ weight.T`` in
+    bfloat16. Values are multiplied as they are, in 8 bits, and summed
+    up by float32 with the fewer bits that matrix instructions for 8 bits keep. There are no scales: the reader
+    multiplies by those of rows and columns, and a compiler fuses that with what else the reader does. On CUDA only from
+    compute capability 8.9 on.
+
+``sparsespec::quantise_rows(weight, out_weight, out_scale, paired=True) -> ()``
+    weight [N, K] float16, bfloat16 or float32, K even, rows of any stride; out_weight [N, K] int8 or float8_e4m3fn
+    contiguous and out_scale [N] float32 are written: in each row unpaired(out_weight) * out_scale, or out_weight *
+    out_scale where it shall not lie in pairs, is the nearest to weight of what a scale of largest magnitude /
+    ``LARGEST[dtype]`` gives. A weight that is not finite counts as 0, and so does a row whose magnitudes are all below
+    SMALLEST, whose scale becomes 0.
+
+``sparsespec::all_reduce(x, group) -> [...]``
+    x of any shape, float16, bfloat16 or float32 (float64 on CPUs too); group, the name of a process group. The sum of
+    the x of all ranks of the group, of equal shapes and dtypes, in the dtype; x stays as it is. Every element is the
+    same number on all ranks. The name "" is that of a group of this rank alone. All ranks must make the same calls in
+    the same order; ranks may be any time apart. On CUDA a call outside of a graph must have had as many elements before
+    one is captured: it makes the buffer that ranks exchange through (``products.collectives``).
+
+``sparsespec::all_gather(x, group, ranks) -> [ranks, ...]``
+    x of any shape and dtype, contiguous: the x of all ranks of the group, of equal shapes, in their order. ranks is how
+    many they are. What holds for calls of ``all_reduce`` holds for these.
+
+``sparsespec::embed_part(weight, ids, first_token) -> [..., H]``
+    weight [N, H], the embeddings of the tokens first_token and on; ids [...] int64: the embeddings of these tokens, and
+    zeros for those that weight does not hold.
 
 ``sparsespec::draw_tokens(logits, temperature, top_k, top_p, min_p, seed, position) -> [R]``
     logits [R, V] float16, bfloat16 or float32, computed in float32; temperature, top_p, min_p [R] float32; top_k, seed
@@ -79,9 +137,30 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        likely token stays in any case;
     3. min_p m > 0: x >= max(x) + log(m).
     So tokens of equal x stay or go together. The noise is standard Gumbel noise, the token's own word of Philox4x32-10
-    keyed by the seed and counted by (token // 4, position) (``sampling.philox``): a row's token is a function of its
-    logits and settings, whoever else is in the call. Probabilities are those of float32 rounding: where the mass at a
-    token differs from p by less than that, either side is right.
+    keyed by the seed and counted by (token // 4, position) (``reference.sampling.philox``): a row's token is a function
+    of its logits and settings, whoever else is in the call. Probabilities are those of float32 rounding: where the mass
+    at a token differs from p by less than that, either side is right.
+
+``sparsespec::draw_part(logits, temperature, seed, position, first_token) -> ([R], [R])``
+    Of ``draw_tokens`` without filters, what a part of the vocabulary can say: logits [R, V] are those of the tokens
+    first_token, a multiple of 4, and on. Gives the highest x + noise of each row, float32, and its token in the whole
+    vocabulary, int64; the lowest token among equals. Over parts that make up the vocabulary, the token of the highest
+    sum, the lowest of equal ones, is the one that ``draw_tokens`` gives: its sums are the same numbers.
+
+``sparsespec::process_logits(logits, tokens, slot, position, settings, drafts, ngrams) -> [R, V]``
+    logits [R, V] float16, bfloat16 or float32; tokens [at least B, N] int64, a text in each row; slot [R] int64, whose
+    text a row of logits continues; position [R] int64 >= 1: it stands behind tokens[slot, :position], drafts among
+    them; settings [B, PROCESSING_WIDTH] int32, of each slot, whose columns PROCESSING names; rows of slots from B on
+    are padding. The positions of a slot's rows differ by fewer than drafts. ngrams: whether any slot has an n-gram
+    size. Gives float32 [R, V]: the logits after what the slot asks for, one after the other, as transformers'
+    processors do it:
+    1. rules of a finite value v: the rule's token gets v more. No two such rules of a slot are of one token.
+    2. repetition r: a token of the text gets x / r for a logit x >= 0, and x * r below 0.
+    3. frequency f and presence p: a token that occurs c > 0 times behind the first ``prompt`` tokens gets x - f * c,
+       then x - p.
+    4. n-gram size n > 0: a token that would repeat a sequence of n tokens of the text gets -inf.
+    5. rules of the value -inf: the rule's token gets -inf.
+    A rule holds at first <= position < until, behind its RULE_PREFIX tokens, of which -1 stands for any.
 """
 
 from collections.abc import Sequence
@@ -94,26 +173,50 @@ from torch import Tensor
 from .errors import KernelInputError, KernelUnavailableError, SparseSpecError
 
 __all__ = [
+    "ACTIVATIONS",
+    "LARGEST",
     "MEASURING_PILLARS",
     "MEASURING_POSITIONS",
+    "MOST_NGRAM",
     "NGRAM_TOKENS",
+    "PROCESSING",
+    "PROCESSING_HEAD",
+    "PROCESSING_WIDTH",
+    "QUANTISED_DTYPES",
+    "RULES",
+    "RULE_PREFIX",
+    "RULE_WIDTH",
     "SCORED_PAIRS",
+    "SMALLEST",
     "STEP_TENSORS",
     "AttentionCall",
     "AttentionSettings",
+    "ExpertsCall",
+    "ExpertsSettings",
     "KernelInputError",
     "KernelUnavailableError",
     "Mode",
     "SiteCall",
     "SparseSpecError",
     "StepTensors",
+    "all_gather",
+    "all_reduce",
     "attention_site",
+    "draw_part",
     "draw_tokens",
     "dual_mode_attention",
+    "embed_part",
+    "experts",
+    "experts_site",
+    "fp8_product",
     "halved_product",
+    "process_logits",
     "propose_ngrams",
+    "quantise_rows",
+    "quantised_product",
     "scored_rows_at_most",
     "select_pillars",
+    "unpaired",
 ]
 
 
@@ -181,6 +284,7 @@ class SiteCall(NamedTuple):
     v: Tensor
     settings: AttentionSettings
     layer: int
+    sinks: Tensor | None = None
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "SiteCall":
@@ -189,6 +293,11 @@ class SiteCall(NamedTuple):
         settings = AttentionSettings(*arguments[_TENSORS_OF_SITE:end])
         fields: list[Any] = [*arguments[:_TENSORS_OF_SITE], settings, *arguments[end:]]
         return cls(*fields)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The op's arguments, in order."""
+        before, after = self[:_TENSORS_OF_SITE], self[_TENSORS_OF_SITE + 1 :]
+        return (*before, *self.settings, *after)
 
 
 class AttentionCall(NamedTuple):
@@ -206,6 +315,7 @@ class AttentionCall(NamedTuple):
     step: StepTensors
     pillar_index: Tensor
     settings: AttentionSettings
+    sinks: Tensor | None = None
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "AttentionCall":
@@ -228,6 +338,53 @@ class AttentionCall(NamedTuple):
         return (*before, *self.step, self.pillar_index, *self.settings, *after)
 
 
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_tanh", "relu", "relu2")
+"""What experts apply: x sigmoid(x); x sigmoid(alpha x); x Phi(x); the same by tanh; max(x, 0); its square."""
+
+
+class ExpertsSettings(NamedTuple):
+    """What experts are, beside their tensors; see ``experts``.
+
+    Attributes:
+        activation: of ACTIVATIONS.
+        alpha: of "swish"; 0 with others.
+        limit: of gate and up, 0 = none.
+        shift: added to up.
+        interleaved: whether the columns of gate and up lie in turn.
+    """
+
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+    shift: float = 0.0
+    interleaved: bool = False
+
+
+class ExpertsCall(NamedTuple):
+    """The arguments of ``experts`` by name, and the first of ``experts_site``."""
+
+    x: Tensor
+    choice: Tensor
+    weight: Tensor
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    settings: ExpertsSettings
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "ExpertsCall":
+        """The call with these arguments, in the op's order; nodes of a graph or anything else may stand for tensors."""
+        tensors = cls._fields.index("settings")
+        end = tensors + len(ExpertsSettings._fields)
+        fields: list[Any] = [*arguments[:tensors], ExpertsSettings(*arguments[tensors:end])]
+        return cls(*fields)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The op's arguments, in order."""
+        return (*self[:-1], *self.settings)
+
+
 _TENSORS_OF_SITE = SiteCall._fields.index("settings")
 _TENSORS_OF_LAYER = AttentionCall._fields.index("step")
 
@@ -237,7 +394,7 @@ _WRITTEN = {"kv": "Tensor(a!)", "scores": "Tensor(b!)"}
 
 def _schema(call: type) -> str:
     """The arguments of an op as a schema lists them, one after the other."""
-    kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"}
+    kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
     declared = []
     for name, kind in get_type_hints(call).items():
         if hasattr(kind, "_fields"):
@@ -258,6 +415,31 @@ positions together, but so many pillars at least."""
 
 NGRAM_TOKENS = 4
 """Tokens of the longest suffix that is looked up in a text."""
+
+
+PROCESSING = ("repetition", "presence", "frequency", "ngram", "prompt")
+"""Columns of the settings of `process_logits`: three float32, then two int32. Rules begin at column PROCESSING_HEAD: a
+token, a value float32, first and until, and RULE_PREFIX tokens. A rule whose until is 0 never holds."""
+
+PROCESSING_HEAD = 8
+RULES = 320
+"""Of a slot. OpenAI's logit_bias has up to 300 entries."""
+RULE_PREFIX = 5
+RULE_WIDTH = 4 + RULE_PREFIX
+PROCESSING_WIDTH = PROCESSING_HEAD + RULES * RULE_WIDTH
+MOST_NGRAM = 8
+"""The largest n-gram size: each token of one is a pass over the text."""
+
+
+QUANTISED_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""The kinds of 8-bit weights."""
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest magnitude of an 8-bit weight. Both signs have the same, so -128 is not used."""
+
+
+SMALLEST = 2.0**-100
+"""A row of weights whose magnitudes are all below it counts as zeros: units of it would have no exact scale."""
 
 
 def scored_rows_at_most(group: int) -> int:
@@ -285,10 +467,32 @@ torch.library.define(
     "sparsespec::propose_ngrams", "(Tensor(a!) tokens, Tensor length, Tensor wanted, int most) -> ()", tags=_TAGS
 )
 torch.library.define("sparsespec::halved_product", "(Tensor x, Tensor weight) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::experts", f"({_schema(ExpertsCall)}) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::experts_site", f"({_schema(ExpertsCall)}, bool transposed) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::quantised_product", "(Tensor x, Tensor weight, Tensor scale) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::fp8_product", "(Tensor x, Tensor weight) -> Tensor", tags=_TAGS)
+torch.library.define(
+    "sparsespec::quantise_rows",
+    "(Tensor weight, Tensor(a!) out_weight, Tensor(b!) out_scale, bool paired=True) -> ()",
+    tags=_TAGS,
+)
+torch.library.define("sparsespec::all_reduce", "(Tensor x, str group) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::all_gather", "(Tensor x, str group, int ranks) -> Tensor", tags=_TAGS)
+torch.library.define("sparsespec::embed_part", "(Tensor weight, Tensor ids, int first_token) -> Tensor", tags=_TAGS)
 torch.library.define(
     "sparsespec::draw_tokens",
     "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) "
     "-> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "sparsespec::draw_part",
+    "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int first_token) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "sparsespec::process_logits",
+    "(Tensor logits, Tensor tokens, Tensor slot, Tensor position, Tensor settings, int drafts, bool ngrams) -> Tensor",
     tags=_TAGS,
 )
 
@@ -297,7 +501,44 @@ dual_mode_attention = torch.ops.sparsespec.dual_mode_attention.default
 select_pillars = torch.ops.sparsespec.select_pillars.default
 propose_ngrams = torch.ops.sparsespec.propose_ngrams.default
 draw_tokens = torch.ops.sparsespec.draw_tokens.default
+draw_part = torch.ops.sparsespec.draw_part.default
+process_logits = torch.ops.sparsespec.process_logits.default
 halved_product = torch.ops.sparsespec.halved_product.default
+experts = torch.ops.sparsespec.experts.default
+experts_site = torch.ops.sparsespec.experts_site.default
+quantised_product = torch.ops.sparsespec.quantised_product.default
+fp8_product = torch.ops.sparsespec.fp8_product.default
+all_reduce = torch.ops.sparsespec.all_reduce.default
+all_gather = torch.ops.sparsespec.all_gather.default
+embed_part = torch.ops.sparsespec.embed_part.default
+
+
+def quantise_rows(weight: Tensor, kind: str, out_weight: Tensor, out_scale: Tensor, paired: bool = True) -> None:
+    """Write the 8-bit form of a weight into tensors that are there; see ``sparsespec::quantise_rows`` above.
+
+    Args:
+        weight: [N, K].
+        kind: of QUANTISED_DTYPES; out_weight has its dtype.
+        out_weight: [N, K].
+        out_scale: [N] float32.
+        paired: whether out_weight lies in pairs, as `quantised_product` takes it, or as weight does.
+
+    Raises:
+        KernelInputError: the arguments do not fit each other.
+        KernelUnavailableError: a device whose kernels cannot write this kind.
+    """
+    if QUANTISED_DTYPES.get(kind) != out_weight.dtype:
+        raise KernelInputError(
+            f"the kind of 8-bit weights is {kind!r} and out_weight is {out_weight.dtype}; allowed: "
+            + ", ".join(f"{name!r} with {dtype}" for name, dtype in QUANTISED_DTYPES.items())
+        )
+    torch.ops.sparsespec.quantise_rows(weight, out_weight, out_scale, paired)
+
+
+def unpaired(weight: Tensor) -> Tensor:
+    """An 8-bit weight [N, K] in the order of its inputs, from the pairs that the ops keep it in."""
+    rows, inner = weight.shape
+    return weight.view(rows, inner // 2, 2).transpose(1, 2).reshape(rows, inner)
 
 
 @torch.library.register_fake("sparsespec::attention_site")
@@ -336,6 +577,53 @@ def _halved_product_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(2, *x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("sparsespec::experts")
+@torch.library.register_fake("sparsespec::experts_site")
+def _experts_fake(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("sparsespec::quantised_product")
+def _quantised_product_fake(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("sparsespec::fp8_product")
+def _fp8_product_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("sparsespec::quantise_rows")
+def _quantise_rows_fake(weight: Tensor, out_weight: Tensor, out_scale: Tensor, paired: bool = True) -> None:
+    return None
+
+
+@torch.library.register_fake("sparsespec::all_reduce")
+def _all_reduce_fake(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("sparsespec::all_gather")
+def _all_gather_fake(x: Tensor, group: str, ranks: int) -> Tensor:
+    return x.new_empty(ranks, *x.shape)
+
+
+@torch.library.register_fake("sparsespec::embed_part")
+def _embed_part_fake(weight: Tensor, ids: Tensor, first_token: int) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
 @torch.library.register_fake("sparsespec::draw_tokens")
 def _draw_tokens_fake(logits: Tensor, *rest: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("sparsespec::draw_part")
+def _draw_part_fake(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int64)
+
+
+@torch.library.register_fake("sparsespec::process_logits")
+def _process_logits_fake(logits: Tensor, *rest: object) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=torch.float32)

@@ -23,6 +23,8 @@ from sparsespec_compile.kernels.ops import AttentionCall, SiteCall
 from .compat import FakeTensorMode, ShapeEnv, python_dispatch
 from .errors import GraphInvariantError, PassMatchError
 from .layout import KVLayout
+from .parallel.division import Part, Placement
+from .ranks import VocabularyPart
 from .report import CompileReport
 
 COMPILING = threading.RLock()
@@ -35,8 +37,29 @@ INPUTS = ("input_ids", "position_ids", "logits_to_keep")
 STATE_INPUTS = ("kv_pool", "scores", "pillar_index")
 """Inputs that the attention rewrite adds; the step tensors (`kernels.ops.STEP_TENSORS`) follow them."""
 
+COPY, SCALE = "draft_weight_", "draft_scale_"
+"""Buffers of the form for drafts, with a number behind: an 8-bit copy of a weight, and the scales of its rows."""
+
 LAYERED_INPUTS = frozenset({*STATE_INPUTS, "page_table"})
 """Inputs of which each layer takes a view of its own."""
+
+
+@dataclass
+class Parallel:
+    """What passes know about the ranks that share a model.
+
+    Attributes:
+        part: which part of the model this rank holds.
+        weights: which part of the graph's parameters a rank has, by the target of the nodes that read them; others are
+            whole. A pass that makes parameters adds them.
+        vocabularies: the tokens of which a rank has rows, for parameters that have a row for each token.
+        reduced: whether the graph sums up what the ranks have summands of.
+    """
+
+    part: Part
+    weights: dict[str, Placement]
+    vocabularies: dict[str, VocabularyPart]
+    reduced: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,11 +71,13 @@ class PassContext:
         layout: its attention layers and the pool that the runtime will allocate.
         report: passes write the outcome of each attention node here.
         moved: parameters whose storage a pass has moved; they get one of their own back when a later step fails.
+        parallel: the ranks that share the model; None when it is whole.
     """
 
     model: PreTrainedModel
     layout: KVLayout
     report: CompileReport
+    parallel: Parallel | None = None
     moved: list[nn.Parameter] = field(default_factory=list)
 
 
@@ -111,7 +136,9 @@ def call_of(kind: type[SiteCall] | type[AttentionCall], node: Node) -> Any:
     if len(node.args) != len(declared):
         raise GraphInvariantError(f"{describe(node)} has {len(node.args)} arguments; it must have {len(declared)}.")
     for argument, given in zip(declared, node.args, strict=True):
-        if argument.type.kind() == "TensorType" and not isinstance(given, Node):
+        takes = argument.type.kind()
+        missing = takes == "TensorType" or (takes == "OptionalType" and given is not None)
+        if missing and not isinstance(given, Node):
             raise GraphInvariantError(f"{argument.name} of {describe(node)} is {given!r}; it must be a node.")
     return kind.of(node.args)
 

@@ -6,6 +6,7 @@ Each item is what an upgrade may change first. A test names it and shows that it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
@@ -23,14 +24,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.distributed import DistributedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import VersionError
 
-__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv"]
+__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "is_traceable_wrapper_subclass"]
 
 ATTENTION_SETTING = "_attn_implementation_internal"
 EXPERTS_SETTING = "_experts_implementation_internal"
@@ -100,6 +103,11 @@ def triton_cache_dir(device: torch.device) -> str:
     return cache_dir_utils.triton_cache_dir(device.index or 0)
 
 
+def compile_cache_dir() -> str:
+    """The folder in which Inductor keeps compiled code; another one with TORCHINDUCTOR_CACHE_DIR."""
+    return cache_dir_utils.cache_dir()
+
+
 def implementations(config: PreTrainedConfig) -> dict[str, str | None]:
     """The attention and experts implementations that a configuration has chosen, by the name of the attribute.
 
@@ -113,6 +121,27 @@ def implementations(config: PreTrainedConfig) -> dict[str, str | None]:
             "implementation. Install a transformers version that pyproject.toml allows."
         )
     return {name: getattr(config, name) for name in (ATTENTION_SETTING, EXPERTS_SETTING)}
+
+
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Makes `function(module, hidden_states, top_k_index, top_k_weights)` an experts implementation called `name`."""
+    ExpertsInterface.register(name, function)
+
+
+def grouped_experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """What transformers computes for a layer of experts by grouped products: all experts, without a loop over them."""
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, x, index, weight)
+
+
+def experts_of_another_table(module: nn.Module) -> bool:
+    """Whether a module looks its experts implementation up in another table than that of ordinary experts.
+
+    transformers' decorator of experts classes sets a `forward` that holds the table.
+    """
+    forward: Any = type(module).forward
+    code = getattr(forward, "__code__", None)
+    held = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True)) if code is not None else {}
+    return "experts_interface" in held and held["experts_interface"].cell_contents is not ALL_EXPERTS_FUNCTIONS
 
 
 def mask_function(options: Mapping[str, object]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -170,9 +199,42 @@ def before_compile(function: Any) -> Any:
     return function
 
 
-def switches_autocast_on(function: object) -> bool:
-    """Whether a function is what `torch.autocast(...)` as a decorator makes of another, and switched on."""
+def autocast_dtype(function: object) -> torch.dtype | None:
+    """The dtype that a function is run in by `torch.autocast(...)` as its decorator; None = in none."""
     if not isinstance(function, FunctionType) or function.__globals__ is not vars(torch.amp.autocast_mode):
-        return False
+        return None
     held = [cell.cell_contents for cell in function.__closure__ or ()]
-    return any(isinstance(value, torch.autocast) and value._enabled for value in held)
+    modes = [value for value in held if isinstance(value, torch.autocast) and value._enabled]
+    return modes[0].fast_dtype if modes else None
+
+
+_PARALLEL_FILES = frozenset({"transformers.distributed.tensor_parallel", "transformers.integrations.tensor_parallel"})
+"""Where transformers writes what it wraps around modules that it has loaded in parts, newer and older versions."""
+
+
+def remove_parallel_wrappers(model: nn.Module) -> None:
+    """Takes away what transformers has put around modules of a model that it has loaded in parts: their exchange.
+
+    Newer versions set a `forward` on the module that holds the one before it, older ones register hooks.
+    """
+    for module in model.modules():
+        forward: Any = vars(module).get("forward")
+        while isinstance(forward, FunctionType) and forward.__globals__.get("__name__") in _PARALLEL_FILES:
+            held = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+            forward = held["original_forward"].cell_contents
+        if "forward" in vars(module):
+            del module.forward
+            if getattr(forward, "__func__", None) is not type(module).forward:
+                module.forward = forward
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if getattr(hook, "__globals__", {}).get("__name__") in _PARALLEL_FILES:
+                    del hooks[number]
+
+
+def loads_by_distributed_config() -> bool:
+    """Whether `from_pretrained` is told how to divide a model by `DistributedConfig(tp_size=..., tp_plan=...)`.
+
+    Older versions take `tp_plan=` instead.
+    """
+    return "tp_size" in inspect.signature(DistributedConfig).parameters

@@ -26,7 +26,7 @@ class AttentionInterfaceError(UnsupportedModelError):
 
 
 class UnsupportedAttentionError(UnsupportedModelError):
-    """An attention layer asks for something that the dual-mode op does not apply: sinks, biases, masks, ALiBi."""
+    """An attention layer asks for something that the dual-mode op does not apply: biases, masks, ALiBi."""
 
 
 class MixedPrecisionError(UnsupportedModelError):
@@ -47,6 +47,14 @@ class NotANumberError(UnsupportedModelError):
 
 class ExportError(UnsupportedModelError):
     """`torch.export` could not trace the model; the cause is chained."""
+
+
+class ParallelPlanError(UnsupportedModelError):
+    """The model's plan for tensor parallelism is missing, unknown here, or does not fit the number of ranks."""
+
+
+class ShardedModelError(UnsupportedModelError):
+    """A model holds one rank's part of its parameters, and more is asked of it."""
 
 
 class PassMatchError(CompileError):

@@ -12,13 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch.fx import GraphModule
 
 from .layout import AttentionLayer
 
-WIDTH = 140
+WIDTH = 80
+"""Columns of what `print` shows; rich and notebooks take what room they have."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class AttentionRecord:
 
 
 @dataclass
-class CompileReport:
-    """The compiler's report on one model.
+class CompileReport(JupyterMixin):
+    """The compiler's report on one model. `print` shows it in 80 columns, a notebook as HTML.
 
     Attributes:
         model: class of the model.
@@ -63,6 +66,7 @@ class CompileReport:
         passes: in the order in which they ran, the capture first.
         attention: in the order of the forward pass.
         takes_single_rows: whether the graph, captured for two rows at least, gives the same for a row alone.
+        draft_weights: what drafts read of the weights, and why.
     """
 
     model: str
@@ -70,6 +74,7 @@ class CompileReport:
     passes: list[PassRecord] = field(default_factory=list)
     attention: list[AttentionRecord] = field(default_factory=list)
     takes_single_rows: bool = False
+    draft_weights: str = "exact weights"
 
     @property
     def seconds(self) -> float:
@@ -81,7 +86,8 @@ class CompileReport:
         return next((record.notes for record in self.passes if record.name == name), ())
 
     def __rich__(self) -> Group:
-        return Group(self._pass_table(), self._attention_table(), *self._note_lines())
+        drafts = f"drafts: {self.draft_weights}"
+        return Group(self._pass_table(), self._attention_table(), *self._note_lines(), drafts)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH, record=True)
@@ -89,17 +95,18 @@ class CompileReport:
         return console.export_text()
 
     def _pass_table(self) -> Table:
-        table = Table(title=f"{self.model} ({self.versions}), {self.seconds:.1f} s")
+        table = Table(title=f"{self.model}, {self.versions}, {self.seconds:.1f} s", box=SIMPLE_HEAD)
         for heading in ("pass", "seconds", "matches"):
-            table.add_column(heading, justify="left" if heading == "pass" else "right")
+            table.add_column(heading, justify="left" if heading == "pass" else "right", min_width=len(heading))
         for record in self.passes:
             table.add_row(record.name, f"{record.seconds:.2f}", str(record.matches))
+        table.min_width = min(len(str(table.title)), WIDTH)
         return table
 
     def _attention_table(self) -> Table:
-        table = Table(title="attention nodes")
-        for heading in ("layer", "module", "heads", "KV heads", "dims", "scale", "window", "softcap", "outcome"):
-            table.add_column(heading)
+        table = Table(title="attention nodes", box=SIMPLE_HEAD)
+        for heading in ("layers", "module", "q/KV", "dims", "attention", "outcome"):
+            table.add_column(heading, overflow="fold")
         alike: dict[tuple, list[AttentionRecord]] = {}
         for record in self.attention:
             kind = replace(record.layer, layer=0), _NUMBER.sub("*", record.module), record.outcome
@@ -107,15 +114,13 @@ class CompileReport:
         for records in alike.values():
             record = records[0]
             layer = record.layer
+            settings = {"scale": f"{layer.scale:.4g}", "window": layer.window, "softcap": layer.softcap}
             table.add_row(
                 ranges([one.layer.layer for one in records]),
                 record.module if len(records) == 1 else _NUMBER.sub("*", record.module),
-                str(layer.q_heads),
-                str(layer.kv_heads),
+                f"{layer.q_heads}/{layer.kv_heads}",
                 f"{layer.key_dim}/{layer.value_dim}",
-                f"{layer.scale:.4g}",
-                str(layer.window or "-"),
-                str(layer.softcap or "-"),
+                "\n".join(f"{name} {value}" for name, value in settings.items() if value),
                 record.outcome,
             )
         return table

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.advice.explain import Explanation, explain
-from sparsespec_compile.compile.target import compile_target
+from sparsespec_compile.advice.prediction import DraftCost
+from sparsespec_compile.compile.forms import Form, Forms
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import (
     ConfigError,
@@ -25,16 +26,17 @@ from sparsespec_compile.errors import (
     StoppedError,
     UnsupportedModelError,
 )
+from sparsespec_compile.passes.capture.adapters import inner_model
 from sparsespec_compile.passes.capture.positions import has_position_table
+from sparsespec_compile.passes.capture.rotary import positions_of, steady_positions
 from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.requests.prompts import Prompt, pad
-from sparsespec_compile.requests.reader import RequestReader, Sampling
+from sparsespec_compile.requests.reader import RequestReader, Sampling, generate_output
 from sparsespec_compile.requests.sampling_params import Completion
 from sparsespec_compile.requests.stop_strings import Decoder
 from sparsespec_compile.runtime.build import MemoryPlan
 from sparsespec_compile.runtime.device.captured_step import CapturedStep
-from sparsespec_compile.runtime.host.engine import Engine
 from sparsespec_compile.runtime.host.request import FinishReason, Request
 from sparsespec_compile.runtime.host.stats import Stats
 from sparsespec_compile.stream import TokenStream
@@ -47,11 +49,17 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
     """Compile a HuggingFace causal LM for lossless sparse self-speculative decoding.
 
     The model is captured once, its attention is replaced, and projections that share an input are fused. The compiled
-    graph works on the model's own parameters: they are not copied, and changing them in place changes both. Other
-    threads may use the model meanwhile; calls from several threads are carried out one after the other.
+    graph works on the model's own parameters: they are not copied, and changing them in place changes both.
+
+    Thread safety: any thread may call. Other threads may use the model during the compilation; compilations of a
+    process run one after the other.
+
+    Adapters that PEFT has put into the model's layers are a part of it, merged or not. When they are merged, unmerged,
+    switched, switched off, added or deleted, the next generation compiles the model anew, or takes the graph that was
+    compiled for that state before.
 
     Args:
-        model: a decoder-only `PreTrainedModel` on one device, in the dtype it shall run in.
+        model: a decoder-only `PreTrainedModel` on one device, in the dtype it shall run in, or a PEFT model around one.
         config: settings; None = `SpecConfig()`.
 
     Returns:
@@ -69,6 +77,7 @@ def optimize(model: PreTrainedModel, config: SpecConfig | None = None) -> "Optim
     config = SpecConfig() if config is None else config
     if not isinstance(config, SpecConfig):
         raise ConfigError(f"config must be a SpecConfig(name=value, ...), got {type(config).__name__}.")
+    model = inner_model(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"optimize takes a loaded transformers model, got {type(model).__name__}. {_way_to_a_model(model)}"
@@ -83,6 +92,18 @@ class OptimizedModel:
     `device`, `dtype`, `can_generate()` and so on), so it can take the model's place there:
     `pipeline("text-generation", model=fast, tokenizer=tokenizer)`. The pipeline logs that it does not know the class.
 
+    Thread safety: every method and property may be used from any thread. Requests of several threads share batches, and
+    none changes another's text. One thread at a time runs iterations; a call that needs to change what is running waits
+    for the end of the present one.
+
+    Streams: on CUDA, iterations run on a stream of the engine's own. It waits for the stream that is current where
+    requests are submitted, so changes of parameters enqueued there are seen. The stream that is current where a
+    generation ends waits for the engine's, so parameters may be changed there at once. Only `capture` gives steps that
+    run on the caller's stream.
+
+    State: KV pool, scores, page tables and captured steps are allocated for the first request and kept for later ones,
+    until `release` or until this object is collected. Compiled code is kept as long as this object.
+
     Attributes:
         model: the HuggingFace model, unchanged; its parameters are the ones in use.
         spec_config: the settings of `optimize`.
@@ -96,10 +117,23 @@ class OptimizedModel:
     def __init__(self, model: PreTrainedModel, config: SpecConfig) -> None:
         self.model = model
         self.spec_config = config
-        self._compiled, target = compile_target(model, config)
+        self._forms = Forms(model, config)
+        self._take(self._forms.first)
+
+    def _take(self, form: Form) -> None:
+        self._compiled, self._engine = form
         self._positions_end = has_position_table(self._compiled.graph_module)
         self.report: CompileReport = self._compiled.report
-        self._engine = Engine(target, config)
+
+    def _follow(self) -> None:
+        """Take the graph for the adapters as they are now; refuse whatever else has changed about the model."""
+        try:
+            self._compiled.record.require()
+        except StaleParametersError:
+            with self._forms.lock:
+                form = self._forms.follow(Form(self._compiled, self._engine))
+                if form is not None:
+                    self._take(form)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -159,7 +193,10 @@ class OptimizedModel:
 
     @property
     def stats(self) -> Stats:
-        """What speculation achieved in the latest generation, the one under way included."""
+        """What speculation achieved in the latest generation, the one under way included.
+
+        The next generation begins new counts; the object returned here keeps those of this one.
+        """
         return self._engine.stats
 
     def generate(
@@ -173,7 +210,7 @@ class OptimizedModel:
         streamer: "BaseStreamer | None" = None,
         tokenizer: Decoder | None = None,
         **arguments: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Continue prompts; the text is the one that decoding token by token gives.
 
         Args:
@@ -190,13 +227,18 @@ class OptimizedModel:
             **arguments: fields of `GenerationConfig`: max_new_tokens, max_length, do_sample, temperature, top_k, top_p,
                 min_p, num_return_sequences, eos_token_id, pad_token_id, bos_token_id, stop_strings, with HuggingFace's
                 meaning and defaults (top_k is 50 unless given). temperature, top_k, top_p and min_p may be sequences
-                with a value for each prompt. Fields that would change the text in other ways are refused unless they
-                are switched off, and so are the other arguments of HuggingFace's `generate` (logits_processor,
-                stopping_criteria and so on) unless they are None, False or empty.
+                with a value for each prompt. Penalties, biases, suppressed and forced tokens, least lengths and
+                transformers' other filters are those of `SamplingParams`, and so are `logits_processor` and
+                `prefix_allowed_tokens_fn`. They see each prompt without its padding. Fields that would change the text
+                in other ways are refused unless they are switched off, and so are the other arguments of HuggingFace's
+                `generate` (stopping_criteria, assistant_model and so on) unless they are None, False or empty.
 
         Returns:
             int64 [batch * num_return_sequences, width + longest new text], each row its prompt, its new tokens with the
-            stop token, padding. The texts of a prompt stand beside each other.
+            stop token, padding. The texts of a prompt stand beside each other. With return_dict_in_generate=True
+            HuggingFace's `GenerateDecoderOnlyOutput`: these as `sequences`, and, where output_logits or output_scores
+            ask for them, `logits` (the model's own) or `scores` (after processing, temperature and filters): for each
+            new token float32 [rows, vocabulary], zeros behind the end of a text.
 
         Raises:
             PromptError: prompts of a wrong type, shape, device, padding or vocabulary, or empty.
@@ -213,7 +255,7 @@ class OptimizedModel:
 
         Calls from several threads are served together, in shared batches; none changes another's text.
         """
-        self._compiled.record.require()
+        self._follow()
         if input_ids is not None and inputs is not None:
             raise PromptError("generate got both input_ids and inputs, which name the same: pass one of them.")
         batch = self._reader(tokenizer).read_padded(
@@ -221,7 +263,8 @@ class OptimizedModel:
         )
         self._run(batch.requests, batch.input_ids, streamer)
         _require_complete(batch.requests)
-        return pad(batch.input_ids, [request.output for request in batch.requests], batch.pad_token)
+        sequences = pad(batch.input_ids, [request.output for request in batch.requests], batch.pad_token)
+        return sequences if batch.output is None else generate_output(sequences, batch)
 
     def generate_batch(
         self,
@@ -233,13 +276,18 @@ class OptimizedModel:
     ) -> list[Completion]:
         """Continue many prompts of any lengths; further ones start as earlier ones end.
 
+        At most `SpecConfig.max_requests` texts are decoded together, fewer where their KV does not fit the pool. The
+        number of prompts costs host memory alone.
+
         Args:
-            prompts: token ids of each prompt: a list, a NumPy array or a tensor of integers.
+            prompts: each a text, a list of chat messages, or token ids: a list, a NumPy array or a tensor of integers.
             sampling: for all prompts, or one for each. `SamplingParams` say everything about drawing, length and number
                 of texts; None = the model's `generation_config` does, as in `generate`, with 512 new tokens where it
                 names no length. What else `generation_config` asks for (repetition_penalty) is refused by name.
-            tokenizer: decodes tokens for stop strings.
-            progress: whether to show a progress bar.
+            tokenizer: encodes texts and chats, the latter by its chat template, and decodes `Completion.text` and
+                tokens for stop strings. Not needed for token ids.
+            progress: whether to show texts done, time left, tokens a second, accepted drafts, the present choice of
+                drafts, requests and memory: in a terminal or a notebook five times a second, in a log every 30 seconds.
 
         Returns:
             The texts, `SamplingParams.n` for each prompt, in the order of the prompts.
@@ -261,7 +309,11 @@ class OptimizedModel:
         tokenizer: Decoder | None = None,
         progress: bool = False,
     ) -> Iterator[Completion]:
-        """`generate_batch`, each text as soon as it is complete; after `stop` there are no more."""
+        """`generate_batch`, each text as soon as it is complete; after `stop` there are no more.
+
+        The thread that iterates runs the model: between two `next` nothing comes forward, unless other threads
+        generate. Dropping the iterator ends what is unfinished.
+        """
         return _completions(self.stream(prompts, sampling, tokenizer=tokenizer, progress=progress))
 
     def stream(
@@ -272,20 +324,39 @@ class OptimizedModel:
         tokenizer: Decoder | None = None,
         progress: bool = False,
         background: bool = False,
+        open_ended: bool = False,
+        generation_config: GenerationConfig | None = None,
     ) -> TokenStream:
         """`generate_batch`, tokens as they become final.
 
         The iterator can `add` prompts and `cancel` a prompt's texts, from any thread; closing it ends all of them.
+        Tokens that nobody takes wait in host memory until the stream is closed.
 
         Args:
             background: whether a thread of the stream's own runs the model, so that texts come forward while nobody
-                waits for a piece. The others as in `generate_batch`.
+                waits for a piece.
+            open_ended: whether the iterator waits for further prompts, until it is closed, instead of ending with the
+                last text. `prompts` may be empty then.
+            generation_config: in place of the model's own, which is not looked at then. The others as in
+                `generate_batch`.
 
         Raises:
             As `generate_batch`.
         """
-        check = self._compiled.record.require
-        stream = TokenStream(self._engine, self._reader(tokenizer), check, progress=progress, background=background)
+        if background and self._compiled.ranks is not None:
+            raise ConfigError(
+                "background=True lets texts come forward at any time, and ranks that share a model must make the same "
+                "calls in the same iterations. Iterate over the stream on all ranks instead."
+            )
+        self._follow()
+        stream = TokenStream(
+            self._engine,
+            self._reader(tokenizer, generation_config),
+            self._compiled.record.require,
+            progress=progress,
+            background=background,
+            open_ended=open_ended,
+        )
         stream.add(prompts, sampling)
         return stream
 
@@ -299,7 +370,9 @@ class OptimizedModel:
     def release(self) -> None:
         """Give the memory of KV pool, scores and captured steps back. Compiled code is kept.
 
-        The next generation allocates them anew, sized by the memory that is free then.
+        The next generation allocates them anew, sized by the memory that is free then. Prefixes that were kept in the
+        pool are lost. Steps from `capture` keep their own memory until they are dropped. It may be called from any
+        thread, and waits for steps under way.
 
         Raises:
             EngineBusyError: a generation or a stream is unfinished.
@@ -309,9 +382,12 @@ class OptimizedModel:
     def capture(self, max_requests: int, max_length: int) -> CapturedStep:
         """A step to fill and replay in a loop of your own; `examples/custom_loop.py` is one.
 
+        It has a state of its own beside the engine's, and runs on the stream that is current where it is filled and
+        replayed; it is not for several threads at once.
+
         Args:
             max_requests: request slots, at least 1.
-            max_length: tokens of a text, prompt included.
+            max_length: tokens of a text, prompt included. The pool has room for `max_requests` texts of this length.
 
         Raises:
             ConfigError: sizes below 1.
@@ -320,7 +396,7 @@ class OptimizedModel:
             StaleParametersError: the model is no longer the one that was compiled; the text says what has changed.
             TrainingModeError: the model is in training mode, in which it drops values at random.
         """
-        self._compiled.record.require()
+        self._follow()
         _require_counts(max_requests=max_requests, max_length=max_length)
         reader = self._reader()
         reader.check_length(max_length)
@@ -331,22 +407,24 @@ class OptimizedModel:
         """What the latest state on the device takes; None before the first one. Print it with rich."""
         return self._engine.memory_plan
 
-    def _reader(self, tokenizer: Decoder | None = None) -> RequestReader:
-        config = self.model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
+    def _reader(
+        self, tokenizer: Decoder | None = None, generation_config: GenerationConfig | None = None
+    ) -> RequestReader:
+        positions = positions_of(self.model)
         return RequestReader(
-            int(config.vocab_size),
+            int(self.model.config.get_text_config().vocab_size),
             self._engine.target.device,
             positions,
             positions if self._positions_end else None,
-            self.model.generation_config,
+            self.model.generation_config if generation_config is None else generation_config,
             tokenizer,
+            changes=steady_positions(self.model) is not None,
         )
 
     def explain(
         self, lengths: int | Sequence[int], batch: int, device: torch.device | str | Ceilings | None = None
     ) -> Explanation:
-        """Print and return what a mean iteration costs.
+        """Print and return what a mean iteration costs. In a notebook it is returned alone: the cell shows its value.
 
         Args:
             lengths: cached length of the requests, or a sample of their lengths, of which the mean counts.
@@ -354,7 +432,7 @@ class OptimizedModel:
             device: a CUDA device, the name of a known one ("H200"), or its `Ceilings`; None = the model's device.
 
         Raises:
-            CostModelError: the model's cost is not known, as for mixtures of experts.
+            CostModelError: the model's cost is not known.
             CeilingsError: the device is unknown.
             AdviceError: impossible lengths or batch.
             ContextLengthError: the model cannot compute texts of such lengths.
@@ -364,9 +442,14 @@ class OptimizedModel:
         """
         cost = graph_cost(self._compiled.graph_module)
         device = self._engine.target.device if device is None else device
-        explanation = explain(cost, self.spec_config, lengths, batch, device)
+        draft, run = self._compiled.draft, self._engine.drafts
+        drafts = None
+        if draft is not None and run is not None:
+            drafts = DraftCost(graph_cost(draft.graph_module), run.most_rows)
+        explanation = explain(cost, self.spec_config, lengths, batch, device, drafts)
         self._reader().check_length(max(lengths) if isinstance(lengths, Sequence) else lengths)
-        rich.print(explanation)
+        if not rich.get_console().is_jupyter:
+            rich.print(explanation)
         return explanation
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -433,9 +516,10 @@ def _require_complete(requests: list[Request]) -> None:
     _require_all(unfinished, len(requests))
     for request in requests:
         if request.error is not None:
+            reason = str(request.error).rstrip(".")
             raise RequestFailedError(
-                f"One of {len(requests)} texts failed: {type(request.error).__name__}: {request.error}. Use "
-                "generate_batch to keep the others."
+                f"One of {len(requests)} texts failed: {type(request.error).__name__}: {reason}. "
+                "Use generate_batch, which gives every text as far as it came, with its error."
             ) from request.error
     ended = sum(request.finish_reason is FinishReason.MEMORY for request in requests)
     if ended:

@@ -15,9 +15,11 @@ from sparsespec_compile.passes.errors import (
     GraphInvariantError,
     MixedPrecisionError,
     NotANumberError,
+    ParallelPlanError,
     PassMatchError,
     PositionError,
     RowMixingError,
+    ShardedModelError,
     StaleParametersError,
     TrainingModeError,
     UncompiledStepWarning,
@@ -40,7 +42,19 @@ class CeilingsCacheWarning(UserWarning):
 
 
 class AdviceError(SparseSpecError, ValueError):
-    """A workload or an acceptance that no advice can be given for."""
+    """A workload or an acceptance is impossible."""
+
+
+class MissingPackageError(SparseSpecError, ImportError):
+    """A function needs a package that only an extra installs."""
+
+
+class PlotError(SparseSpecError, ValueError):
+    """There is nothing to draw: something else than stats, or stats of no iteration."""
+
+
+class CommandError(SparseSpecError, ValueError):
+    """An argument of `python -m sparsespec_compile` cannot be used, such as a folder without a model."""
 
 
 class PromptError(SparseSpecError, ValueError):
@@ -51,8 +65,12 @@ class SamplingError(SparseSpecError, ValueError):
     """A sampling argument is unknown, out of range or not supported."""
 
 
+class TokenizerError(SparseSpecError, ValueError):
+    """A text is asked for without a tokenizer."""
+
+
 class PoolTooSmallError(SparseSpecError, ValueError):
-    """Memory for the keys and values of a request, or for the state of requests, cannot be had."""
+    """There is no memory for the keys and values of a request, or for the state of requests."""
 
 
 class MemoryPlanError(PoolTooSmallError):
@@ -72,15 +90,23 @@ class CopyError(SparseSpecError, TypeError):
 
 
 class EngineBusyError(SparseSpecError, RuntimeError):
-    """A generation was added to after its end, used from within itself, or is in the way of `release`."""
+    """A request was added to a stream that has ended, a generation was used from within itself, or blocks `release`."""
 
 
 class EngineFailedError(SparseSpecError, RuntimeError):
-    """An iteration that a generation shared with another caller's failed there, and its texts were dropped."""
+    """An iteration that this generation shared with another caller failed, and its texts were dropped."""
 
 
 class EngineStalledError(SparseSpecError, RuntimeError):
-    """Requests were run for many iterations without any of them coming forward."""
+    """Many iterations ran without progress of any request."""
+
+
+class RanksDifferError(SparseSpecError, RuntimeError):
+    """Ranks that share a model were given other requests, or have planned other iterations, than each other."""
+
+
+class RanksEndedError(SparseSpecError, RuntimeError):
+    """A rank that shares the model ended, failed or stayed away, and the others cannot go on without it."""
 
 
 class GraphMemoryWarning(UserWarning):
@@ -100,6 +126,7 @@ __all__ = [
     "AttentionInterfaceError",
     "CeilingsCacheWarning",
     "CeilingsError",
+    "CommandError",
     "CompileError",
     "ConfigError",
     "ContextLengthError",
@@ -116,15 +143,21 @@ __all__ = [
     "KernelInputError",
     "KernelUnavailableError",
     "MemoryPlanError",
+    "MissingPackageError",
     "MixedPrecisionError",
     "NotANumberError",
+    "ParallelPlanError",
     "PassMatchError",
+    "PlotError",
     "PoolTooSmallError",
     "PositionError",
     "PromptError",
+    "RanksDifferError",
+    "RanksEndedError",
     "RequestFailedError",
     "RowMixingError",
     "SamplingError",
+    "ShardedModelError",
     "SparseSpecError",
     "StaleParametersError",
     "StoppedError",

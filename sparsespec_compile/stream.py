@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from tqdm import tqdm
-
 from sparsespec_compile.errors import EngineBusyError, PromptError
+from sparsespec_compile.progress import Progress
 from sparsespec_compile.requests.prompts import Prompt
 from sparsespec_compile.requests.reader import RequestReader, Sampling
 from sparsespec_compile.requests.sampling_params import Completion
@@ -40,22 +39,30 @@ class TokenStream:
     what is unfinished and leaves the model usable; so does `OptimizedModel.stop`.
 
     Every method may be called from any thread. The thread that waits for a piece runs the model's iterations, unless
-    another thread already does, or the stream has a thread of its own (`background=True`).
+    another thread already does, or the stream has a thread of its own (`background=True`). Pieces that
+    nobody has taken are kept until the stream is closed.
     """
 
     def __init__(
-        self, engine: Engine, reader: RequestReader, check: Callable[[], None], *, progress: bool, background: bool
+        self,
+        engine: Engine,
+        reader: RequestReader,
+        check: Callable[[], None],
+        *,
+        progress: bool,
+        background: bool,
+        open_ended: bool,
     ) -> None:
         self._engine = engine
         self._reader = reader
-        self._check = check  # that the model is as it was compiled, whenever prompts come
-        self._client = engine.client()
+        self._check = check  # raises unless the model is as it was compiled; called for each `add`
+        self._client = engine.client(open_ended=open_ended)
         self._lock = threading.RLock()  # guards the two that follow
         self._names: dict[Request, tuple[int, int]] = {}
         self._prompts = 0
         self._ended = False
-        self._bar = tqdm(total=0, unit="text", disable=not progress)
-        # The engine does not know the stream: a stream that is dropped in the middle ends at once.
+        self._progress = Progress(enabled=progress)
+        # The engine holds no reference to the stream, so a dropped stream is collected and ends at once.
         weakref.finalize(self, engine.abandon, self._client)
         if background:
             BackgroundDriver(engine, self._client)
@@ -68,6 +75,8 @@ class TokenStream:
             while True:
                 for output in self._client:
                     piece = self._piece(output)
+                    if piece is not None:
+                        self._progress.took(len(output.tokens), output.request if output.ended else None)
                     self._show()
                     if piece is not None:
                         return piece
@@ -91,13 +100,13 @@ class TokenStream:
         return len(self._names)
 
     def close(self) -> None:
-        """End everything that is unfinished; from any thread, and also from what the stream calls."""
+        """End everything that is unfinished. Callable from any thread, and from callbacks of an iteration."""
         self._ended = True
         self._client.close()
-        self._bar.close()
+        self._progress.close(len(self._names), self._engine.stats)
 
     def add(self, prompts: Sequence[Prompt], sampling: Sampling = None) -> list[int]:
-        """Queue more prompts; returns their numbers, which count on from the earlier ones.
+        """Queue more prompts; returns their numbers, which continue those of earlier prompts.
 
         Raises:
             EngineBusyError: the stream has ended.
@@ -157,18 +166,17 @@ class TokenStream:
             return None
         reason = request.finish_reason or FinishReason.CANCELLED  # cancelled before the engine had it
         return Completion(
-            *name, list(request.output), reason, list(request.output_logprobs), request.stats, request.error
+            *name,
+            list(request.output),
+            reason,
+            list(request.output_logprobs),
+            request.stats,
+            request.error,
+            self._reader.tokenizer,
         )
 
     def _show(self) -> None:
-        bar = self._bar
-        if bar.disable:
-            return
-        stats = self._engine.stats
-        seconds = max(bar.format_dict["elapsed"], 1e-9)
-        postfix = {"tokens/s": f"{stats.tokens / seconds:,.0f}", "pool": f"{self._engine.pool_share:.0%}"}
-        if stats.cycles:
-            postfix["accepted"] = f"{stats.accepted_per_cycle:.2f}/{stats.draft_tokens}"
-        bar.total = max(bar.total, bar.n + len(self._names))
-        bar.set_postfix(postfix, refresh=False)
-        bar.update(bar.total - len(self._names) - bar.n)
+        if self._progress.due():
+            with self._lock:
+                unfinished = list(self._names)
+            self._progress.show(unfinished, self._engine.stats, self._engine.occupancy)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import re
 from concurrent.futures import Future
 
 import pytest
@@ -16,9 +17,10 @@ from sparsespec_compile.errors import (
     PromptError,
     StoppedError,
 )
-from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.device.devices import CpuDevice
 
 from .support.models import VOCABULARY, tiny
+from .support.tokenizer import letters
 
 LENGTHS = (3, 41, 17, 1, 9, 26, 5)
 NEW = 30
@@ -326,12 +328,25 @@ def test_a_tokenizer_that_fails_for_one_text_loses_no_other(fast, prompts, texts
     assert [c.token_ids for c in fast.generate_batch(prompts, GREEDY)] == texts
 
 
-def test_progress_shows_speed_acceptance_and_pool(fast, prompts, capsys):
+def test_progress_shows_speed_acceptance_choice_requests_and_memory(fast, prompts, capsys):
     fast.generate_batch(prompts, GREEDY, progress=True)
-    shown = capsys.readouterr().err
-    assert "7/7" in shown
-    for wanted in ("tokens/s=", "accepted=", "/4", "pool="):
-        assert wanted in shown
+    first, *_, last = capsys.readouterr().err.splitlines()
+    for wanted in (
+        "/7 texts",
+        "at most ",
+        " left",
+        "tokens/s",
+        "now 4 by pillar",
+        " running",
+        " waiting",
+        " of the KV pool",
+    ):
+        assert wanted in first
+    running, waiting = (int(re.search(rf"(\d+) {word}", first).group(1)) for word in ("running", "waiting"))
+    assert 1 <= running <= 3  # max_requests
+    assert waiting >= 1
+    assert last.startswith("7/7 texts")
+    assert " of 4.00 drafts accepted" in last
     fast.generate_batch(prompts, GREEDY)
     assert capsys.readouterr().err == ""
 
@@ -380,3 +395,16 @@ def test_a_stream_that_is_dropped_in_the_middle_leaves_the_model_usable(fast):
 def test_a_prompt_is_cancelled_by_its_number(fast, index):
     with fast.stream([[1, 2, 3], [4, 5]], GREEDY) as pieces, pytest.raises(PromptError, match="There is no prompt"):
         pieces.cancel(index)
+
+
+def test_texts_and_chats_with_a_tokenizer(fast):
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    ids, sampling = tokenizer("adaf").input_ids, ss.SamplingParams(max_new_tokens=6)
+    (expected,) = fast.generate_batch([ids], sampling)
+    prompts = ["adaf", [{"role": "user", "content": "adaf"}], ids]
+    for completion in fast.generate_batch(prompts, sampling, tokenizer=tokenizer):
+        assert completion.token_ids == expected.token_ids
+        assert completion.text == tokenizer.decode(expected.token_ids, skip_special_tokens=True)
+    with pytest.raises(ss.errors.TokenizerError, match="generated without a tokenizer"):
+        expected.text  # noqa: B018

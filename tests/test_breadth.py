@@ -12,23 +12,29 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "breadth.py"
 EQUAL = (
     "cohere2",
     "deepseek_v3",
+    "deepseek_v3/DeepSeek-V3",
     "exaone4",
+    "exaone4/EXAONE-4.0-1.2B",
     "gemma2",
     "glm4",
     "gpt2",
     "gpt_neox",
+    "gpt_oss",
+    "granite_swa",
     "mixtral",
     "olmoe",
     "opt",
     "qwen3_moe",
     "starcoder2",
+    "starcoder2/starcoder2-3b",
 )
 REFUSED = {
     "bart": "EncoderDecoderError",
     "bloom": "UnsupportedAttentionError",
-    "gpt_oss": "UnsupportedAttentionError",
+    "lfm2": "RowMixingError",
     "llama4_text": "UnsupportedAttentionError",
     "mamba": "RowMixingError",
+    "minimax_m3_vl_text": "UnsupportedAttentionError",
     "qwen3_next": "RowMixingError",
     "rwkv": "AttentionInterfaceError",
 }
@@ -37,14 +43,14 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("equal", "refused"),
     [
-        pytest.param(("cohere2", "gpt_neox"), ("bart", "bloom", "mamba", "rwkv"), id="few"),
+        pytest.param(("cohere2", "gpt_neox"), ("bart", "bloom", "lfm2", "mamba", "rwkv"), id="few"),
         pytest.param(EQUAL, REFUSED, id="all", marks=pytest.mark.slow),
     ],
 )
 def test_text_is_huggingfaces_or_the_refusal_is_named(equal, refused, tmp_path):
     json_file, table = tmp_path / "breadth.json", tmp_path / "breadth.md"
-    command = [sys.executable, SCRIPT, "--families", *equal, *refused, "--json", json_file, "--markdown", table]
-    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    families = [name for name in [*equal, *refused] if "/" not in name]
+    _walk("--families", *families, "--json", json_file, "--markdown", table)
     outcomes = json.loads(json_file.read_text())["outcomes"]
     assert sorted(outcome["family"] for outcome in outcomes) == sorted([*equal, *refused])
     for outcome in outcomes:
@@ -56,4 +62,29 @@ def test_text_is_huggingfaces_or_the_refusal_is_named(equal, refused, tmp_path):
         else:
             assert outcome["status"] == "equal", (family, outcome["why"])
             assert outcome["layers"] == 4, family
+            assert bool(outcome["stands_for"]) == ("/" in family)
             assert outcome["distinct"] > 10, "a text of a few tokens proves little"
+
+
+def test_a_family_is_examined_again_beside_the_outcomes_of_others(tmp_path):
+    json_file, table = tmp_path / "breadth.json", tmp_path / "breadth.md"
+    _walk("--families", "bart", "lfm2", "--json", json_file)
+    result = json.loads(json_file.read_text())
+    bart, lfm2 = result["outcomes"]
+    assert lfm2["stands_for"] == "LFM2-1.2B: convolutions and attention"
+    result["outcomes"] = [{**bart, "sources": "older", "why": "kept"}, {**lfm2, "sources": "older", "why": "dropped"}]
+    json_file.write_text(json.dumps(result))
+    _walk("--families", "lfm2", "--keep", json_file, "--json", json_file, "--markdown", table)
+    kept, again = json.loads(json_file.read_text())["outcomes"]
+    assert kept == {**bart, "sources": "older", "why": "kept"}
+    assert again == {**lfm2, "sources": again["sources"]}
+    assert again["sources"] != "older"
+    assert "1 of the outcomes are of an earlier state" in table.read_text()
+    result["environment"]["transformers"] = "another"
+    json_file.write_text(json.dumps(result))
+    with pytest.raises(subprocess.CalledProcessError):
+        _walk("--families", "lfm2", "--keep", json_file)
+
+
+def _walk(*arguments):
+    subprocess.run([sys.executable, SCRIPT, *arguments], check=True, capture_output=True, timeout=900)

@@ -1,4 +1,4 @@
-"""What documents link to is there. Figures of the README are compared by benchmarks/check_readme.py."""
+"""What documents link to is there. Their tables are compared by tests/benchmarks/test_check_readme.py."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "examples/countdown/README.md"]
+    "document",
+    [
+        *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/countdown/README.md"),
+        *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+    ],
 )
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()

@@ -73,13 +73,14 @@ def random_settings(chance: random.Random, page_size: int, longest: int) -> ss.S
         max_draft_tokens=chance.choice([1, 3, 6]),
         budget_ratio=chance.choice([0.01, 0.05, 0.3, 1.0]),
         min_budget=chance.choice([1, 2, 5, 11, 300]),
-        drafter=chance.choice(["pillar", "pillar", "pillar", "window", "full", "ngram"]),
+        drafter=chance.choice(["auto", "auto", "pillar", "window", "full", "ngram"]),
         local_ratio=chance.choice([0.0, 0.25, 0.5, 1.0]),
         page_size=page_size,
         prefill_chunk=chance.choice([1, 2, 3, 7, 20, 2048]),
         max_requests=chance.choice([1, 2, 3, 5, 8]),
         schedule=chance.choice(["grouped", "balanced", "random", "in_phase"]),
         overlap=chance.random() < 0.75,
+        prefix_caching=chance.random() < 0.75,
         backend="eager",
         **tight,
     )
@@ -116,7 +117,11 @@ class Texts:
 def with_settings(fast: ss.OptimizedModel, config: ss.SpecConfig, chance: random.Random) -> None:
     """Give the compiled model an engine with other settings, whose iterations seem to take random times."""
     auto = config.draft_tokens == "auto"
-    target = replace(fast._engine.target, iteration_time=(lambda *_: chance.uniform(0.5, 1.5)) if auto else None)
+    target = replace(
+        fast._engine.target,
+        iteration_time=(lambda *_: chance.uniform(0.5, 1.5)) if auto else None,
+        drafts=chance.choice([None, fast._engine.target.drafts]),
+    )
     device = AdversarialDevice(chance.randrange(2**31)) if chance.random() < 0.5 else None
     fast._engine = Engine(target, config, device)
 
@@ -190,7 +195,9 @@ def fuzz(seed: int, settings: int) -> None:
     """One model, and several settings of its engine."""
     chance = random.Random(seed)
     model, page_size = random_model(chance), chance.choice([1, 2, 3, 5, 8, 16, 33])
-    fast = ss.optimize(model, ss.SpecConfig(page_size=page_size, draft_tokens=0, backend="eager"))
+    plain = ss.SpecConfig(page_size=page_size, draft_tokens=0, backend="eager")
+    fast = ss.optimize(model, replace(plain, draft_tokens=1, draft_weights="int8"))  # other engines may draft
+    fast._engine = Engine(fast._engine.target, plain)
     prompts = [
         [chance.randrange(VOCABULARY) for _ in range(chance.choice([1, 2, 3, 9, 25, 60]))]
         for _ in range(chance.randint(2, 7))

@@ -244,12 +244,12 @@ class TestRefusals:
             assert torch.equal(fast.generate(**batch, max_new_tokens=5), expected)
 
     def test_the_models_own_settings_are_refused_in_batches_as_in_generate(self, fast, monkeypatch):
-        monkeypatch.setattr(fast.generation_config, "repetition_penalty", 1.05)
-        with pytest.raises(SamplingError, match=r"repetition_penalty=1.05"):
+        monkeypatch.setattr(fast.generation_config, "guidance_scale", 1.05)
+        with pytest.raises(SamplingError, match=r"guidance_scale=1.05"):
             fast.generate(IDS)
         for call in (fast.generate_batch, fast.stream, lambda *given: list(fast.as_completed(*given))):
             for sampling in (None, ss.SamplingParams(max_new_tokens=3)):
-                with pytest.raises(SamplingError, match=r"model.generation_config.repetition_penalty=1.05"):
+                with pytest.raises(SamplingError, match=r"model.generation_config.guidance_scale=1.05"):
                     call([[3, 4]], sampling)
 
     def test_pool_too_small_for_a_request(self, fast):
@@ -303,7 +303,7 @@ class TestPositions:
         expected = model.generate(IDS, max_new_tokens=29, do_sample=False)
         assert torch.equal(fast.generate(IDS, max_new_tokens=29), expected)
         for call in (lambda: fast.generate(IDS, max_new_tokens=30), lambda: fast.capture(1, 33)):
-            with pytest.raises(ContextLengthError, match="need 33 positions, the model has learned 32"):
+            with pytest.raises(ContextLengthError, match="need 33 positions, the model has 32"):
                 call()
 
 

@@ -58,14 +58,17 @@ def test_passes_import_only_the_ops():
 
 def test_the_runtime_knows_neither_fx_nor_transformers():
     def wrong(name):
-        of_passes = within(name, f"{PACKAGE}.passes") and not within(name, f"{PACKAGE}.passes.layout")
+        plain = within(name, f"{PACKAGE}.passes.layout", f"{PACKAGE}.passes.ranks")
+        of_passes = within(name, f"{PACKAGE}.passes") and not plain
         return of_passes or within(name, "torch.fx", "torch.export", "transformers")
 
     assert not where(f"{PACKAGE}/runtime", wrong)
 
 
-def test_the_layout_is_plain_data():
-    assert not any(within(name, "torch", "transformers", PACKAGE) for name in imports_of(ROOT / "passes" / "layout.py"))
+def test_what_the_runtime_reads_of_passes_is_plain_data():
+    for name in ("layout", "ranks"):
+        names = imports_of(ROOT / "passes" / f"{name}.py")
+        assert not any(within(one, "torch", "transformers", PACKAGE) for one in names)
 
 
 def test_triton_and_reference_never_import_each_other():

@@ -6,6 +6,7 @@ from transformers import GenerationConfig, pipeline
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 import sparsespec_compile as ss
+from sparsespec_compile.__main__ import main
 from sparsespec_compile.errors import StaleParametersError
 
 from .support.models import tiny
@@ -54,6 +55,11 @@ class TestPipeline:
     def test_it_says_what_it_holds(self, pipes):
         assert "OptimizedModel" in repr(pipes[1])
         assert "text" in repr(pipes[1])
+
+
+def test_an_unknown_command_says_which_there_are(capsys):
+    assert main(["unknown"]) == main([]) == 2
+    assert "serve" in capsys.readouterr().err
 
 
 def test_what_harnesses_read(model, fast):

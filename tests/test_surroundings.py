@@ -48,7 +48,11 @@ def texts(fast, input_ids, mask):
 
 @pytest.mark.parametrize(
     ("backend", "names"),
-    [("eager", ["autocast"]), ("eager", ["default device"]), ("inductor", ["autocast", "default device"])],
+    [
+        ("eager", ["autocast"]),
+        ("eager", ["default device"]),
+        pytest.param("inductor", ["autocast", "default device"], marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_set_around_optimize_and_generations_does_not_reach_them(model, backend, names):
     input_ids, mask = left_padded(3, 11)

@@ -13,8 +13,8 @@ import torch
 from environment import environment, usable_device
 from rich.console import Console
 
+from sparsespec_compile.kernels.launch import promised
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
-from sparsespec_compile.kernels.step_kind import promised
 from sparsespec_compile.kernels.tuning.measure import Call, Step, make_step, replay_ms
 
 from .cases import CASES, Case, Draw, Selection, shrunk

@@ -52,6 +52,7 @@ def attention_kernel(
     pillar_count,
     recent_start,
     pillar_index,
+    sinks,
     requests,
     rows,
     kv_heads,
@@ -100,6 +101,7 @@ def attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Persistent: any number of programs shares the work of a step, each taking its part of the plan.
 
@@ -124,7 +126,7 @@ def attention_kernel(
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = PoolShape(PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = LayerShape(
-        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HAS_SINKS
     )
     line, whole, sums = plan_requests(
         step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, EMITS, REQUESTS
@@ -228,7 +230,8 @@ def attention_kernel(
             own = (own_first, end_row, beside_pool)
             score = (emits & (not again), score_base, scored)
             workspace = (parts, counters, first_program, last_program)
-            work = (packed, source, listed, measured, blocks, (first, end_row), own, score, workspace)
+            heads = (sinks, wide_head * GROUP)
+            work = (packed, source, listed, measured, heads, blocks, (first, end_row), own, score, workspace)
             if kind == DRAFT:
                 attend_segment_apart(work, settings, LAYER, DRAFT_TILE)
             elif small:

@@ -8,7 +8,6 @@ Programs of a launch meet in a workspace: parts of split units, and counters of 
 """
 
 import math
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +16,14 @@ import triton
 from torch import Tensor
 
 from ..checks import check_attention
-from ..device import device_limits
+from ..launch import Promise, counters, device_limits, kind_of_step, present_promise
 from ..ops import AttentionCall, AttentionSettings, StepTensors, scored_rows_at_most
-from ..step_kind import Promise, kind_of_step, present_promise
-from ..tuning.table import tiling_for
-from ..tuning.tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile
+from ..tuning.tiling import BIG_JOIN_M, SMALL_JOIN_M, Layer, Tiling, padded, parts_together, small_tile, tiling_for
 from .kernel import attention_kernel
 from .scores import score_kernel
 from .tiles import LOG2_E
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-CAPTURED_CALLS = 4096
-"""Calls in CUDA graphs that get counters of their own, for each device and number of programs; 4 to 9 MB."""
-
-_lock = threading.Lock()
-_of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
-_for_captures: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def dual_mode_attention(*arguments: Any, tiling: Tiling | None = None) -> Tensor:
@@ -55,7 +44,9 @@ def dual_mode_attention(*arguments: Any, tiling: Tiling | None = None) -> Tensor
     if q.shape[0] == 0:
         return out
     tensors = {"k": call.k, "v": call.v, "kv": call.kv, "scores": call.scores, "pillar_index": call.pillar_index}
-    given = {"q": q, "out": out, **tensors, **call.step._asdict(), **_sizes(call), **_settings(call.settings, q.dtype)}
+    of_heads = {"sinks": call.sinks, "HAS_SINKS": call.sinks is not None}
+    settings = _settings(call.settings, q.dtype)
+    given = {"q": q, "out": out, **tensors, **of_heads, **call.step._asdict(), **_sizes(call), **settings}
     layer = Layer(q.shape[1] // call.k.shape[1], q.shape[2], call.v.shape[2], q.dtype, call.kv.shape[2])
     kind = kind_of_step(q.shape[0], q.shape[1], call.step.request_mode.shape[0])
     with torch.cuda.device_of(q):
@@ -160,31 +151,6 @@ def _settings(settings: AttentionSettings, dtype: torch.dtype) -> dict[str, Any]
         # Float32 products on tensor cores would be rounded to 10 bits.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-
-
-def counters(device: torch.device, programs: int) -> Tensor:
-    """int32 [programs], all 0 when the launch starts; the kernel leaves them so.
-
-    Launches on one stream run one after the other and share theirs. A captured call may be replayed on any stream at
-    any time, so it never shares: it takes counters that were set to 0 before and that nobody else will get. Should
-    those run out, or a device see its first call within a capture, the graph clears its own: right, and a
-    microsecond or two slower in each replay.
-    """
-    if device.type != "cuda":
-        return torch.zeros(programs, dtype=torch.int32, device=device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    with _lock:
-        if capturing:
-            free = _for_captures.get((device, programs))
-            return free.pop() if free else torch.zeros(programs, dtype=torch.int32, device=device)
-        key = (device, torch.cuda.current_stream(device).cuda_stream, programs)
-        if key not in _of_stream:
-            _of_stream[key] = torch.zeros(programs, dtype=torch.int32, device=device)
-        if key[::2] not in _for_captures:
-            stock = torch.zeros(CAPTURED_CALLS, programs, dtype=torch.int32, device=device)
-            torch.cuda.current_stream(device).synchronize()
-            _for_captures[key[::2]] = list(stock.unbind())
-        return _of_stream[key]
 
 
 def parts(device: torch.device, programs: int, part_elements: int) -> Tensor:

@@ -127,6 +127,16 @@ def absorb(product, values, factor, largest, total, sums, PRECISION: tl.constexp
 
 
 @triton.jit
+def absorb_sinks(sink, largest, total, sums):
+    """One step of the running softmax, by a logit of each pair that has no value."""
+    raised = tl.maximum(largest, sink)
+    # A pair may have seen nothing and have no sink: -inf - -inf is not a number.
+    shift = tl.where(raised == float("-inf"), 0.0, raised)
+    fade = tl.exp2(largest - shift)
+    return raised, total * fade + tl.exp2(sink - shift), sums * fade[:, None]
+
+
+@triton.jit
 def nothing_seen(LAYER: tl.constexpr, TILE: tl.constexpr):
     """The state (largest base-2 logit, sum of weights, weighted sum of values) of each pair before any key."""
     largest = tl.full((TILE.pairs,), float("-inf"), tl.float32)
@@ -268,9 +278,17 @@ def key_pointers(source, position, page, PAD: tl.constexpr, POOL: tl.constexpr, 
 
 @triton.jit
 def log_sum_of_list(
-    query, row_position, source, listed, settings, LAYER: tl.constexpr, TILE: tl.constexpr, BESIDE_POOL: tl.constexpr
+    query,
+    row_position,
+    source,
+    listed,
+    sink,
+    settings,
+    LAYER: tl.constexpr,
+    TILE: tl.constexpr,
+    BESIDE_POOL: tl.constexpr,
 ):
-    """Base-2 log-sum-exp [BLOCK_M] of each pair's logits over those positions of a list that its row sees.
+    """Base-2 log-sum-exp [BLOCK_M] of each pair's sink and its logits over those positions of a list that its row sees.
 
     Every thread carries a running softmax of its own over its keys; they meet once, behind the last block.
     """
@@ -299,7 +317,12 @@ def log_sum_of_list(
         total = total * tl.exp2(largest - raised) + tl.sum(tl.exp2(logit - raised[:, None, :, :]), 1)
         largest = raised
     top = tl.max(tl.max(largest, 0), 0)
-    return top + _quick_log2(_over_keys(total * tl.exp2(largest - top)))
+    if LAYER.has_sinks:
+        top = tl.maximum(top, sink)
+    result = _over_keys(total * tl.exp2(largest - top))
+    if LAYER.has_sinks:
+        result += tl.exp2(sink - top)
+    return top + _quick_log2(result)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Scores that the attention pass cannot give out: a kernel of its own, and zeros for positions behind a window.
 
 Prompts have theirs from here, and verifications with more scored rows than a tile. It is launched wherever such scores
-may be asked for (``step_kind.Promise``), behind the attention: inside of that kernel its code would cost every step
+may be asked for (``launch.Promise``), behind the attention: inside of that kernel its code would cost every step
 registers.
 """
 
@@ -22,6 +22,7 @@ from .tiles import (
     PoolShape,
     Source,
     load_queries,
+    load_sinks,
     load_tokens,
     pages_of,
     pairs_of_tile,
@@ -45,6 +46,7 @@ def score_rows_of(
     pillar_index,
     scores,
     request,
+    sinks,
     settings,
     stride_q_row,
     stride_q_head,
@@ -53,8 +55,8 @@ def score_rows_of(
 ):
     """Scores of one request and KV head: twice over the keys for each tile of scored rows.
 
-    ``request`` is (mode, rows, scored rows, pillars that measure, first recent position); for the others see
-    ``segment``. TILE is a `LoopShape`.
+    ``request`` is (mode, rows, scored rows, pillars that measure, first recent position); for ``sinks`` and the others
+    see ``segment``. TILE is a `LoopShape`.
     """
     kind, count, scored, pillars, recent = request
     GROUP: tl.constexpr = LAYER.group
@@ -85,7 +87,10 @@ def score_rows_of(
         place, member, real_pair = pairs_of_tile(first, count, GROUP, BLOCK_M)
         query = load_queries(query_base, stride_q_row, stride_q_head, place, member, real_pair, KEY_DIM, KEY_PAD)
         row_position = cached + place
-        measure = log_sum_of_list(query, row_position, source, listed, settings, LAYER, LIST_TILE, True)
+        sink = None
+        if LAYER.has_sinks:
+            sink = load_sinks(sinks[0], sinks[1], member)
+        measure = log_sum_of_list(query, row_position, source, listed, sink, settings, LAYER, LIST_TILE, True)
         for block in tl.range(low // BLOCK_N, (scored_end + BLOCK_N - 1) // BLOCK_N, num_stages=TILE.ahead + 1):
             position = block * BLOCK_N + tl.arange(0, BLOCK_N)
             reached = tl.minimum(position, scored_end - 1)
@@ -124,6 +129,7 @@ def score_kernel(
     pillar_count,
     recent_start,
     pillar_index,
+    sinks,
     requests,
     kv_heads,
     stride_q_row,
@@ -157,12 +163,13 @@ def score_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Persistent: any number of programs deals out the heads of requests whose scores the attention kernel leaves."""
     settings = (window, logit_scale, cap)
     POOL: tl.constexpr = PoolShape(PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = LayerShape(
-        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HAS_SINKS
     )
     TILE: tl.constexpr = LoopShape(BIG_M, BLOCK_N, SCORED_AHEAD, False)
     slot = tl.arange(0, REQUESTS)
@@ -201,6 +208,7 @@ def score_kernel(
             pillar_index + wide_request * stride_pillar_request + head * stride_pillar_head,
             scores + tl.load(score_slot + request).to(tl.int64) * stride_score_slot + head * stride_score_head,
             asked,
+            (sinks, head * GROUP),
             settings,
             stride_q_row,
             stride_q_head,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .loops import (
+    absorb_sinks,
     attend_blocks,
     attend_own,
     attend_scored,
@@ -27,7 +28,7 @@ from .loops import (
     nothing_seen,
 )
 from .scores import clear_scores
-from .tiles import LoopShape, as_kept, load_queries, load_rows, pages_of, pairs_of_tile, pool_pointers
+from .tiles import LoopShape, as_kept, load_queries, load_rows, load_sinks, pages_of, pairs_of_tile, pool_pointers
 
 
 @triton.jit
@@ -37,15 +38,16 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     Returns False if nothing was finished: with scores, weights are measured from a few positions, and those missed what
     a row looks at most by more than the range of numbers. The scores are right; attend again without.
 
-    ``unit`` is (packed, source, listed, measured, blocks, rows, own, score, workspace): ``packed`` (q, its strides of a
-    row and a head, out, its stride of a row), at the request and KV head; ``source`` a `Source`; ``listed`` and
-    ``measured`` `Listed`, what of the pool the tile reads and what measures its scores; ``blocks``
-    (first, end, all) which blocks of it; ``rows`` (first, count): the tile's first row, and how many the request has up
-    to the tile's last, which are all of them where scores are given out; ``own`` (first, end) of the request's rows to
-    be written, and whether the tile reads them beside the pool; ``score`` (emits, scores, scored) with scores at the
+    ``unit`` is (packed, source, listed, measured, sinks, blocks, rows, own, score, workspace): ``packed`` (q, its
+    strides of a row and a head, out, its stride of a row), at the request and KV head; ``source`` a `Source`;
+    ``listed`` and ``measured`` `Listed`, what of the pool the tile reads and what measures its scores; ``sinks`` where
+    those of all query heads lie, or None, and the first query head of the KV head; ``blocks`` (first, end, all) which
+    blocks of what it reads; ``rows`` (first, count): the tile's first row, and how many the request has up to the
+    tile's last, which are all of them where scores are given out; ``own`` (first, end) of the request's rows to be
+    written, and whether the tile reads them beside the pool; ``score`` (emits, scores, scored) with scores at the
     request's slot and head; ``workspace`` (parts, counters, first program, last program).
     """
-    packed, source, listed, measured, blocks, rows, own, score, workspace = unit
+    packed, source, listed, measured, sinks, blocks, rows, own, score, workspace = unit
     VALUE_DIM: tl.constexpr = LAYER.value_dim
     KEY_PAD: tl.constexpr = LAYER.key_pad
     VALUE_PAD: tl.constexpr = LAYER.value_pad
@@ -77,6 +79,9 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
     # Other threads read what one has written.
     tl.debug_barrier()
 
+    sink = None
+    if LAYER.has_sinks:
+        sink = load_sinks(sinks[0], sinks[1], member)
     in_range = True
     # One or the other: in turn, ptxas would serialise all products of the kernel on tensor cores (its note C7515).
     if TILE.scored_ahead > 0 and emits:
@@ -87,7 +92,7 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
             clear_scores(scores, tl.where(first_block == 0, tl.minimum(listed.start, scored_end), 0), TILE.block)
         seen_by = (cached + place, cached + first, ragged_key // TILE.block)
         ahead = first_look_up(source, listed, first_block, seen_by, settings, LAYER, SCORED_TILE)[2]
-        largest = log_sum_of_list(query, cached + place, source, measured, settings, LAYER, LIST_TILE, False)
+        largest = log_sum_of_list(query, cached + place, source, measured, sink, settings, LAYER, LIST_TILE, False)
         # Padding rows attend to nothing.
         largest = tl.where(real_pair, largest, float("inf"))
         looks = (scores, scored_end, largest, 1.0 / (scored * LAYER.group))
@@ -113,6 +118,10 @@ def attend_segment(unit, settings, LAYER: tl.constexpr, TILE: tl.constexpr):
                 state = (largest, total, sums)
                 largest, total, sums = attend_own(query, source, place, first, count, state, settings, LAYER, TILE)
 
+    if LAYER.has_sinks:
+        # Of the parts of a unit, the first counts them.
+        sink = tl.where(first_block == 0, sink, float("-inf"))
+        largest, total, sums = absorb_sinks(sink, largest, total, sums)
     target = out_base + (place.to(tl.int64) * stride_out_row) + member * VALUE_DIM
     if in_range & (end_block - first_block == all_blocks):
         store_rows(target, sums, total, real_pair, VALUE_DIM, VALUE_PAD)

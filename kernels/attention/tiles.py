@@ -43,6 +43,7 @@ ANY_ADDRESS = (
     "pillar_count",
     "recent_start",
     "pillar_index",
+    "sinks",
 )
 """Arguments that kernels are not compiled anew for.
 
@@ -76,6 +77,7 @@ class LayerShape(NamedTuple):
         pool: `PoolShape`.
         has_window, has_softcap: whether there is one.
         precision: of products, as `tl.dot` names it.
+        has_sinks: whether query heads have one.
     """
 
     group: Any
@@ -87,6 +89,7 @@ class LayerShape(NamedTuple):
     has_window: Any
     has_softcap: Any
     precision: Any
+    has_sinks: Any
 
 
 class LoopShape(NamedTuple):
@@ -182,6 +185,12 @@ def load_queries(query, stride_row, stride_head, place, member, real, KEY_DIM: t
     dim = tl.arange(0, KEY_PAD)[None, :]
     pointer = query + place.to(tl.int64) * stride_row + member * stride_head
     return tl.load(pointer[:, None] + dim, mask=real[:, None] & (dim < KEY_DIM), other=0.0)
+
+
+@triton.jit
+def load_sinks(sinks, first_head, member):
+    """The sinks [BLOCK_M] of pairs, in base 2; ``first_head`` is the first query head of the tile's KV head."""
+    return tl.load(sinks + first_head + member).to(tl.float32) * LOG2_E
 
 
 @triton.jit

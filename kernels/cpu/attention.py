@@ -2,8 +2,8 @@
 
 - A row that sees a whole stretch of positions, and a prompt, take torch's fused attention; of a prompt the cached
   positions and its own rows apart, so that no mask is needed, joined by their log-sum-exps.
-- Verifications and what the fused kernel does not know (soft-caps, values of another width than keys) take explicit
-  logits.
+- Verifications and what the fused kernel does not know (soft-caps, sinks, values of another width than keys) take
+  explicit logits.
 - Values in the pool are finite (see ``kernels.ops``), so that hidden ones, whose weight is 0, add nothing. Keys may be
   NaN: logits of hidden keys are replaced, never added to.
 
@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..checks import check_attention
 from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, Mode
-from ..reference.attention import as_kept
+from ..reference.attention import as_kept, as_logits, softmax_beside
 from .plan import Pages, Request, SparseRows, StepPlan, kinds, plan_of
 
 _ROW_BLOCK = 512
@@ -50,11 +50,12 @@ class _Layer(NamedTuple):
     scale: float
     window: int
     softcap: float
+    sinks: Tensor | None
 
     @property
     def fused(self) -> bool:
         """Whether the fused kernel knows this kind of attention."""
-        return not self.softcap and self.k.shape[2] == self.v.shape[2]
+        return not self.softcap and self.sinks is None and self.k.shape[2] == self.v.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,11 +70,11 @@ class _Layer(NamedTuple):
 def dual_mode_attention(*arguments: Any) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
     call = AttentionCall.of(arguments)
-    q, k, v, kv, scores, step, pillar_index, settings = call
+    q, k, v, kv, scores, step, pillar_index, settings, sinks = call
     plan = plan_of(step)
     _check(call, plan)
     _write(k, v, kv, plan)
-    layer = _Layer(q, k, v, kv, plan, pillar_index, *settings)
+    layer = _Layer(q, k, v, kv, plan, pillar_index, *settings, sinks)
     make = q.new_empty if plan.covered == q.shape[0] else q.new_zeros
     out = make((q.shape[0], q.shape[1], v.shape[2]))
     sparse = plan.sparse_rows(settings.window)
@@ -90,7 +91,8 @@ def dual_mode_attention(*arguments: Any) -> Tensor:
 
 def _check(call: AttentionCall, plan: StepPlan) -> None:
     """``check_attention``, once for calls alike."""
-    looked_at = (call.settings, kinds((call.q, call.k, call.v, call.kv, call.scores, call.pillar_index)), plan.kinds)
+    tensors = (call.q, call.k, call.v, call.kv, call.scores, call.pillar_index, call.sinks)
+    looked_at = (call.settings, kinds(tensor for tensor in tensors if tensor is not None), plan.kinds)
     if looked_at not in _in_order:
         check_attention(call)
         if len(_in_order) >= _MOST_KINDS:
@@ -140,7 +142,7 @@ def _dense(layer: _Layer, request: Request, scores: Tensor) -> Tensor:
         out = _long(layer, request, keys, values)
     else:
         logits = _logits(layer, q, keys, first, request.cached)
-        out = _weighted(logits.softmax(-1), values, layer.q.dtype)
+        out = _weighted(softmax_beside(layer.sinks, logits), values, layer.q.dtype)
     if scored:
         if logits is None or scored < request.row_count:
             logits = _logits(layer, q[request.row_count - scored :], keys, first, request.end - scored)
@@ -175,7 +177,7 @@ def _long(layer: _Layer, request: Request, keys: Tensor, values: Tensor) -> Tens
             blocks.append(_masked(layer, q, keys[:, seen], values[:, seen], position))
         else:
             logits = _logits(layer, q, keys[:, seen], first + seen.start, position)
-            blocks.append(_weighted(logits.softmax(-1), values[:, seen], layer.q.dtype))
+            blocks.append(_weighted(softmax_beside(layer.sinks, logits), values[:, seen], layer.q.dtype))
     return torch.cat(blocks)
 
 
@@ -201,7 +203,7 @@ def _single(layer: _Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = scaled_dot_product_attention(grouped[None], keys[None], values[None], scale=layer.scale)
         return out.view(1, -1, values.shape[2]).to(q.dtype)
     logits = _capped(layer, torch.bmm(grouped * layer.scale, keys.transpose(1, 2)))
-    return torch.bmm(logits.softmax(-1), values).reshape(1, -1, values.shape[2]).to(q.dtype)
+    return _weighted(softmax_beside(layer.sinks, logits[:, :, None]), values, q.dtype)
 
 
 def _draft(layer: _Layer, request: Request) -> Tensor:
@@ -234,7 +236,8 @@ def _sparse(layer: _Layer, rows: SparseRows) -> Tensor:
         out = scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=layer.scale)
     else:
         logits = _capped(layer, q * layer.scale @ keys.transpose(2, 3))
-        out = logits.masked_fill_(~visible, -math.inf).softmax(-1) @ values
+        logits = logits.masked_fill_(~visible, -math.inf)
+        out = softmax_beside(layer.sinks, logits[:, :, :, None])[:, :, :, 0] @ values
     return out.flatten(1, 2).to(layer.q.dtype)
 
 
@@ -270,7 +273,7 @@ def _capped(layer: _Layer, logits: Tensor) -> Tensor:
 def _weighted(probability: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [r, Hq, Dv] of probabilities [Hkv, G, r, n] and values [Hkv, n, Dv]."""
     kv_heads, group, rows, length = probability.shape
-    out = torch.bmm(probability.view(kv_heads, group * rows, length), values).view(kv_heads, group, rows, -1)
+    out = torch.bmm(probability.reshape(kv_heads, group * rows, length), values).view(kv_heads, group, rows, -1)
     return out.permute(2, 0, 1, 3).reshape(rows, kv_heads * group, -1).to(dtype)
 
 
@@ -283,6 +286,8 @@ def _write_scores(layer: _Layer, request: Request, logits: Tensor, scores: Tenso
         total = logits.logsumexp(-1, keepdim=True)
     else:
         total = _measure(layer, request, logits, base)
+    if layer.sinks is not None:
+        total = total.logaddexp(as_logits(layer.sinks, total))
     into = scores[request.score_slot]
     into[:, :base] = 0
     into[:, base : end - scored] = (before - total).exp_().clamp_(max=1.0).mean((1, 2))

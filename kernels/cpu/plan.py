@@ -1,6 +1,6 @@
 """What a step's int32 tensors say, read once for all layers: requests as Python numbers, and where their tokens lie.
 
-Plans are kept for the step that ``step_kind.promised`` encloses, one for each page table (layers of a group share one).
+Plans are kept for the step that ``launch.promised`` encloses, one for each page table (layers of a group share one).
 A plan is made anew for tensors that torch has changed in place since.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..launch import step_memo
 from ..ops import STEP_TENSORS, Mode
-from ..step_kind import step_memo
 
 _TABLE = STEP_TENSORS.index("page_table")
 

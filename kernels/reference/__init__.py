@@ -1,1 +1,1 @@
-"""Every op in plain torch, the oracle of the others. Selection and sampling also run on a CPU as they are."""
+"""Every op in plain torch, the oracle of the others. Drafting and sampling also run on a CPU as they are."""

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from ..checks import check_attention, check_site
-from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, Mode, StepTensors
+from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, AttentionSettings, Mode, SiteCall, StepTensors
 
 _ROW_BLOCK = 512
 """Rows of a request computed at once: bounds the logits of a long prompt, and skips keys that none of them may see."""
 
 
-def attention_site(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, layer: int) -> Tensor:
+def attention_site(*arguments: Any) -> Tensor:
     """Causal attention over T rows as one sequence; see ``kernels.ops``."""
-    check_site(q, k, v, window, scale, softcap)
-    k, v = as_kept(k, v)
+    call = SiteCall.of(arguments)
+    check_site(call)
+    q, window = call.q, call.settings.window
+    k, v = as_kept(call.k, call.v)
     rows = q.shape[2]
     positions = torch.arange(rows, device=q.device)
     blocks = [q.new_empty(0, q.shape[1], v.shape[3])]
@@ -28,7 +30,7 @@ def attention_site(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, s
         high = min(low + _ROW_BLOCK, rows)
         visible = _visible(positions[low:high], positions[0 if window else low : high], window)
         block = q[0, :, low:high].transpose(0, 1)
-        out, _ = _attend(block, k[0, :, :high], v[0, :, :high], visible, scale, softcap)
+        out, _ = _attend(block, k[0, :, :high], v[0, :, :high], visible, call.settings, call.sinks)
         blocks.append(out)
     return torch.cat(blocks)[None]
 
@@ -37,7 +39,7 @@ def dual_mode_attention(*arguments: Any) -> Tensor:
     """Drafting, verifying and prefilling rows in one call; see ``kernels.ops``."""
     call = AttentionCall.of(arguments)
     check_attention(call)
-    q, k, v, kv, scores, step, pillar_index, (scale, window, softcap) = call
+    q, k, v, kv, scores, step, pillar_index, settings, sinks = call
     page_table = step.page_table
     _write_kv(k, v, kv, step)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
@@ -49,13 +51,13 @@ def dual_mode_attention(*arguments: Any) -> Tensor:
         rows = slice(first, first + count)
         draft = (pillar_index[b, :, :pillars], recent)
         if kind == Mode.DRAFT:
-            out[rows] = _draft(q[rows], kv, page_table[b], *draft, cached, scale, window, softcap)
+            out[rows] = _draft(q[rows], kv, page_table[b], *draft, cached, settings, sinks)
         else:
-            out[rows], logits = _dense(q[rows], kv, page_table[b], cached, scored, scale, window, softcap)
+            out[rows], logits = _dense(q[rows], kv, page_table[b], cached, scored, settings, sinks)
             if scored:
                 room = max(MEASURING_POSITIONS - (cached + count - recent), MEASURING_PILLARS)
                 measure = None if kind == Mode.PREFILL else (pillar_index[b, :, : min(pillars, room)], recent)
-                _write_scores(logits, measure, scores[slot], cached + count)
+                _write_scores(logits, measure, sinks, scores[slot], cached + count)
     return out
 
 
@@ -90,12 +92,11 @@ def _draft(
     pillars: Tensor,
     recent_start: int,
     cached: int,
-    scale: float,
-    window: int,
-    softcap: float,
+    settings: AttentionSettings,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Rows [r, Hq, Dk] over pillars [Hkv, m] and positions recent_start .. cached + r - 1."""
-    end = cached + q.shape[0]
+    end, window = cached + q.shape[0], settings.window
     if window:
         recent_start = max(recent_start, cached - window + 1)
     recent = torch.arange(recent_start, end, device=q.device, dtype=torch.int32)
@@ -108,18 +109,24 @@ def _draft(
         row_position = torch.arange(cached, end, device=q.device)
         visible = _visible(row_position, position[:, None, None], window)
     keys, values = token.split((q.shape[2], kv.shape[3] - q.shape[2]), 2)
-    return _attend(q, keys, values, visible, scale, softcap)[0]
+    return _attend(q, keys, values, visible, settings, sinks)[0]
 
 
 def _dense(
-    q: Tensor, kv: Tensor, pages: Tensor, cached: int, scored: int, scale: float, window: int, softcap: float
+    q: Tensor,
+    kv: Tensor,
+    pages: Tensor,
+    cached: int,
+    scored: int,
+    settings: AttentionSettings,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Rows [r, Hq, Dk] over every position the window leaves them.
 
     Returns the rows [r, Hq, Dv] and the logits [Hkv, G, scored, n] of the last ``scored`` of them, of the n positions
     up to the last row from the page on in which the window of the first row begins; -inf where they are hidden.
     """
-    count = q.shape[0]
+    count, window = q.shape[0], settings.window
     end, page_size = cached + count, kv.shape[2]
     base = _first_gathered(cached, page_size, window)
     # Selecting along the first dimension copies the selected pages only; along any other, torch copies all of kv first.
@@ -133,7 +140,7 @@ def _dense(
         seen = cached + high - base
         new = cached + low - base
         visible = _visible(position[new:seen], position[0 if window else new : seen], window)
-        out, logits = _attend(q[low:high], keys[:, :seen], values[:, :seen], visible, scale, softcap)
+        out, logits = _attend(q[low:high], keys[:, :seen], values[:, :seen], visible, settings, sinks)
         blocks.append(out)
         unscored = max(0, count - scored - low)
         if unscored < high - low:
@@ -147,11 +154,13 @@ def _first_gathered(cached: int, page_size: int, window: int) -> int:
     return max(0, cached - window + 1) // page_size * page_size if window else 0
 
 
-def _write_scores(logits: Tensor, measure: tuple[Tensor, int] | None, scores: Tensor, end: int) -> None:
+def _write_scores(
+    logits: Tensor, measure: tuple[Tensor, int] | None, sinks: Tensor | None, scores: Tensor, end: int
+) -> None:
     """Mean attention of scored rows [Hkv, G, s, n], the last n positions before ``end``, into scores [Hkv, S].
 
     ``measure`` is (pillars [Hkv, m], recent_start): looks are then measured by those pillars and everything from
-    recent_start on. None measures them by everything a row sees.
+    recent_start on. None measures them by everything a row sees. Sinks measure in any case.
     """
     base = end - logits.shape[3]
     seen = logits
@@ -164,6 +173,8 @@ def _write_scores(logits: Tensor, measure: tuple[Tensor, int] | None, scores: Te
         read = torch.nn.functional.pad(read, (0, 1)).scatter_(1, place.where(place >= 0, beyond), True)[:, :beyond]
         seen = logits.masked_fill(~read[:, None, None], float("-inf"))
     total = seen.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        total = total.logaddexp(as_logits(sinks, total))
     scored_end = end - logits.shape[2]
     weight = (logits[..., : scored_end - base] - total).exp().clamp(max=1.0)
     scores[:, :base] = 0
@@ -177,10 +188,28 @@ def _visible(row: Tensor, key: Tensor, window: int) -> Tensor:
     return visible & (key > row - window) if window else visible
 
 
+def as_logits(sinks: Tensor, logits: Tensor) -> Tensor:
+    """Sinks [Hq] as one more logit [Hkv, G, 1, 1] of each row of logits [..., Hkv, G, r, n], in their dtype."""
+    return sinks.to(logits.dtype).view(*logits.shape[-4:-2], 1, 1)
+
+
+def softmax_beside(sinks: Tensor | None, logits: Tensor) -> Tensor:
+    """The probabilities of keys with these logits [..., Hkv, G, r, n], of which sinks [Hq] take a share."""
+    if sinks is None:
+        return logits.softmax(-1)
+    beside = as_logits(sinks, logits).expand(*logits.shape[:-1], 1)
+    return torch.cat((logits, beside), -1).softmax(-1)[..., :-1]
+
+
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    settings: AttentionSettings,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of rows q [r, Hq, Dk] over keys [Hkv, n, Dk] and values [Hkv, n, Dv].
+    """Softmax attention of rows q [r, Hq, Dk] over keys [Hkv, n, Dk], values [Hkv, n, Dv] and sinks [Hq].
 
     ``visible`` [..., r, w] broadcasts to the last w keys of the logits [Hkv, G, r, n]: every row sees the keys before
     them. None means that every row sees every key.
@@ -189,15 +218,15 @@ def _attend(
     dtype = _compute_dtype(q)
     rows, q_heads, key_dim = q.shape
     kv_heads, length, value_dim = values.shape
-    grouped = (q.to(dtype) * scale).view(rows, kv_heads, -1, key_dim).permute(1, 2, 0, 3)
+    grouped = (q.to(dtype) * settings.scale).view(rows, kv_heads, -1, key_dim).permute(1, 2, 0, 3)
     logits = torch.bmm(grouped.reshape(kv_heads, -1, key_dim), keys.to(dtype).transpose(1, 2))
-    if softcap:
-        logits = torch.tanh(logits / softcap) * softcap
+    if settings.softcap:
+        logits = torch.tanh(logits / settings.softcap) * settings.softcap
     logits = logits.view(kv_heads, q_heads // kv_heads, rows, length)
     if visible is not None:
         logits[..., length - visible.shape[-1] :].masked_fill_(~visible, float("-inf"))
-    probability = logits.softmax(-1)
-    out = torch.bmm(probability.view(kv_heads, -1, length), values.to(dtype))
+    probability = softmax_beside(sinks, logits)
+    out = torch.bmm(probability.reshape(kv_heads, -1, length), values.to(dtype))
     out = out.view(kv_heads, -1, rows, value_dim).permute(2, 0, 1, 3).reshape(rows, q_heads, value_dim)
     return out.to(q.dtype), logits
 

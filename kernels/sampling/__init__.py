@@ -1,1 +1,1 @@
-"""Drawing tokens: noise that any device computes alike, and the Triton kernels for CUDA."""
+"""From logits to tokens: penalties and biases on any device, and the Triton kernels that draw on CUDA."""

@@ -7,8 +7,9 @@
 3. ``join_kernel``: the best of a row's programs, the lowest token among equals. Where the bound of what a program left
    aside reaches the best of the whole row, which is rare, all of its tokens are made exact.
 
-Splits depend on the vocabulary alone, so a row's token does not depend on who else is in the call. A scaled logit plus
-noise is off by at most 2**-21 + |noise| * 2**-23 + |sum| * 2**-24 (``gumbel``).
+Splits depend on the vocabulary alone, so a row's token does not depend on who else is in the call. Where the logits are
+those of a part of the vocabulary, tokens are counted from the part's first; the noise and what is given out add it. A
+scaled logit plus noise is off by at most 2**-21 + |noise| * 2**-23 + |sum| * 2**-24 (``gumbel``).
 
 Noise has the words of ``philox``, and float32 logarithms that keep their relative precision. With u from a word (24
 significant bits, in [2**-33, 1 - 2**-24]) it is -log(e) for the exponential e = -log(1 - u). Where u is small, 1 - u
@@ -18,12 +19,14 @@ a quotient within 2 and a product within 1/2, e is off by less than 2**-21 of it
 |noise| * 2**-23: at most 3.3e-6 at the largest, 22.9.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_draw
+from ..checks import check_draw, check_draw_part
 from . import filter as filters
 
 SPLIT = 8192
@@ -55,18 +58,11 @@ def draw_tokens(
     """One token for each row; see ``kernels.ops``."""
     check_draw(logits, temperature, top_k, top_p, min_p, seed, position)
     rows, vocabulary = logits.shape
-    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
-        return token
-    heat, count, mass, share, key, place = (
-        setting.contiguous() for setting in (temperature, top_k, top_p, min_p, seed, position)
-    )
-    splits = triton.cdiv(vocabulary, SPLIT)
+        return position.new_empty(0)
+    heat, count, mass, share = (setting.contiguous() for setting in (temperature, top_k, top_p, min_p))
     lowest = torch.empty(rows, dtype=torch.float32, device=logits.device)
     candidates = torch.empty(rows, filters.ROOM, dtype=torch.int32, device=logits.device)
-    best = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
-    best_token = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
-    left_aside = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         filters.filter_kernel[(rows,)](
             logits,
@@ -84,25 +80,50 @@ def draw_tokens(
             ROOM=filters.ROOM,
             num_warps=filters.NUM_WARPS,
         )
-        shared = (logits, heat, key, place, lowest, best, best_token, left_aside)
-        draw_kernel[(rows, splits)](
-            *shared, vocabulary, logits.stride(0), SPLIT=SPLIT, BLOCK=BLOCK, num_warps=NUM_WARPS, maxnreg=REGISTERS
-        )
+    return _draw(logits, heat, seed, position, lowest, 0)[1]
+
+
+def draw_part(
+    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, first_token: int
+) -> tuple[Tensor, Tensor]:
+    """The highest sum of each row among some tokens of the vocabulary, and its token; see ``kernels.ops``."""
+    check_draw_part(logits, temperature, seed, position, first_token)
+    lowest = torch.full((logits.shape[0],), -math.inf, dtype=torch.float32, device=logits.device)
+    return _draw(logits, temperature.contiguous(), seed, position, lowest, first_token)
+
+
+def _draw(
+    logits: Tensor, heat: Tensor, seed: Tensor, position: Tensor, lowest: Tensor, first_token: int
+) -> tuple[Tensor, Tensor]:
+    """Of the tokens whose scaled logits are not below ``lowest``, those with the highest sums, and these sums."""
+    rows, tokens = logits.shape
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    value = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows == 0:
+        return value, token
+    splits = triton.cdiv(tokens, SPLIT)
+    best = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
+    best_token = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    left_aside = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
+    shared = (logits, heat, seed.contiguous(), position.contiguous(), lowest, best, best_token, left_aside)
+    sizes = (tokens, logits.stride(0), first_token)
+    with torch.cuda.device_of(logits):
+        draw_kernel[(rows, splits)](*shared, *sizes, SPLIT=SPLIT, BLOCK=BLOCK, num_warps=NUM_WARPS, maxnreg=REGISTERS)
         join_kernel[(rows,)](
             *shared,
+            value,
             token,
-            vocabulary,
-            logits.stride(0),
+            *sizes,
             splits,
             SPLITS=triton.next_power_of_2(splits),
             SPLIT=SPLIT,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
-    return token
+    return value, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def draw_kernel(
     logits,
     temperature,
@@ -114,6 +135,7 @@ def draw_kernel(
     left_aside,
     vocabulary,
     stride_row,
+    first_token,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -132,7 +154,7 @@ def draw_kernel(
     else:
         low = tl.load(lowest + row)
         bound, token, word, others = _candidates(
-            own, first, end, heat, tl.load(seed + row), tl.load(position + row), low, BLOCK
+            own, first, end, first_token, heat, tl.load(seed + row), tl.load(position + row), low, BLOCK
         )
         value = _exact(tl.load(own + token).to(tl.float32), word, heat, low)
         value = tl.where(bound > float("-inf"), value, float("-inf"))  # lanes without a candidate
@@ -143,7 +165,7 @@ def draw_kernel(
     tl.store(left_aside + place, tl.max(others, 0))
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["first_token", "splits"])
 def join_kernel(
     logits,
     temperature,
@@ -153,15 +175,17 @@ def join_kernel(
     best,
     best_token,
     left_aside,
-    out,
+    out_value,
+    out_token,
     vocabulary,
     stride_row,
+    first_token,
     splits,
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The token with the highest value of a row, the first of equal ones."""
+    """The token with the highest value of a row, the first of equal ones, and the value."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     place = row * splits + split
@@ -177,11 +201,13 @@ def join_kernel(
             if tl.load(left_aside + row * splits + number) >= top:
                 first = number * SPLIT
                 end = tl.minimum(first + SPLIT, vocabulary)
-                values, tokens = _highest_with_noise(logits + row * stride_row, first, end, heat, key, at, low, BLOCK)
+                own = logits + row * stride_row
+                values, tokens = _highest_with_noise(own, first, end, first_token, heat, key, at, low, BLOCK)
                 exact, which = _first_of_highest(values, tokens)
                 winner = tl.where(exact > top, which, tl.where(exact == top, tl.minimum(which, winner), winner))
                 top = tl.maximum(top, exact)
-    tl.store(out + row, winner.to(tl.int64))
+    tl.store(out_value + row, top)
+    tl.store(out_token + row, winner.to(tl.int64) + first_token)
 
 
 @triton.jit
@@ -204,20 +230,20 @@ def _highest(logits, first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _highest_with_noise(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
+def _highest_with_noise(logits, first, end, first_token, heat, seed, position, lowest, BLOCK: tl.constexpr):
     """The same of scaled logits that are not below ``lowest``, with noise."""
     value = tl.full((BLOCK,), float("-inf"), tl.float32)
     token = tl.zeros((BLOCK,), tl.int32) + first
     for start in range(first, end, BLOCK):
         here, logit = _load(logits, start, end, BLOCK)
-        noisy = _exact(logit, noise_words(seed, position, start, BLOCK), heat, lowest)
+        noisy = _exact(logit, noise_words(seed, position, first_token + start, BLOCK), heat, lowest)
         better = noisy > value
         value, token = tl.where(better, noisy, value), tl.where(better, here, token)
     return value, token
 
 
 @triton.jit
-def _candidates(logits, first, end, heat, seed, position, lowest, BLOCK: tl.constexpr):
+def _candidates(logits, first, end, first_token, heat, seed, position, lowest, BLOCK: tl.constexpr):
     """In each of BLOCK lanes the highest bound, its token, its word, and the highest bound of the other tokens."""
     bound = tl.full((BLOCK,), float("-inf"), tl.float32)
     runner_up = bound
@@ -231,7 +257,7 @@ def _candidates(logits, first, end, heat, seed, position, lowest, BLOCK: tl.cons
         if lowest > float("-inf"):  # in a filtered row, a block with nothing to keep costs nothing more
             wanted = tl.max(logit, 0) * above >= lowest
         if wanted:
-            words = noise_words(seed, position, start, BLOCK)
+            words = noise_words(seed, position, first_token + start, BLOCK)
             scaled = tl.maximum(logit * above, logit * below)
             limit = tl.where(scaled < lowest, float("-inf"), scaled + gumbel_bound(words))
             better = limit > bound

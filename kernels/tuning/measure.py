@@ -11,8 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..launch import Promise
 from ..ops import STEP_TENSORS, Mode
-from ..step_kind import Promise
 
 Call = Callable[[], object]
 
@@ -63,17 +63,17 @@ class Step:
     def arguments(self) -> tuple[object, ...]:
         """The op's arguments, in order."""
         names = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index")
-        return (*(self.tensors[name] for name in names), self.heads.key_dim**-0.5, 0, 0.0)
+        return (*(self.tensors[name] for name in names), self.heads.key_dim**-0.5, 0, 0.0, None)
 
     def promise(self) -> Promise:
-        """What an engine would promise of such a step."""
+        """The promise that an engine would make for such a step."""
         scored = {item.mode for item in self.work if item.scored}
         if scored:
             return Promise.NOTHING if Mode.PREFILL in scored else Promise.ONLY_VERIFICATIONS_SCORED
         return Promise.SINGLE_ROWS if all(item.rows == 1 for item in self.work) else Promise.NO_SCORES
 
     def fewest_bytes(self) -> int:
-        """Bytes that no kernel can avoid to move: each key and value read once, the step's own rows in and out."""
+        """Bytes that any kernel must move: each key and value read once, the step's own rows in and out."""
         rows = sum(work.rows for work in self.work)
         queries = rows * self.heads.q_heads * (self.heads.key_dim + self.heads.value_dim) * self.heads.dtype.itemsize
         read = sum(work.tokens_read() for work in self.work)
@@ -97,7 +97,7 @@ def make_step(heads: Heads, work: list[Work], device: torch.device, seed: int = 
         "recent_start": [item.cached for item in work],
     }
     tensors = {name: torch.tensor(values, dtype=torch.int32, device=device) for name, values in counts.items()}
-    # A verification without pillars is measured by everything.
+    # Without pillars, the denominator of a verification's scores covers all positions.
     whole = (tensors["pillar_count"] == 0) & (tensors["request_mode"] != Mode.DRAFT)
     tensors["recent_start"].masked_fill_(whole, 0)
     tensors["page_table"] = _shuffled_pages(pages, generator)

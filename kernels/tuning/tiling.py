@@ -1,13 +1,26 @@
-"""Tile sizes of the attention kernel: what they mean, and a choice for any layer and device that works untuned."""
+"""Tile sizes of the attention kernel: what they mean, and which a launch takes.
 
-from dataclasses import dataclass, replace
+They are those measured on this device, those shipped for a device like it, or defaults that work for any layer and
+device. The choice is made from shapes alone and stays the same within a process, so that captured steps never measure
+anything and equal calls give equal bits. ``python -m sparsespec_compile.kernels.tuning`` measures, and writes the
+user's file.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
-from ..device import DeviceLimits
+from ..errors import TuningCacheWarning
+from ..launch import DeviceLimits, StepKind
 from ..ops import SCORED_PAIRS
-from ..step_kind import StepKind
 
 _REGISTERS = 65536
 """Of a multiprocessor, on all NVIDIA GPUs from Ampere on."""
@@ -27,7 +40,7 @@ _EXCHANGES = 4096
 
 @dataclass(frozen=True)
 class Layer:
-    """What of an attention layer decides on its tiles."""
+    """The properties of an attention layer that decide on its tiles."""
 
     group: int
     key_dim: int
@@ -43,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a launch is cut up.
+    """How a launch is divided into tiles and programs.
 
     Attributes:
         big_m: (row, query head) pairs of a tile of verifying or prefilling rows, a power of two; what fits one takes a
@@ -57,7 +70,7 @@ class Tiling:
             does, scores take passes of their own, and the kernel is smaller and parks less outside its registers.
         programs_per_sm: programs that share a multiprocessor.
         unit_overhead: what starting a tile with a KV head costs, in blocks of keys.
-        scored_overhead: what it costs besides where scores are given out.
+        scored_overhead: its further cost where scores are returned.
         part_cost: what joining one more part of a unit costs, in sixteenths of a block.
     """
 
@@ -124,15 +137,15 @@ def _for_any(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
     big_m = max(big_m, small_tile(layer.group))
     block_n = 16 if layer.token_bytes > 1024 else 32 if wide else 64
     heavy = big_m > 64 or wide
-    # Where two programs do not fit beside each other with blocks so long, they may with shorter ones.
+    # Two programs that do not fit a multiprocessor with these blocks may fit with shorter ones.
     shapes = [(1, block_n)] if heavy else [(2, block_n), (2, block_n // 2), (1, block_n)]
     for per_sm, keys in shapes:
-        # Fewer keys at a time, and more of them on their way, suit what waits for memory.
+        # Memory-bound loops prefer smaller blocks and more of them in flight.
         big_n = keys if prefills else min(keys, 32)
         small, big, scored = _blocks_ahead(layer, big_m, keys, big_n, per_sm, limits)
         if min(small, big, scored) >= 2:
             break
-    # One block on its way hides nothing, and each takes registers for what it has looked up.
+    # A single block in flight hides no latency, and each needs registers for its looked-up pages.
     big_ahead, scored_ahead = max(2, min(4, big)), max(2, min(4, scored))
     return Tiling(big_m, keys, big_n, 8 if heavy else 4, 2, big_ahead, scored_ahead, per_sm)
 
@@ -161,5 +174,112 @@ def parts_together(pairs: int, layer: Layer, num_warps: int) -> int:
 
 
 def padded(size: int) -> int:
-    """The power of two that a tile's dimension of this size takes; a dot takes 16 at least."""
+    """The size of a tile's dimension: the next power of two, at least 16 as a dot product needs."""
     return max(16, triton.next_power_of_2(size))
+
+
+VERSION = 4
+"""Of the meaning of an entry; files of another version are not read."""
+
+CACHE_VARIABLE = "SPARSESPEC_TUNING_CACHE"
+
+SHIPPED = Path(__file__).with_name("tuned.json")
+
+_RANGES = {
+    "big_m": (16, 256),
+    "block_n": (16, 256),
+    "big_n": (16, 256),
+    "num_warps": (1, 16),
+    "small_ahead": (1, 16),
+    "big_ahead": (1, 16),
+    "scored_ahead": (0, 16),
+    "programs_per_sm": (1, 16),
+    "unit_overhead": (0, 1024),
+    "scored_overhead": (0, 1024),
+    "part_cost": (0, 1024),
+}
+_POWERS_OF_TWO = ("big_m", "block_n", "big_n", "num_warps")
+
+
+def tiling_for(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling:
+    """The tiles of a launch: measured ones if there are any, else the default."""
+    key = entry_key(layer, kind, limits)
+    found = _entries(cache_path()).get(key) or _entries(SHIPPED).get(key)
+    if found is None or found.big_m < layer.group:
+        return default_tiling(layer, kind, limits)
+    return found
+
+
+def entry_key(layer: Layer, kind: StepKind, limits: DeviceLimits) -> str:
+    """What an entry was measured for."""
+    dtype = str(layer.dtype).removeprefix("torch.")
+    dims = f"group {layer.group}, dims {layer.key_dim} and {layer.value_dim}, {dtype}, page {layer.page_size}"
+    return f"{limits.name}: {dims}, {kind.value} steps"
+
+
+def cache_path() -> Path:
+    """The user's file: the environment variable SPARSESPEC_TUNING_CACHE, or in the user's cache folder."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "sparsespec_compile" / "tiles.json"
+
+
+def can_be_kept(tiling: Tiling) -> bool:
+    """Whether a file may hold these tiles."""
+    try:
+        _checked(asdict(tiling))
+    except ValueError:
+        return False
+    return True
+
+
+def save(measured: dict[str, Tiling], path: Path) -> None:
+    """Add entries to a file, replacing it in one step, so that a reader sees the old or the new one."""
+    entries = {key: asdict(tiling) for key, tiling in {**_read(path), **measured}.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump({"version": VERSION, "entries": dict(sorted(entries.items()))}, file, indent=2)
+        file.write("\n")
+    os.chmod(file.name, 0o644)  # temporary files are readable by their owner alone
+    os.replace(file.name, path)
+    _entries.cache_clear()
+
+
+@lru_cache
+def _entries(path: Path) -> dict[str, Tiling]:
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Tiling]:
+    """Entries of a file; none and a warning if it cannot be used."""
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, {VERSION} is read")
+        return {key: _checked(entry) for key, entry in content["entries"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(
+            f"{path} cannot be used ({type(error).__name__}: {error}); kernels take their default tiles. Delete it, or "
+            "write it anew with `python -m sparsespec_compile.kernels.tuning`.",
+            TuningCacheWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _checked(entry: dict[str, Any]) -> Tiling:
+    """An entry as tiles, all values being integers that a kernel can be built with."""
+    if set(entry) != {field.name for field in fields(Tiling)}:
+        raise ValueError(f"an entry has the fields {sorted(entry)}")
+    for name, value in entry.items():
+        low, high = _RANGES[name]
+        power = name not in _POWERS_OF_TWO or (isinstance(value, int) and value & (value - 1) == 0)
+        if type(value) is not int or not low <= value <= high or not power:
+            powers = ", powers of two" if name in _POWERS_OF_TWO else ""
+            raise ValueError(f"{name} is {value!r}; allowed are {low} to {high}{powers}")
+    if entry["block_n"] % entry["big_n"]:
+        raise ValueError(f"big_n is {entry['big_n']} and block_n {entry['block_n']}; big_n may be as large at most")
+    return Tiling(**entry)

@@ -27,13 +27,11 @@ from tqdm import tqdm
 from triton.errors import TritonError
 
 from ..attention.launcher import dual_mode_attention
-from ..device import device_limits
 from ..errors import KernelUnavailableError
+from ..launch import LARGE_STEP_PAIRS, StepKind, device_limits, promised
 from ..ops import Mode
-from ..step_kind import LARGE_STEP_PAIRS, StepKind, promised
 from .measure import Call, Heads, Step, Work, make_step, replay_ms
-from .table import cache_path, can_be_kept, entry_key, save
-from .tiling import Layer, Tiling, default_tiling
+from .tiling import Layer, Tiling, cache_path, can_be_kept, default_tiling, entry_key, save
 
 STEPS: dict[StepKind, dict[str, list[Work]]] = {
     StepKind.SINGLE_ROWS: {
@@ -105,7 +103,7 @@ def _tune(
         timed |= {tiling: _times(made, tiling) for tiling in tqdm(usable, desc="timing")}
         best = min(timed, key=lambda tiling: math.prod(timed[tiling].values()))
         console.print(_report(timed, default))
-        # After every round, so that who stops the search keeps what it has found.
+        # After every round, so that an interrupted search keeps what it has found.
         save({entry_key(layer, kind, limits): best}, options.output)
         console.print(f"wrote {options.output}")
         product = math.prod(timed[best].values())

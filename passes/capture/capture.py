@@ -1,8 +1,10 @@
 """Captures a causal LM as one graph with one `sparsespec::attention_site` node for each attention call.
 
-A twin of the model runs twice under transformers' attention interface. The **rehearsal** runs it on a few tokens and
+A twin of the model runs twice under transformers' interfaces. The **rehearsal** runs it on a few tokens and
 records the settings and the mask of each attention call. The **trace** is `torch.export` on symbolic sizes, in which
-each call becomes a node with the settings that the rehearsal found. Parameters are shared with the model.
+each call becomes a node with the settings that the rehearsal found. So does each layer of experts that
+`sparsespec::experts_site` can express; others keep transformers' grouped products. Parameters are shared with the
+model.
 """
 
 from __future__ import annotations
@@ -17,16 +19,28 @@ from torch.export import Dim
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from sparsespec_compile.kernels.ops import SparseSpecError, attention_site
+from sparsespec_compile.kernels.ops import AttentionSettings, SiteCall, SparseSpecError, attention_site
 
 from ..compat import mask_function
-from ..errors import AttentionInterfaceError, ExportError, PositionError, UnsupportedAttentionError
+from ..errors import (
+    AttentionInterfaceError,
+    ExportError,
+    PositionError,
+    UnsupportedAttentionError,
+    UnsupportedModelError,
+)
+from .experts import ExpertsReader
 from .interface import recording
-from .sites import Site, causal_window, read_site
+from .quantised import check_activations, quantisation, read_inner_tensors, untraceable
+from .rotary import tabulate
+from .sites import Site, causal_window, read_site, sinks_of
 from .twin import twin_of
 
 ROWS = 7
 """Tokens of the rehearsal. A prime, so that it is unlikely to equal another size of the model."""
+
+_KEPT = 3
+"""Rows of the rehearsal that get logits."""
 
 TYPICAL_ROWS, TYPICAL_KEPT = 61, 17
 """Tokens of the trace's example, and rows with logits. Nothing runs on them, but compilers take them as hints of the
@@ -41,10 +55,12 @@ class Captured:
         graph_module: `(input_ids [1, T] int64, position_ids [1, T] int64, logits_to_keep [R] int64)` as keyword
             arguments -> logits `[1, R, V]`; T and R symbolic, at least 2. Its parameters are the model's own.
         sites: the attention calls, in the order of the forward pass; node i has `layer == i`.
+        notes: on layers of experts that are no sites, and why.
     """
 
     graph_module: GraphModule
     sites: tuple[Site, ...]
+    notes: tuple[str, ...] = ()
 
 
 def capture(model: PreTrainedModel) -> Captured:
@@ -56,10 +72,13 @@ def capture(model: PreTrainedModel) -> Captured:
         UnsupportedAttentionError: an attention call asks for what the dual-mode op does not apply.
         ExportError: the model's own code or `torch.export` failed.
     """
-    packed = PackedModel(twin_of(model))
+    twin = twin_of(model)
+    tabulate(twin)
+    packed = PackedModel(twin)
     with torch.no_grad():
-        sites = _rehearse(packed)
-        return Captured(_trace(packed, sites), sites)
+        reader = ExpertsReader(packed.path_of)
+        sites = _rehearse(packed, reader)
+        return Captured(_trace(packed, sites, reader), sites, reader.notes())
 
 
 class PackedModel(nn.Module):
@@ -75,7 +94,9 @@ class PackedModel(nn.Module):
                 f"{type(model).__name__}.forward takes no position_ids. Packed requests need a position for each "
                 "token; use a model whose forward takes position_ids."
             )
-        self.selects_rows = "logits_to_keep" in accepted
+        # A wrapper that takes anything, as TRL's trainers set one, hands it on to what it wraps, or a rehearsal shows.
+        own = accepted if not takes_any else {**accepted, **inspect.signature(type(model).forward).parameters}
+        self.selects_rows = "logits_to_keep" in own
         self.path_of = {id(module): path for path, module in model.named_modules()}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
@@ -98,8 +119,9 @@ class PackedModel(nn.Module):
 class _Rehearsal:
     """Records every attention call. Gives out marker tensors as masks, so that each call's mask can be identified."""
 
-    def __init__(self, path_of: Mapping[int, str]) -> None:
+    def __init__(self, path_of: Mapping[int, str], reader: ExpertsReader) -> None:
         self.path_of = path_of
+        self.experts = reader.read
         self.sites: list[Site] = []
         self.windows: dict[int, tuple[Tensor, int | None]] = {}
 
@@ -117,7 +139,7 @@ class _Rehearsal:
                 "for BERT-like models set config.is_decoder = True before building the model."
             )
         self.sites.append(site)
-        return _call_op(site, q, k, v)
+        return _call_op(site, q, k, v, options)
 
     def _window(self, path: str, mask: object) -> int | None:
         if mask is None:
@@ -136,8 +158,9 @@ class _Rehearsal:
 class _Trace:
     """Turns attention call i into a node with the settings of site i. Gives out no masks."""
 
-    def __init__(self, sites: tuple[Site, ...]) -> None:
+    def __init__(self, sites: tuple[Site, ...], reader: ExpertsReader) -> None:
         self.sites = sites
+        self.experts = reader.call
         self.met = 0
 
     def mask(self, options: dict) -> None:
@@ -151,23 +174,24 @@ class _Trace:
             )
         site = self.sites[self.met]
         self.met += 1
-        return _call_op(site, q, k, v)
+        return _call_op(site, q, k, v, options)
 
 
-def _call_op(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    layer = site.layer
-    return attention_site(q, k, v, layer.scale, layer.window, layer.softcap, layer.layer)
+def _call_op(site: Site, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+    call = SiteCall(q, k, v, AttentionSettings.of(site.layer), site.layer.layer, sinks_of(options))
+    return attention_site(*call.arguments())
 
 
-def _rehearse(packed: PackedModel) -> tuple[Site, ...]:
-    rehearsal = _Rehearsal(packed.path_of)
+def _rehearse(packed: PackedModel, reader: ExpertsReader) -> tuple[Site, ...]:
+    rehearsal = _Rehearsal(packed.path_of, reader)
     try:
         with recording(rehearsal):
-            packed(**packed.example(ROWS, kept=3))
+            logits = packed(**packed.example(ROWS, kept=_KEPT))
     except SparseSpecError:
         raise
     except Exception as error:  # from the model's own code, which may raise anything
-        raise ExportError(_failure(packed, "ran on packed tokens without a cache", error)) from error
+        raise _failure(packed, "ran on packed tokens without a cache", error) from error
+    packed.selects_rows &= logits.shape[1] == _KEPT
     _check_windows(packed.model, rehearsal.sites)
     if not rehearsal.sites:
         raise AttentionInterfaceError(
@@ -191,29 +215,39 @@ def _check_windows(model: PreTrainedModel, sites: list[Site]) -> None:
             )
 
 
-def _trace(packed: PackedModel, sites: tuple[Site, ...]) -> GraphModule:
+def _trace(packed: PackedModel, sites: tuple[Site, ...], reader: ExpertsReader) -> GraphModule:
     rows, kept = Dim("rows", min=2), Dim("kept", min=2)
     shapes = {"input_ids": {1: rows}, "position_ids": {1: rows}, "logits_to_keep": {0: kept}}
     try:
-        with recording(_Trace(sites)):
+        with recording(_Trace(sites, reader)):
             example = packed.example(TYPICAL_ROWS, TYPICAL_KEPT)
             program = torch.export.export(packed, (), example, dynamic_shapes=shapes, strict=False)
     except SparseSpecError:
         raise
     except Exception as error:  # from the model's own code or the exporter, whose errors have no common base
-        raise ExportError(_failure(packed, "was traced by torch.export", error)) from error
+        raise _failure(packed, "was traced by torch.export", error) from error
     exported = program.module(check_guards=False)
-    return GraphModule(exported, exported.graph)  # without the exported module's hooks, which check its signature
+    graph_module = GraphModule(
+        exported, exported.graph
+    )  # without the exported module's hooks, which check its signature
+    read_inner_tensors(graph_module)
+    check_activations(graph_module, packed.model)
+    return graph_module
 
 
-def _failure(packed: PackedModel, when: str, error: Exception) -> str:
+def _failure(packed: PackedModel, when: str, error: Exception) -> UnsupportedModelError:
     first_line = (str(error).strip().splitlines() or [""])[0]
     if "Constraints violated" in first_line:
         first_line = "the number of tokens must be of a special form, as for layers that work on chunks of tokens"
+    if "Cannot access data pointer" in first_line:
+        first_line = "it calls a kernel that takes addresses, which a trace has none of"
     if "data-dependent" in first_line:
         first_line = "it branches on values, as in a loop over the experts that tokens have chosen"
-    return (
-        f"{type(packed.model).__name__} failed when it {when}: {type(error).__name__}: {first_line}. Allowed: a "
-        "forward pass free of branches on token values and of sizes tied to the number of tokens. The cause is "
-        "chained; a newer transformers may help."
+    cause = f"failed when it {when}: {type(error).__name__}: {first_line}"
+    quantised = quantisation(packed.model)
+    if quantised is not None:
+        return untraceable(packed.model, quantised, cause)
+    return ExportError(
+        f"{type(packed.model).__name__} {cause}. Allowed: a forward pass free of branches on token values and of sizes "
+        "tied to the number of tokens. The cause is chained; a newer transformers may help."
     )

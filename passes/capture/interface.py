@@ -1,4 +1,4 @@
-"""Sends the attention and mask calls of a captured model to a recorder, through transformers' interfaces.
+"""Sends the attention, mask and experts calls of a captured model to a recorder, through transformers' interfaces.
 
 The names registered here stay registered, as transformers cannot remove them. Outside of `recording` they raise.
 """
@@ -13,17 +13,22 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from ..compat import register_experts
 from ..errors import AttentionInterfaceError
 
 IMPLEMENTATION = "sparsespec_capture"
-"""Attention implementation of models that are captured."""
+"""Attention and experts implementation of models that are captured."""
 
 EXPERTS = "grouped_mm"
-"""Implementation of expert layers that runs all experts without a loop over data-dependent token lists."""
+"""Implementation of experts with a table of their own, as quantised ones have. It runs all experts without a loop over
+data-dependent token lists."""
+
+REPLACED_EXPERTS = frozenset({"eager", "grouped_mm"})
+"""Implementations of experts that a capture replaces. Another one was chosen by the user, and stays."""
 
 
 class Recorder(Protocol):
-    """Receives the attention and mask calls of a forward pass."""
+    """Receives the attention, mask and experts calls of a forward pass."""
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:
         """Takes an attention call; returns its output `[1, T, Hq, Dv]`."""
@@ -33,13 +38,17 @@ class Recorder(Protocol):
         """Takes a request for a mask; returns what the model passes to its attention calls."""
         ...
 
+    def experts(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Takes a call of experts on x `[T, H]`, index and weight `[T, K]`; returns their output `[T, H]`."""
+        ...
+
 
 _active: ContextVar[Recorder | None] = ContextVar("sparsespec_recorder", default=None)
 
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Sends the attention calls of models that use `IMPLEMENTATION` to `recorder`."""
+    """Sends the calls of models that use `IMPLEMENTATION` to `recorder`."""
     token = _active.set(recorder)
     try:
         yield
@@ -47,12 +56,18 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _active.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether a model is being captured, in this thread."""
+    return _active.get() is not None
+
+
 def _recorder() -> Recorder:
     recorder = _active.get()
     if recorder is None:
         raise AttentionInterfaceError(
-            f"attention implementation {IMPLEMENTATION!r} was called outside a capture. It is only for the compiler; "
-            "choose 'sdpa' or 'eager' with model.set_attn_implementation."
+            f"implementation {IMPLEMENTATION!r} of attention or experts was called outside a capture. It is only for "
+            "the compiler; choose 'sdpa' or 'eager' with model.set_attn_implementation, 'grouped_mm' with "
+            "model.set_experts_implementation."
         )
     return recorder
 
@@ -67,8 +82,13 @@ def _mask(**options: Any) -> Tensor | None:
     return _recorder().mask(options)
 
 
+def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return _recorder().experts(module, hidden_states, top_k_index, top_k_weights)
+
+
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+register_experts(IMPLEMENTATION, _experts)
 
 
 def model_configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 from ..compat import ATTENTION_SETTING, attention_functions, implementations
 from ..errors import (
     EncoderDecoderError,
-    PositionError,
     RowMixingError,
     UnsupportedAttentionError,
     UnsupportedModelError,
     VersionError,
 )
+from .adapters import without_adapters
 from .interface import model_configs
+from .quantised import is_wrapper, quantisation_method, remedy
+from .rotary import check_rotary
 from .wrappers import check_global_hooks, check_precision, is_of_transformers
 
 OLDEST = {"torch": "2.11", "transformers": "5.6"}
@@ -32,7 +34,6 @@ RECURRENT_LAYERS = frozenset({"conv", "hybrid", "hybrid_sliding", "linear_attent
 SELECTING_LAYERS = frozenset(
     {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention", "minimax_m3_sparse"}
 )
-STATEFUL_ROPE = frozenset({"dynamic", "longrope"})
 
 
 def check_versions(
@@ -56,7 +57,7 @@ def check_model(model: object) -> None:
         MixedPrecisionError: a forward pass that runs under autocast.
         RowMixingError: layers that carry state along the tokens.
         UnsupportedAttentionError: ALiBi, layers that select tokens themselves, or an attention function of another's.
-        PositionError: rotary frequencies that follow the longest sequence of a call.
+        PositionError: rotary frequencies that follow the longest sequence of a call, from an unknown position on.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -71,6 +72,7 @@ def check_model(model: object) -> None:
     _check_implementations(model)
     for config in model_configs(model):
         _check_attention(type(model).__name__, config)
+    check_rotary(model)
 
 
 def _check_kind(model: PreTrainedModel) -> None:
@@ -89,7 +91,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 def _has_token_embedding(model: PreTrainedModel) -> bool:
     try:
-        return isinstance(model.get_input_embeddings(), nn.Embedding)
+        return isinstance(without_adapters(model.get_input_embeddings()), nn.Embedding)
     except NotImplementedError:  # transformers' way to say that it finds none
         return False
 
@@ -110,11 +112,21 @@ def _check_parameters(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has parameters on {sorted(map(str, devices))}. Allowed: one device that holds "
             "data. Load it with device_map=None, or on one device."
         )
+    method = quantisation_method(model)
+    if hasattr(model, "ct_decompress_hook"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds compressed weights until its first forward pass, which replaces them. Run "
+            f"the model once before it is compiled, such as by model(input_ids). {remedy(model)}"
+        )
     for path, parameter in parameters.items():
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+        plain = type(parameter) is nn.Parameter
+        if plain and method is not None:
+            continue  # whether what the model does with numbers of few bits can be traced, the capture shows
+        if not (plain or is_wrapper(parameter)) or not parameter.is_floating_point():
             raise UnsupportedModelError(
-                f"{path} is a {type(parameter).__name__} of {parameter.dtype}. Allowed: plain floating-point "
-                "parameters. Load the model without quantisation."
+                f"{path} is a {type(parameter).__name__} of {parameter.dtype}"
+                f"{'' if method is None else f' (the model was loaded with {method})'}. Allowed: plain floating-point "
+                f"parameters, and torchao's quantised ones. {remedy(model)}"
             )
         if parameter.dtype not in DTYPES:
             raise UnsupportedModelError(
@@ -165,19 +177,3 @@ def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
             f"{name} has layers of type {sorted(layers & SELECTING_LAYERS)}, which select the tokens they attend to. "
             "Allowed: layers of full or sliding-window attention. Use a model of these alone."
         )
-    kinds = _rope_types(getattr(config, "rope_parameters", None)) & STATEFUL_ROPE
-    if kinds:
-        raise PositionError(
-            f"{name} has rotary embeddings of type {sorted(kinds)}, whose frequencies follow the longest sequence of a "
-            "call, so requests would change each other. Allowed: 'default', 'linear', 'yarn', 'llama3'. Set one in "
-            "config.rope_parameters, if the model's length allows."
-        )
-
-
-def _rope_types(parameters: object) -> set[str]:
-    """Rope types in a `rope_parameters` setting, which is a dictionary or one for each type of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [_rope_types(value) for value in parameters.values()]
-    own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
-    return own.union(*nested)

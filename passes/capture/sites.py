@@ -82,7 +82,10 @@ HARMLESS = frozenset(
 )
 """Arguments that attention functions are given but that do not change their output."""
 
-SINKS = frozenset({"s_aux", "sinks"})
+SINKS = ("s_aux", "sinks")
+"""Names that sinks are given under: a logit of each query head that every row sees beside those of its keys."""
+
+APPLIED = frozenset({"scaling", "softcap", "sliding_window", *SINKS})
 BIASES = frozenset({"position_bias", "attention_bias", "alibi", "rel_pos_bias"})
 SELECTIONS = frozenset({"indices", "block_indices", "block_mask"})
 
@@ -112,6 +115,7 @@ def read_site(
         UnsupportedAttentionError: an option asks for something that the dual-mode op does not apply.
     """
     _check_shapes(module, q, k, v)
+    _check_sinks(module, options, q.shape[1])
     _check_options(module, options, has_mask=window is not None)
     scale = _number(module, options, "scaling", 1.0 / math.sqrt(q.shape[-1]))
     softcap = _number(module, options, "softcap", 0.0)
@@ -145,9 +149,25 @@ def _check_shapes(module: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def sinks_of(options: Mapping[str, object]) -> Tensor | None:
+    """The sinks [Hq] that a call gives, None for none."""
+    given = [options[name] for name in SINKS if options.get(name) is not None]
+    return given[0] if given else None  # type: ignore[return-value]
+
+
+def _check_sinks(module: str, options: Mapping[str, object], q_heads: int) -> None:
+    sinks = sinks_of(options)
+    if sinks is not None and (not isinstance(sinks, Tensor) or sinks.shape != (q_heads,)):
+        shown = f"a tensor {tuple(sinks.shape)}" if isinstance(sinks, Tensor) else repr(sinks)
+        raise UnsupportedAttentionError(
+            f"{module} passes {shown} to attention as its sinks. Allowed: one number for each of its {q_heads} query "
+            "heads. Use a model with such sinks, or without."
+        )
+
+
 def _check_options(module: str, options: Mapping[str, object], has_mask: bool) -> None:
     for name, value in options.items():
-        if value is None or name in HARMLESS or name in ("scaling", "softcap", "sliding_window"):
+        if value is None or name in HARMLESS or name in APPLIED:
             continue
         if name == "dropout" and value == 0:
             continue
@@ -158,9 +178,7 @@ def _check_options(module: str, options: Mapping[str, object], has_mask: bool) -
 
 def _explain(module: str, name: str, value: object) -> str:
     shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    if name in SINKS:
-        what = "attention sinks, which would have to enter the softmax"
-    elif name in BIASES:
+    if name in BIASES:
         what = "a bias on the attention scores (ALiBi or a learned one)"
     elif name in SELECTIONS:
         what = "its own selection of the tokens to attend to"
@@ -171,7 +189,7 @@ def _explain(module: str, name: str, value: object) -> str:
     else:
         what = "an option that this compiler does not know"
     return (
-        f"{module} passes {name}={shown} to attention: {what}. Allowed: scaling, softcap and a sliding window. "
+        f"{module} passes {name}={shown} to attention: {what}. Allowed: scaling, softcap, sinks and a sliding window. "
         "Use a model without it; dropping it would change the text."
     )
 

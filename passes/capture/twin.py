@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..compat import ATTENTION_SETTING, EXPERTS_SETTING, implementations
-from .interface import EXPERTS, IMPLEMENTATION, model_configs
+from ..compat import ATTENTION_SETTING, EXPERTS_SETTING, experts_of_another_table, implementations
+from .interface import EXPERTS, IMPLEMENTATION, REPLACED_EXPERTS, model_configs
 
 _CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 
@@ -26,18 +26,20 @@ _CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     """A twin of `model` that is ready to be captured.
 
-    It is in evaluation mode, runs without `Module.compile`, and every part of it uses `IMPLEMENTATION` for attention.
-    Expert layers whose plain implementation loops over the experts (which cannot be captured) use `EXPERTS`. Modules
-    and configurations are found in attributes, containers, bound methods, partials and closures; any other object that
-    a module holds is shared with the model.
+    It is in evaluation mode, runs without `Module.compile`, and every part of it uses `IMPLEMENTATION` for attention
+    and for experts, whose plain implementation loops over them and cannot be captured. Where experts have a table of
+    their own, which does not know that name, they use `EXPERTS` instead; where the user chose another one, that.
+    Modules and configurations are found in attributes, containers, bound methods, partials and closures; any other
+    object that a module holds is shared with the model.
     """
     twin = _Copier().copy(model)
     for module in twin.modules():
         module.__dict__.update(training=False, _compiled_call_impl=None)
+    others = {id(getattr(module, "config", None)) for module in twin.modules() if experts_of_another_table(module)}
     for config in model_configs(twin):
         setattr(config, ATTENTION_SETTING, IMPLEMENTATION)
-        if implementations(config)[EXPERTS_SETTING] == "eager":
-            setattr(config, EXPERTS_SETTING, EXPERTS)
+        if implementations(config)[EXPERTS_SETTING] in REPLACED_EXPERTS:
+            setattr(config, EXPERTS_SETTING, EXPERTS if id(config) in others else IMPLEMENTATION)
     return twin
 
 
@@ -85,7 +87,7 @@ def _leads_to_a_module(value: Any, seen: set[int]) -> bool:
 
 def _held_by(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
-        return [value.__self__]
+        return [value.__self__, value.__func__]
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values(), *vars(value).values()]
     if isinstance(value, FunctionType):
@@ -110,7 +112,7 @@ def _container(copier: _Copier, value: Any) -> Any:
 
 
 def _method(copier: _Copier, value: MethodType) -> MethodType:
-    return copier.note(value, MethodType(value.__func__, copier.copy(value.__self__)))
+    return copier.note(value, MethodType(copier.copy(value.__func__), copier.copy(value.__self__)))
 
 
 def _partial(copier: _Copier, value: partial) -> partial:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..compat import before_compile, forward_hooks, global_forward_hooks, switches_autocast_on
+from ..compat import autocast_dtype, before_compile, forward_hooks, global_forward_hooks
 from ..errors import MixedPrecisionError, UnsupportedModelError
 
 HARMLESS_HOOKS = frozenset(
@@ -89,6 +91,25 @@ def check_precision(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
+@contextmanager
+def without_equal_autocast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """A block in which `module` has no wrapper, as Accelerate's mixed precision sets it, that runs it in `dtype`.
+
+    Where its parameters have that dtype, too, the wrapper changes how values are rounded on the way, and no more.
+    """
+    wrapper = vars(module).get("forward")
+    layers: list[Any] = list(_layers(wrapper))
+    casts = [nth for nth, function in enumerate(layers) if autocast_dtype(function) is dtype]
+    if not casts:
+        yield
+        return
+    vars(module)["forward"] = MethodType(layers[casts[-1] + 1], module)
+    try:
+        yield
+    finally:
+        vars(module)["forward"] = wrapper
+
+
 def check_global_hooks() -> None:
     """Raises UnsupportedModelError when hooks of the whole process may change what modules give, compiled ones too."""
     hooks = global_hooks()
@@ -130,4 +151,4 @@ def _is_of_transformers(function: object) -> bool:
 
 
 def _casts(function: object) -> bool:
-    return type(function).__name__ == "ConvertOutputsToFp32" or switches_autocast_on(function)
+    return type(function).__name__ == "ConvertOutputsToFp32" or autocast_dtype(function) is not None

@@ -22,6 +22,9 @@ from sparsespec_compile.kernels.ops import scored_rows_at_most
 
 Kind = Literal["gemm", "draft", "verify", "stream"]
 
+SCORES = "scores"
+"""Name of the term for scores that verifications give out."""
+
 _SCORE_BYTES = 4
 _INDEX_BYTES = 4
 
@@ -99,6 +102,11 @@ class IterationCost:
         """Floating-point operations of all terms."""
         return sympy.Add(*(term.flops for term in self.terms))
 
+    @cached_property
+    def unscored(self) -> IterationCost:
+        """The same where verifications give out no scores."""
+        return IterationCost(tuple(term for term in self.terms if term.name != SCORES))
+
     def term(self, name: str) -> Term:
         """The term called `name`; raises KeyError when there is none."""
         return {term.name: term for term in self.terms}[name]
@@ -129,10 +137,34 @@ def collect(terms: Iterable[Term]) -> IterationCost:
     return IterationCost(tuple(total.values()))
 
 
-def projection(rows: Expr, inputs: int, outputs: int, itemsize: int) -> Term:
+def projection(rows: Expr, inputs: int, outputs: int, itemsize: int | Rational) -> Term:
     """A linear layer: its weight is read once, whatever the rows; "projections" or, on kept rows, "output"."""
     name = "output projection" if rows == R else "projections"
     return Term(name, "gemm", Integer(inputs * outputs * itemsize), 2 * rows * inputs * outputs, launches=1)
+
+
+def distinct_experts(rows: Expr | float, count: int, chosen: int) -> Expr | float:
+    """How many of `count` experts so many rows choose on average, each `chosen` different ones, all equally likely.
+
+    An expert is left out by a row with probability 1 - chosen / count. Trained routers prefer some experts, and rows of
+    one text choose alike, so that fewer are read: this is the most that should be expected.
+    """
+    return count * (1 - (1 - Rational(chosen, count)) ** rows)
+
+
+def experts(rows: Expr, count: int, chosen: Expr | int, elements: int, itemsize: int, launches: int) -> Term:
+    """A layer of experts of which each row chooses some: those that any row has chosen are read once.
+
+    Args:
+        rows: that choose.
+        count: experts.
+        chosen: by each row.
+        elements: weights of an expert.
+        itemsize: bytes of a weight.
+        launches: kernels of its own.
+    """
+    read = distinct_experts(rows, count, int(chosen)) * elements * itemsize
+    return Term("experts", "gemm", read, 2 * rows * chosen * elements, launches=launches)
 
 
 def embedding(rows: Expr, width: int, itemsize: int) -> Term:
@@ -177,7 +209,7 @@ def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window:
         Term("KV written", "stream", T * token, Integer(0)),
         Term("draft attention", "draft", D * drafted * token + index, D * drafted * row_flops),
         verify,
-        Term("scores", "stream", scores, Integer(0)),
+        Term(SCORES, "stream", scores, Integer(0)),
     ]
 
 

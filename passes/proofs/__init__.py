@@ -1,1 +1,1 @@
-"""Checks: the graph is whole after each pass, rows meet in attention alone, the model is still the one compiled."""
+"""Checks: graph invariants after each pass, rows mix in attention alone, the model is still the one compiled."""

@@ -35,6 +35,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from sparsespec_compile.kernels.ops import SiteCall, attention_site
 
 from ..base import GraphPass, attribute, call_of, describe, find_calls, input_node
+from ..capture.rotary import positions_of
 from ..errors import NotANumberError, RowMixingError
 from .verify import lasting_write
 
@@ -71,8 +72,7 @@ class ProveRowLocality(GraphPass):
         if node is not None:
             raise RowMixingError(
                 f"{describe(node)} keeps a result between calls, so one token would change another. Allowed: forward "
-                "passes that write into no parameter or buffer. Rotary embeddings of type 'dynamic' and 'longrope' do "
-                "this: choose 'default', 'linear', 'yarn' or 'llama3' in config.rope_parameters."
+                "passes that write into no parameter or buffer. Use a model whose forward pass is one."
             )
 
     def _inputs(self, rows: int, here: int, there: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -84,8 +84,8 @@ class ProveRowLocality(GraphPass):
         model = self.context.model
         generator = torch.Generator("cpu").manual_seed(0)
         embeddings = next(model.get_input_embeddings().parameters())
-        longest = getattr(model.config, "max_position_embeddings", None)
-        positions = min(2 * rows, int(longest)) if longest else 2 * rows
+        longest = positions_of(model)
+        positions = min(2 * rows, longest) if longest else 2 * rows
 
         def draw(limit: int, parity: int) -> Tensor:
             return 2 * torch.randint(max(limit // 2, 1), (1, rows), generator=generator, device="cpu") + parity
@@ -102,7 +102,7 @@ class ProveRowLocality(GraphPass):
 
 
 def _finite(embeddings: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-    """Tokens from `draw`, drawn again where their row of `embeddings` is not finite; a limited number of times."""
+    """Tokens from `draw`. Tokens whose row of `embeddings` is not finite are redrawn, a limited number of times."""
     tokens = draw()
     for _ in range(DRAWS):
         usable = embeddings[tokens.to(embeddings.device)].isfinite().all(-1).cpu()
@@ -113,7 +113,7 @@ def _finite(embeddings: Tensor, draw: Callable[[], Tensor]) -> Tensor:
 
 
 def _row_count(graph_module: GraphModule) -> int:
-    """A number of rows that is no other size in the graph, so that a dimension of this size is the rows."""
+    """A number of rows that differs from every other size in the graph, so that it identifies the dimension of rows."""
     sizes = {
         size
         for node in graph_module.graph.nodes
@@ -152,10 +152,10 @@ class Common(Enum):
 
 
 class _Run(Interpreter):
-    """Runs one node at a time; each site gives a function of a single row's q, k and v."""
+    """Runs one node at a time; each site returns a function of a single row's q, k and v."""
 
     def start(self, inputs: Iterable[Tensor]) -> None:
-        """Sets what the placeholders will take their values from, in order."""
+        """Sets the values that the placeholders take, in order."""
         self.args_iter = iter(inputs)
 
     def step(self, node: Node) -> Any:
@@ -199,8 +199,7 @@ class Lockstep:
             run.start(inputs)
         for node in self.graph.nodes:
             if node.target is attention_site:
-                call = call_of(SiteCall, node)
-                for tensor in (call.q, call.k, call.v):
+                for tensor in _rows_of(node):
                     self._require_agreement(tensor, axis=2)
             if node.op == "output":
                 self._require_agreement(input_node(node, 0), axis=1)
@@ -228,7 +227,7 @@ class Lockstep:
             return Common.HIDDEN if isinstance(first, (Tensor, tuple, list)) else Common.SAME
         axes = [axis for axis, size in enumerate(first.shape) if size == self.runs.rows]
         if len(axes) != 1:
-            return Common.SAME if torch.equal(first, second) else Common.HIDDEN
+            return Common.SAME if _equal(first, second) else Common.HIDDEN
         ours, theirs = first.select(axes[0], self.runs.here), second.select(axes[0], self.runs.there)
         if not _agree(ours, theirs):
             return Common.DIFFERS
@@ -247,7 +246,7 @@ class Lockstep:
 
 
 def takes_single_rows(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a row alone gives what it gives among others, though the graph was captured for two rows at least.
+    """Whether a single row gives the same alone as among others, though the graph was captured for two rows at least.
 
     A model's code may have had another branch for one row, and a squeeze may drop a dimension of one row.
 
@@ -260,7 +259,7 @@ def takes_single_rows(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> 
     many.start(inputs)
     one.start((ids[:, :1], positions[:, :1], kept[:1]))
     for node in graph_module.graph.nodes:
-        sources = node.all_input_nodes[:3] if node.target is attention_site else node.all_input_nodes
+        sources = _rows_of(node) if node.target is attention_site else node.all_input_nodes
         axis = {attention_site: 2, "output": 1}.get(node.target)
         for source in sources if axis is not None else ():
             ours, theirs = many.env[source].narrow(axis, 0, 1), one.env[source]
@@ -272,16 +271,22 @@ def takes_single_rows(graph_module: GraphModule, inputs: tuple[Tensor, ...]) -> 
         many.step(node)
         try:
             one.step(node)
-        except (RuntimeError, IndexError, ValueError):  # what ops raise for sizes that they cannot take
+        except (RuntimeError, IndexError, ValueError):  # the exceptions that ops raise for invalid sizes
             return False
     return False
 
 
+def _rows_of(site: Node) -> tuple[Node, Node, Node]:
+    """What of a site's arguments has rows. Sinks are read as they are; attention alone is stubbed."""
+    call = call_of(SiteCall, site)
+    return call.q, call.k, call.v
+
+
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two rows are equal but for rounding; infinities and NaN must be at the same places."""
-    if torch.equal(ours, theirs):
+    if _equal(ours, theirs):
         return True
-    if not ours.is_floating_point():
+    if not ours.is_floating_point() or ours.dtype not in TOLERANCE:
         return False
     equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
     difference = (ours.double() - theirs.double()).masked_fill(equal, 0.0).norm()
@@ -289,10 +294,17 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
     return bool(difference <= TOLERANCE[ours.dtype] * size)
 
 
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """`torch.equal`, which does not know numbers of 8 bits: of those the bits are compared."""
+    if ours.is_floating_point() and ours.itemsize == 1 and ours.dtype == theirs.dtype:
+        ours, theirs = ours.view(torch.uint8), theirs.view(torch.uint8)
+    return torch.equal(ours, theirs)
+
+
 def _make_equal(ours: Tensor, theirs: Tensor) -> None:
     """Writes our row over theirs, unless several elements share their memory."""
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(theirs.stride(), theirs.shape, strict=True))
-    if not overlapping and not torch.equal(ours, theirs):
+    if not overlapping and not _equal(ours, theirs):
         theirs.copy_(ours)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ..capture.quantised import inner_tensors, is_wrapper
+
 PLAIN: frozenset[type] = frozenset(
     {bool, int, float, complex, str, bytes, range, slice, CodeType, type(None), type(Ellipsis)}
     | {torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
@@ -73,7 +75,7 @@ class Group(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A difference between two frozen values: where it is, and what is there, `ABSENT` where there is nothing."""
+    """A difference between two frozen values: its place, and both values there, `ABSENT` for a missing one."""
 
     where: str
     before: object
@@ -88,7 +90,7 @@ ABSENT = _Absent()
 
 
 class Freezer:
-    """Freezes values. One instance serves one moment: what it has frozen it does not look at again.
+    """Freezes values. An instance is for one point in time: it reads each object once and remembers the result.
 
     Args:
         reads: whether the attribute of an object that has this name counts.
@@ -117,7 +119,7 @@ class Freezer:
             return value.item()
         if isinstance(value, np.ndarray):
             return Group(kind, ("shape", "dtype", "bytes"), (value.shape, str(value.dtype), value.tobytes()))
-        self._known[id(value)] = Group(Same(value), (), ())  # for what holds itself
+        self._known[id(value)] = Group(Same(value), (), ())  # for objects that contain themselves
         frozen = self._known[id(value)] = self._object(value, depth - 1)
         return frozen
 
@@ -153,7 +155,7 @@ class Freezer:
 
 
 def variables(function: FunctionType) -> Iterator[tuple[str, object]]:
-    """Names and values of the variables that a function's code can read beside what it is called with."""
+    """Names and values of the variables that a function's code can read besides its arguments."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield name, _contents(cell)
     for number, default in enumerate(function.__defaults__ or ()):
@@ -178,7 +180,7 @@ def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
 def _contents(cell: CellType) -> object:
     try:
         return cell.cell_contents
-    except ValueError:  # Python's way to say that it is empty
+    except ValueError:  # the cell is empty
         return None
 
 
@@ -248,8 +250,11 @@ def underlying(value: object) -> FunctionType | None:
     return call if isinstance(call, FunctionType) else None
 
 
-def place(tensor: Tensor) -> Place:
-    """Where a tensor's values are, and how they lie there."""
+def place(tensor: Tensor) -> Place | Group:
+    """Where a tensor's values are, and how they lie there; of a quantised one, where those of its parts are."""
+    if is_wrapper(tensor):
+        names, values = zip(*inner_tensors(tensor), strict=True)
+        return Group(type(tensor), names, tuple(map(place, values)))
     return Place(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 

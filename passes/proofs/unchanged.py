@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ..capture.interface import model_configs
+from ..capture.rotary import rewritten
 from ..capture.wrappers import adds_noise_in_training, check_precision, global_hooks, hooks_of, own_forward
 from ..compat import implementing_functions
 from ..errors import StaleParametersError, TrainingModeError
@@ -73,7 +74,10 @@ class ModelRecord:
 
     Attributes:
         model: the model.
+        again: the call that compiles it again, for errors.
     """
+
+    again = "optimize(model)"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -99,10 +103,18 @@ class ModelRecord:
             check_precision(modules)
             raise StaleParametersError(
                 f"{_explain(*change)}, but the compiled graph still computes as before. Undo that, or call "
-                "optimize(model) again. Allowed: changes of parameters in place, such as an optimizer's step, "
+                f"{self.again} again. Allowed: changes of parameters in place, such as an optimizer's step, "
                 "parameter.copy_() or load_state_dict."
             )
         self._require_no_randomness(modules)
+
+    def changed_modules(self) -> list[str]:
+        """Paths of the modules that are no longer what they were, are new or gone; other things by their names."""
+        before, after = (
+            dict(zip(group.names, group.values, strict=True))
+            for group in (self._compiled, self._read(_modules(self.model)))
+        )
+        return [str(name) for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
 
     def _read(self, modules: dict[str, nn.Module]) -> Group:
         freezer = Freezer((self._names - self._random).__contains__, modules.values())
@@ -115,18 +127,19 @@ class ModelRecord:
 
     def _module(self, freezer: Freezer, module: nn.Module) -> Group:
         own = vars(module)
+        left_out = rewritten(module) if "rope_type" in own else frozenset()
         names = ["class"]
         values: list[Any] = [type(module)]
         if not isinstance(module, _DROPOUT):
             for name in self._attributes_of(own):
                 value = own[name]
-                if type(value) is float and name in self._random:
+                if name in left_out or (type(value) is float and name in self._random):
                     continue
                 names.append(name)
                 values.append(value if type(value) in PLAIN else freezer.freeze(value))
         for tensors in (own["_parameters"], own["_buffers"]):
             for name, tensor in tensors.items():
-                if tensor is not None:
+                if tensor is not None and name not in left_out:
                     names.append(name)
                     values.append(place(tensor))
         forward = own_forward(module) if "forward" in own else None
@@ -204,7 +217,7 @@ def _names_read(model: nn.Module) -> frozenset[str]:
 
 
 def _randomness(module: nn.Module, names: Iterable[str]) -> str | None:
-    """What makes this module's output random, or dependent on others of its batch, in training mode."""
+    """The settings that make this module's output random, or dependent on its batch, in training mode."""
     if isinstance(module, _DROPOUT):
         return f"p={module.p}" if module.p > 0 else None
     if isinstance(module, _BATCH_NORM):

@@ -7,12 +7,12 @@ SPARSESPEC_VERIFY is set, as in tests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sparsespec_compile.kernels.ops import (
@@ -22,9 +22,12 @@ from sparsespec_compile.kernels.ops import (
     SiteCall,
     attention_site,
     dual_mode_attention,
+    experts_site,
+    fp8_product,
+    quantised_product,
 )
 
-from ..base import INPUTS, STATE_INPUTS, call_of, describe, find_calls, input_node, propagate
+from ..base import COPY, INPUTS, SCALE, STATE_INPUTS, call_of, describe, find_calls, input_node, propagate
 from ..errors import GraphInvariantError
 from ..layout import KVLayout
 
@@ -34,14 +37,17 @@ SITE_STAGE = INPUTS
 DUAL_STAGE = (*INPUTS, *STATE_INPUTS, *STEP_TENSORS)
 
 
-def verify(graph_module: GraphModule, layout: KVLayout) -> None:
+def verify(graph_module: GraphModule, layout: KVLayout, *, drafts: bool = False) -> None:
     """Checks what must hold of a graph after any pass.
 
     - the placeholders are those of a captured or of a rewritten graph, in order;
     - one attention node for each layer, in order, with that layer's settings: sites before the rewrite, dual-mode
       nodes after it, never both;
     - each dual-mode node works on its own layer's part of pool, scores and pillars, and on its group's page table;
-    - nothing else writes into an input or a parameter.
+    - no site of experts is left beside dual-mode nodes;
+    - nothing else writes into an input or a parameter;
+    - only the form for drafts (`drafts`) reads 8-bit copies of weights, each with its own scales, and what is in 8 bits
+      stays within its product.
 
     Raises:
         GraphInvariantError: naming the first node that breaks a rule.
@@ -55,6 +61,7 @@ def verify(graph_module: GraphModule, layout: KVLayout) -> None:
     else:
         raise GraphInvariantError(f"inputs are {names}; allowed are {SITE_STAGE} and {DUAL_STAGE}.")
     _check_writes(graph_module)
+    _check_copies(graph_module, drafts)
 
 
 def _check_sites(graph_module: GraphModule, layout: KVLayout) -> None:
@@ -66,7 +73,8 @@ def _check_sites(graph_module: GraphModule, layout: KVLayout) -> None:
 
 
 def _check_dual_nodes(graph_module: GraphModule, layout: KVLayout) -> None:
-    _refuse_any(graph_module, attention_site, "after the attention rewrite")
+    for site in (attention_site, experts_site):
+        _refuse_any(graph_module, site, "after the attention rewrite")
     nodes = find_calls(graph_module.graph, dual_mode_attention)
     calls = [call_of(AttentionCall, node) for node in nodes]
     _check_settings(nodes, layout, [(*call.settings, number) for number, call in enumerate(calls)])
@@ -89,6 +97,95 @@ def _check_step(node: Node, step: Any, group: int) -> None:
                 given, expected = input_node(given, 0), name
         if given.op != "placeholder" or given.target != expected:
             raise GraphInvariantError(f"{describe(node)} must take {expected}, not {given.format_node()}.")
+
+
+def _check_copies(graph_module: GraphModule, drafts: bool) -> None:
+    products = copy_products(graph_module.graph)
+    if products and not drafts:
+        raise GraphInvariantError(f"{describe(products[0].product)} must not be in a graph that verifies.")
+    for one in products:
+        weight, scale = str(one.copy.target), str(one.scale.target)
+        if weight.removeprefix(COPY) != scale.removeprefix(SCALE) or not weight.startswith(COPY):
+            raise GraphInvariantError(
+                f"{describe(one.product)} reads {weight} and {scale}, which do not belong together."
+            )
+    for one in products:
+        for node in one.within:
+            for user in node.users:
+                if user not in (*one.within, one.result):
+                    raise GraphInvariantError(f"{describe(user)} reads {node.name}, a part of {describe(one.product)}.")
+
+
+class CopyProduct(NamedTuple):
+    """What stands for a product of x and a weight in the form for drafts (`rewrites/draft_weights.py`).
+
+    Attributes:
+        result: gives the product.
+        product: the call of the op; with 8-bit weights alone the result itself.
+        x, copy, scale: what is multiplied, the copy of the weight, and the scales of its rows.
+        within: scales and what lies between, which nothing else may read.
+    """
+
+    result: Node
+    product: Node
+    x: Node
+    copy: Node
+    scale: Node
+    within: tuple[Node, ...]
+
+
+def copy_products(graph: Graph) -> list[CopyProduct]:
+    """All of a graph.
+
+    Raises:
+        GraphInvariantError: one of 8-bit rows is not scaled by what its rows were rounded by.
+    """
+    narrow = [_of_8_bit_rows(node) for node in find_calls(graph, fp8_product)]
+    for node in find_calls(graph, quantised_product):
+        x, copy, scale = (input_node(node, place) for place in range(3))
+        narrow.append(CopyProduct(node, node, x, copy, scale, (scale,)))
+    return narrow
+
+
+def _of_8_bit_rows(product: Node) -> CopyProduct:
+    aten, rows = torch.ops.aten, input_node(product, 0)
+    divided = _read(product, rows, aten.to.dtype, 0)
+    wide, unit = (_read(product, divided, aten.div.Tensor, place) for place in range(2))
+    x = _read(product, wide, aten.to.dtype, 0)
+    bounded = _read(product, unit, aten.div.Tensor, 0)
+    largest = _read(product, bounded, aten.clamp_min.default, 0)
+    magnitudes = _read(product, largest, aten.amax.default, 0)
+    scaled = _reader(product, product)
+    scale = _read(product, scaled, aten.mul.Tensor, 1)
+    whole = _reader(product, scaled)
+    if _read(product, magnitudes, aten.abs.default, 0) is not wide:
+        raise _unlike(product, magnitudes)
+    if _read(product, whole, aten.mul.Tensor, 1) is not unit:
+        raise _unlike(product, whole)
+    result = _reader(product, whole)
+    _read(product, result, aten.to.dtype, 0)
+    within = (wide, magnitudes, largest, bounded, unit, divided, rows, product, scale, scaled, whole)
+    return CopyProduct(result, product, x, input_node(product, 1), scale, within)
+
+
+def _read(product: Node, node: Node, target: OpOverload, place: int) -> Node:
+    """What a node of a product of 8-bit rows reads, which must be a call of `target`."""
+    if node.target is not target:
+        raise _unlike(product, node)
+    return input_node(node, place)
+
+
+def _reader(product: Node, node: Node) -> Node:
+    if len(node.users) != 1:
+        raise _unlike(product, node)
+    return next(iter(node.users))
+
+
+def _unlike(product: Node, node: Node) -> GraphInvariantError:
+    return GraphInvariantError(
+        f"{describe(node)} does not belong to {describe(product)}: rows are divided by their largest magnitude over "
+        "that of 8 bits, and products multiplied by the weight's scales and by the same."
+    )
 
 
 def _refuse_any(graph_module: GraphModule, target: object, when: str) -> None:

@@ -1,4 +1,4 @@
-"""The last stage: cuts the rewritten graph behind each attention node, so that equal layers are compiled once.
+"""The last stage: cuts the rewritten graph after each attention node, so that equal layers are compiled once.
 
 Before, flat, for layers i and i + 1:
     x1 = ... o_proj, norm, MLP, norm, qkv of layers i and i + 1 ...; rows1 = dual_mode_attention(q1, k1, v1, kv1, ...)
@@ -74,7 +74,7 @@ class SplitGraph:
 
 
 def split(graph_module: GraphModule) -> SplitGraph:
-    """Cuts a rewritten graph, which stays as it is, behind each attention node."""
+    """Cuts a rewritten graph, which is left unchanged, after each attention node."""
     graph = graph_module.graph
     outside, pieces = _cut(graph)
     whole = _why_whole(pieces)
@@ -89,7 +89,7 @@ def split(graph_module: GraphModule) -> SplitGraph:
 
 
 def _cut(graph: Graph) -> tuple[list[Node], list[list[Node]]]:
-    """The nodes that stay outside, and those of each region. Sizes are in neither, since each region reads its own."""
+    """The nodes outside of regions, and those of each region. Sizes are in neither, since each region reads its own."""
     outside: list[Node] = []
     pieces: list[list[Node]] = [[]]
     piece_of: dict[Node, list[Node]] = {}
@@ -149,7 +149,7 @@ def _join(source: GraphModule, outside: list[Node], calls: list[tuple[str, Regio
         values[node] = graph.node_copy(node, values.__getitem__)
     modules: dict[str, GraphModule] = {}
     for name, region in calls:
-        if name not in modules:  # making a module writes its code, which takes a while
+        if name not in modules:  # creating a module generates its code, which is slow
             modules[name] = GraphModule(nn.Module(), region.graph)
         call = graph.call_module(name, tuple(values[node] for node in region.inputs))
         for number, node in enumerate(region.outputs):
@@ -181,7 +181,7 @@ class Region:
 
 
 def extract(nodes: Sequence[Node], wanted: Container[Node]) -> Region:
-    """The region of `nodes`, which stay where they are.
+    """A region with copies of `nodes`.
 
     Args:
         nodes: calls in the order of their graph, none of them a size.

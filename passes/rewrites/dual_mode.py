@@ -2,14 +2,15 @@
 
 Before, for layer i:
     out: [1, T, Hq, Dv] = sparsespec.attention_site(q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv],
-                                                    scale, window, softcap, i)
+                                                    scale, window, softcap, i, sinks [Hq] or None)
 After, with o = layout.page_offset(i), n = layout.page_elements(i), h = layout.head_offset(i), g = layout.group_of(i):
     q', k', v': [T, H, D] = aten.transpose(aten.select(_, 0, 0), 0, 1)
     kv: [pages, Hkv, page_size, Dk + Dv] = aten.view(aten.slice(kv_pool, 1, o, o + n), ...)
     s: f32[C, Hkv, S] = aten.slice(scores, 1, h, h + Hkv)
     p: i32[B, Hkv, M] = aten.slice(pillar_index, 1, h, h + Hkv)
     t: i32[B, P] = aten.select(page_table, 0, g), the step tensor page_table of this node; one for each group
-    rows: [T, Hq, Dv] = sparsespec.dual_mode_attention(q', k', v', kv, s, *step tensors, p, scale, window, softcap)
+    rows: [T, Hq, Dv] = sparsespec.dual_mode_attention(q', k', v', kv, s, *step tensors, p, scale, window, softcap,
+                                                       sinks)
     out: [1, T, Hq, Dv] = aten.unsqueeze(rows, 0)
 
 Requires: placeholders input_ids, position_ids, logits_to_keep; one site for each layer of the layout, in its order.
@@ -117,7 +118,8 @@ class AttentionToDualMode(GraphPass):
         return _Inputs(kv_pool, scores, pillar_index, {name: added[name] for name in STEP_TENSORS}, tuple(tables))
 
     def _check_dtype(self, site: Node, layer: AttentionLayer) -> None:
-        dtypes = {argument.meta["val"].dtype for argument in site.all_input_nodes}
+        asked = call_of(SiteCall, site)
+        dtypes = {tensor.meta["val"].dtype for tensor in (asked.q, asked.k, asked.v)}
         if dtypes != {self.context.model.dtype}:
             module = self.context.report.attention[layer.layer].module
             raise UnsupportedAttentionError(
@@ -146,7 +148,7 @@ class AttentionToDualMode(GraphPass):
         scores, pillars = heads_of(inputs.scores), heads_of(inputs.pillar_index)
         own: dict[str, Any] = {"page_table": inputs.page_tables[layout.group_of(layer.layer)]}
         step: Any = StepTensors(**inputs.step | own)
-        nodes: list[Any] = [q, k, v, kv, scores, step, pillars, AttentionSettings.of(layer)]
+        nodes: list[Any] = [q, k, v, kv, scores, step, pillars, AttentionSettings.of(layer), asked.sinks]
         made = AttentionCall._make(nodes)
         rows = call(dual_mode_attention, *made.arguments())
         return call(aten.unsqueeze.default, rows, 0)

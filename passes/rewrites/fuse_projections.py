@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from weakref import WeakValueDictionary
 
@@ -30,7 +31,9 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from ..base import GraphPass, attribute, fill, find_calls, input_node
+from ..capture.adapters import adapter_layers, in_adapter
 from ..errors import GraphInvariantError
+from ..parallel.division import WHOLE, Placement
 
 aten = torch.ops.aten
 
@@ -44,12 +47,12 @@ class FuseProjections(GraphPass):
 
     def rewrite(self, graph_module: GraphModule) -> None:
         table = ParameterTable(self.context.model, graph_module)
-        # Another thread may use the model, and an op of its forward pass be reading what is released here. By the time
-        # that two further groups have been copied, which takes as long as reading them, it is through.
+        # Another thread may be running the model, with an op that reads the memory released here. That op has ended
+        # once two further groups have been copied, as copying takes as long as reading.
         self._released: deque[list[Tensor]] = deque(maxlen=2)
         for source, linears in _by_input(graph_module.graph).items():
             group = [linear for linear in linears if self._can_fuse(table, linear)]
-            for alike in _split_by_kind(group):
+            for alike in self._split_by_kind(group):
                 if len(alike) > 1 and _writes_between(alike):
                     self.notes.append(
                         f"left {_path(_weights(alike[0])[0])}: something is written in place before the next"
@@ -78,9 +81,29 @@ class FuseProjections(GraphPass):
         for name, column in zip(names, columns, strict=False):
             fused = fuse_storage([table.parameter(node) for node in column], self.context.moved)
             graph_module.register_parameter(name, torch.nn.Parameter(fused, requires_grad=False))
+            if self.context.parallel is not None:
+                _place(self.context.parallel.weights, name, column)
         self.notes.append(f"fused {' + '.join(_path(_weights(linear)[0]) for linear in linears)}")
         _rewrite_group(graph_module.graph, source, linears, names[: len(columns)])
         self.matches += 1
+
+    def _split_by_kind(self, linears: list[Node]) -> list[list[Node]]:
+        """Linears whose weights and biases can lie in one storage: alike in bias, dtype, device, and in how they are
+        divided among ranks."""
+        kinds: dict[tuple, list[Node]] = defaultdict(list)
+        parts = {} if self.context.parallel is None else self.context.parallel.weights
+        for linear in linears:
+            weight = input_node(linear, 1)
+            value, part = weight.meta["val"], parts.get(str(weight.target), WHOLE)
+            kinds[(len(linear.args), value.dtype, value.device, part.kind, part.dim)].append(linear)
+        return list(kinds.values())
+
+
+def _place(weights: dict[str, Placement], name: str, column: Sequence[Node]) -> None:
+    """Records which part of a fused weight or bias a rank has, from the weights that it was made of."""
+    parts = [weights.get(str(node.target), WHOLE) for node in column]
+    blocks = [size for part in parts for size in part.blocks] if parts[0].dim == 0 else parts[0].blocks
+    weights[name] = replace(parts[0], blocks=tuple(blocks))
 
 
 def _weights(linear: Node) -> list[Node]:
@@ -100,15 +123,6 @@ def _by_input(graph: Graph) -> dict[Node, list[Node]]:
         if all(isinstance(argument, Node) and argument.op == "get_attr" for argument in linear.args[1:]):
             groups[input_node(linear, 0)].append(linear)
     return {source: linears for source, linears in groups.items() if len(linears) > 1}
-
-
-def _split_by_kind(linears: list[Node]) -> list[list[Node]]:
-    """Linears whose weights and biases can lie in one storage: alike in bias, dtype and device."""
-    kinds: dict[tuple, list[Node]] = defaultdict(list)
-    for linear in linears:
-        weight = input_node(linear, 1).meta["val"]
-        kinds[(len(linear.args), weight.dtype, weight.device)].append(linear)
-    return list(kinds.values())
 
 
 def _writes_between(linears: list[Node]) -> bool:
@@ -148,6 +162,7 @@ class ParameterTable:
 
     def __init__(self, model: nn.Module, graph_module: GraphModule) -> None:
         self.root = graph_module
+        self.adapted = adapter_layers(model)
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self.uses = Counter(
             id(self.tensor(node)) for node in graph_module.graph.find_nodes(op="get_attr") for _ in node.users
@@ -169,6 +184,8 @@ class ParameterTable:
         value = self.tensor(node)
         if type(value) is not nn.Parameter or type(value.data) is not Tensor or id(value) not in self.names:
             return f"it is not a plain parameter of the model but a {type(value).__name__}"
+        if in_adapter(_path(node), self.adapted):
+            return "it is an adapter's, which comes and goes, and the graphs without it are to stay as they are"
         if self.names[id(value)] > 1:
             return "it is tied: the model has it under more than one name"
         if self.uses[id(value)] > 1:
@@ -183,7 +200,7 @@ _fused: WeakValueDictionary[tuple[torch.device, int], Tensor] = WeakValueDiction
 
 
 def fuse_storage(parameters: Sequence[nn.Parameter], moved: list[nn.Parameter]) -> Tensor:
-    """One tensor with the rows of all parameters, which from then on lie in its memory; the old storages are released.
+    """One tensor with the rows of all parameters. The parameters move into its memory; their old storages are released.
 
     Each parameter keeps a storage object that spans its own rows and nothing else, so that libraries which look at
     storages, as safetensors' `save_model` does, find no sharing. It keeps the memory of the whole tensor alive.
@@ -203,7 +220,7 @@ def fuse_storage(parameters: Sequence[nn.Parameter], moved: list[nn.Parameter]) 
 
 
 def give_back_storage(parameters: Sequence[nn.Parameter]) -> None:
-    """Undoes `fuse_storage`: each parameter has memory of its own again."""
+    """Undoes `fuse_storage`: gives each parameter a storage of its own again."""
     for parameter in parameters:
         parameter.data = parameter.data.clone()
 

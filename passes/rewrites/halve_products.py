@@ -7,7 +7,7 @@ After:
     y: [1, T, N] = aten.add(aten.select(p, 0, 0), aten.select(p, 0, 1))
 
 Inductor fuses the addition with what reads the product: residual and norm. Why this is faster for few rows:
-`kernels.products.halved`. What cannot add for nothing, such as a slice that goes to attention, keeps its product, and
+`kernels.products.library`. What cannot add for nothing, such as a slice that goes to attention, keeps its product, and
 so does what has a bias.
 
 Both summands are rounded to bfloat16 before they are added, as sums are that a library splits by its own choice

@@ -1,4 +1,4 @@
-"""Drops what export leaves behind and gives the graph a plain signature.
+"""Removes leftovers of the export and gives the graph a plain signature.
 
 Before (keyword arguments in a pytree, a tuple out):
     a: f32[1, T, H] = aten.slice(x: f32[1, T, H], 1, 0, 9223372036854775807)

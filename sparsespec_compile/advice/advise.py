@@ -2,21 +2,40 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from rich.jupyter import JupyterMixin
+from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparsespec_compile.advice.calibration import ceilings_of
-from sparsespec_compile.advice.ceilings import Ceilings
-from sparsespec_compile.advice.config_cost import config_cost
-from sparsespec_compile.advice.prediction import cycle, predict_mean
-from sparsespec_compile.advice.workload import Acceptance, Curve, Workload, accepted, curves, workload
-from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.config_cost import config_cost, experts_of
+from sparsespec_compile.advice.prediction import (
+    Acceptance,
+    Curve,
+    DraftCost,
+    Workload,
+    accepted,
+    curves,
+    predict_cycle,
+    workload,
+)
+from sparsespec_compile.config import Drafter, DraftWeights, SpecConfig
 from sparsespec_compile.errors import AdviceError
-from sparsespec_compile.passes.cost.terms import IterationCost
+from sparsespec_compile.passes.cost.terms import IterationCost, distinct_experts
+from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.device.weights import MOST_ROWS
 
 MAX_DRAFT_TOKENS = 16
 """Longest cycle that is considered."""
+
+
+class Costs(NamedTuple):
+    """The cost of an iteration, and of one in which every row is a draft."""
+
+    exact: IterationCost
+    drafts: DraftCost | None
 
 
 @dataclass(frozen=True)
@@ -25,14 +44,16 @@ class Choice:
 
     Attributes:
         draft_tokens: k; 0 = plain decoding.
+        drafter: "pillar" or "ngram".
         budget_ratio: as in `SpecConfig`.
-        budget: cached positions that a draft reads at the workload's length; 0 for plain decoding.
+        budget: cached positions that a draft reads at the workload's length; 0 where no pass drafts.
         accepted: mean accepted drafts of a cycle.
         tokens_per_second: predicted, all requests together.
         light_tokens_per_second: the same at the speed of light.
     """
 
     draft_tokens: int
+    drafter: Drafter
     budget_ratio: float
     budget: int
     accepted: float
@@ -41,23 +62,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """Whether speculation pays, and with which settings.
+class Advice(JupyterMixin):
+    """Whether speculation pays, and with which settings. Print it; a notebook shows it as it is printed.
 
     Attributes:
         device: its name.
+        draft_weights: what drafts read of the weights, as in `SpecConfig`.
         workload: mean cached length, and requests.
         plain: decoding without speculation.
-        speculative: the best choice with k >= 1, also when it does not pay.
+        speculative: the best choice with k >= 1 and drafts by the model, also when it does not pay.
+        ngrams: the best choice with drafts from the text itself; None = how many of them are right was not given.
         break_even_length: shortest mean cached length at which speculation pays with this batch, None when it does
             not even at the model's longest.
+        experts: of a mixture, experts of a layer that one row of each request chooses on average, and all of them.
     """
 
     device: str
+    draft_weights: DraftWeights
     workload: Workload
     plain: Choice
     speculative: Choice
+    ngrams: Choice | None
     break_even_length: int | None
+    experts: tuple[float, int] | None = None
 
     @property
     def speedup(self) -> float:
@@ -71,34 +98,65 @@ class Advice:
 
     @property
     def speculate(self) -> bool:
-        """Whether speculation pays."""
-        return self.speedup > 1.0
+        """Whether speculation pays, by the model or from the text itself."""
+        return self.best is not self.plain
 
     @property
     def best(self) -> Choice:
         """What is advised."""
-        return self.speculative if self.speculate else self.plain
+        choices = [self.plain, self.speculative, *([] if self.ngrams is None else [self.ngrams])]
+        return max(choices, key=lambda choice: choice.tokens_per_second)
 
     def config(self) -> SpecConfig:
         """The settings that are advised; others are the defaults."""
-        return SpecConfig(draft_tokens=self.best.draft_tokens, budget_ratio=self.best.budget_ratio)
+        return SpecConfig(
+            draft_tokens=self.best.draft_tokens,
+            drafter=self.best.drafter,
+            budget_ratio=self.best.budget_ratio,
+            draft_weights=self.draft_weights,
+        )
+
+    @property
+    def _weights(self) -> str:
+        return "exact weights" if self.draft_weights == "exact" else "8-bit draft weights"
 
     def __str__(self) -> str:
-        choice, load = self.speculative, self.workload
+        load = self.workload
         limit = (
             "at no length of this model"
             if self.break_even_length is None
             else f"from {self.break_even_length:,} cached tokens"
         )
         requests = "1 request" if load.batch == 1 else f"{load.batch} requests"
-        return (
+        lines = [
             f"{'Speculate' if self.speculate else 'Do not speculate'}: {requests} at {load.length:,.0f} cached tokens "
-            f"on {self.device}.\nBest speculation: draft_tokens={choice.draft_tokens}, "
-            f"budget_ratio={choice.budget_ratio:g} ({choice.budget:,} positions), {choice.accepted:.2f} accepted: "
-            f"{choice.tokens_per_second:,.0f} tok/s.\nPlain decoding: {self.plain.tokens_per_second:,.0f} tok/s; "
-            f"speedup {self.speedup:.2f}, {self.light_speedup:.2f} at the speed of light.\n"
-            f"With this batch speculation pays {limit}."
+            f"on {self.device}.",
+            f"plain decoding:       {self.plain.tokens_per_second:,.0f} tok/s",
+            f"drafts by the model:  {self._line(self.speculative)}",
+            f"  budget_ratio={self.speculative.budget_ratio:g} ({self.speculative.budget:,} positions), "
+            f"{self._weights}",
+            f"  speedup {self.speedup:.2f}, {self.light_speedup:.2f} at the speed of light; with this batch they",
+            f"  pay {limit}",
+        ]
+        if self.ngrams is not None:
+            lines.append(f"drafts from the text: {self._line(self.ngrams)}")
+        if self.experts is not None:
+            read, count = self.experts
+            rows = "1 draft row chooses" if load.batch == 1 else f"{load.batch} draft rows choose"
+            lines.append(f"experts of a layer:   {rows} {read:.0f} of {count} on average")
+            if read < 0.8 * count:
+                lines.append("  draft steps of few requests read few experts, verifications more")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _line(choice: Choice) -> str:
+        return (
+            f"{choice.tokens_per_second:,.0f} tok/s with draft_tokens={choice.draft_tokens}, "
+            f"{choice.accepted:.2f} accepted"
         )
+
+    def __rich__(self) -> Text:
+        return Text(str(self))
 
 
 def advise(
@@ -107,12 +165,14 @@ def advise(
     lengths: int | Sequence[int],
     batch: int,
     acceptance: Acceptance,
+    draft_weights: DraftWeights = "auto",
+    ngram_acceptance: Curve | None = None,
 ) -> Advice:
     """Predict whether speculation pays, the best k and budget, and the length at which it breaks even.
 
-    R requests give R (a + 1) / (k + 1) tokens an iteration on average, a = accepted of k drafts; plain
-    decoding gives R. The times of both iterations come from the bytes and FLOPs of the model and the ceilings of the
-    device (`prediction.py`).
+    R requests give R (a + 1) / (k + 1) tokens an iteration on average, a = accepted of k drafts; plain decoding gives
+    R, and R (a + 1) with drafts from the text itself, where every iteration verifies. The times of both iterations come
+    from the bytes and FLOPs of the model and the ceilings of the device (`prediction.py`).
 
     Args:
         model_or_config: a decoder-only causal LM of a known family, or its configuration with `dtype` set.
@@ -122,6 +182,9 @@ def advise(
         acceptance: the probability p that a draft is right when all before it were (a = p + p^2 + ... + p^k); or a
             function from k to a; or a mapping from `budget_ratio` to one of these. Only the mapping lets the budget
             be chosen: how acceptance depends on it is a property of the model, to be measured.
+        draft_weights: as in `SpecConfig`; "auto" is taken for 8 bits, as on a GPU with memory for them.
+        ngram_acceptance: of drafts from the text itself, as `acceptance` but for the mapping; such as 0.3 for ordinary
+            documents. None = they are left out.
 
     Raises:
         CostModelError: the family or the dtype is unknown.
@@ -132,7 +195,10 @@ def advise(
         >>> print(advise(AutoConfig.from_pretrained("Qwen/Qwen3-8B"), "H200", 8192, 64, acceptance=0.9))
     """
     config, dtype = _config(model_or_config)
+    kind = SpecConfig(draft_weights=draft_weights).draft_weights
     cost, ceilings, load = config_cost(config, dtype), ceilings_of(device), workload(lengths, batch)
+    narrow = DraftCost(config_cost(config, dtype, draft_weights=True), MOST_ROWS.get(kind, max(MOST_ROWS.values())))
+    costs = Costs(cost, None if kind == "exact" else narrow)
     ways, positions = curves(acceptance), config.to_dict()["max_position_embeddings"]
     if load.length > positions:
         raise AdviceError(
@@ -141,11 +207,21 @@ def advise(
         )
     return Advice(
         device=ceilings.name,
+        draft_weights=kind,
         workload=load,
-        plain=_plain(cost, ceilings, load),
-        speculative=_best(cost, ceilings, load, ways),
-        break_even_length=_break_even(cost, ceilings, load.batch, ways, positions),
+        plain=_plain(costs, ceilings, load),
+        speculative=_best(costs, ceilings, load, ways),
+        ngrams=None if ngram_acceptance is None else _best_ngrams(costs, ceilings, load, ngram_acceptance),
+        break_even_length=_break_even(costs, ceilings, load.batch, ways, positions),
+        experts=_experts_read(config, load.batch),
     )
+
+
+def _experts_read(config: PreTrainedConfig, rows: int) -> tuple[float, int] | None:
+    experts = experts_of(config)
+    if experts is None:
+        return None
+    return float(distinct_experts(rows, experts.experts, experts.chosen)), experts.experts
 
 
 def _config(model_or_config: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedConfig, torch.dtype | str | None]:
@@ -157,38 +233,43 @@ def _config(model_or_config: PreTrainedModel | PreTrainedConfig) -> tuple[PreTra
 
 
 def _choice(
-    cost: IterationCost, ceilings: Ceilings, load: Workload, settings: SpecConfig, budget: int, curve: Curve
+    costs: Costs, ceilings: Ceilings, load: Workload, settings: SpecConfig, budget: int, curve: Curve
 ) -> Choice:
-    k = settings.most_draft_tokens
-    mean = accepted(curve, k)
-    time = predict_mean(cost, cycle(load.batch, k, load.length, budget), ceilings)
-    tokens = load.batch * (mean + 1) / (k + 1)
-    return Choice(k, settings.budget_ratio, budget, mean, tokens / time.seconds, tokens / time.light_seconds)
+    (kind,) = cycles_of(settings)
+    mean = accepted(curve, kind.drafts)
+    time = predict_cycle(costs.exact, kind, settings.schedule, load.length, load.batch, ceilings, costs.drafts)
+    tokens = load.batch * (mean + 1) / (kind.passes + 1)
+    speeds = tokens / time.seconds, tokens / time.light_seconds
+    return Choice(kind.drafts, settings.drafter, settings.budget_ratio, budget, mean, *speeds)
 
 
-def _plain(cost: IterationCost, ceilings: Ceilings, load: Workload) -> Choice:
-    return _choice(cost, ceilings, load, SpecConfig(draft_tokens=0), budget=0, curve=0.0)
+def _plain(costs: Costs, ceilings: Ceilings, load: Workload) -> Choice:
+    return _choice(costs, ceilings, load, SpecConfig(draft_tokens=0, drafter="pillar"), budget=0, curve=0.0)
 
 
-def _best(cost: IterationCost, ceilings: Ceilings, load: Workload, ways: dict[float, Curve]) -> Choice:
+def _best(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Curve]) -> Choice:
     choices = []
     for ratio, curve in ways.items():
         for k in range(1, MAX_DRAFT_TOKENS + 1):
-            settings = SpecConfig(draft_tokens=k, budget_ratio=ratio)
+            settings = SpecConfig(draft_tokens=k, drafter="pillar", budget_ratio=ratio)
             budget = settings.budget(round(load.length))
-            choices.append(_choice(cost, ceilings, load, settings, budget, curve))
+            choices.append(_choice(costs, ceilings, load, settings, budget, curve))
     return max(choices, key=lambda choice: choice.tokens_per_second)
 
 
-def _break_even(
-    cost: IterationCost, ceilings: Ceilings, batch: int, ways: dict[float, Curve], longest: int
-) -> int | None:
+def _best_ngrams(costs: Costs, ceilings: Ceilings, load: Workload, curve: Curve) -> Choice:
+    settings = [SpecConfig(draft_tokens=k, drafter="ngram") for k in range(1, MAX_DRAFT_TOKENS + 1)]
+    choices = [_choice(costs, ceilings, load, one, 0, curve) for one in settings]
+    return max(choices, key=lambda choice: choice.tokens_per_second)
+
+
+def _break_even(costs: Costs, ceilings: Ceilings, batch: int, ways: dict[float, Curve], longest: int) -> int | None:
     """The more is cached, the more speculation saves: bisection finds where it begins to pay."""
 
     def pays(length: int) -> bool:
         load = Workload(length, batch)
-        plain = _plain(cost, ceilings, load).tokens_per_second
-        return _best(cost, ceilings, load, ways).tokens_per_second > plain
+        plain = _plain(costs, ceilings, load).tokens_per_second
+        return _best(costs, ceilings, load, ways).tokens_per_second > plain
 
     if not pays(longest):
         return None

@@ -1,23 +1,25 @@
 """What an iteration of a compiled model reads and computes, where its time goes, and how far that is from the limit."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 
-from sparsespec_compile.advice.calibration import ceilings_of
-from sparsespec_compile.advice.ceilings import Ceilings
-from sparsespec_compile.advice.prediction import Prediction, predict_cycle
-from sparsespec_compile.advice.workload import Workload, workload
+from sparsespec_compile.advice.ceilings import Ceilings, ceilings_of
+from sparsespec_compile.advice.prediction import DraftCost, Prediction, Workload, predict_cycle, workload
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.passes.cost.terms import IterationCost
-from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.device.drafters import Cycle, NgramDrafter, cycles_of
 from sparsespec_compile.runtime.host.phases import phases_in_use
 
-WIDTH = 140
+WIDTH = 80
+"""Columns of what `print` shows; rich and notebooks take what room they have."""
+_NGRAMS_SHOWN = (1, 3, 8)
 LEGEND = (
     "T rows, R rows with logits, D drafting and V verifying requests, L mean cached length, k drafts of a cycle, "
     "b cached positions that a draft reads"
@@ -25,8 +27,8 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The cost of a mean iteration in the steady state. Print it, with `print` or with rich.
+class Explanation(JupyterMixin):
+    """The cost of a mean iteration in the steady state. `print` shows it in 80 columns, a notebook as HTML.
 
     Attributes:
         cost: bytes and FLOPs as expressions.
@@ -35,6 +37,8 @@ class Explanation:
         device: its name.
         prediction: times at these settings.
         plain: times of plain decoding, for comparison.
+        drafts: bytes and FLOPs of iterations of nothing but drafts, where they read 8-bit weights.
+        ngrams: times with drafts from the text, by their number; empty where the settings allow none.
     """
 
     cost: IterationCost
@@ -43,9 +47,11 @@ class Explanation:
     device: str
     prediction: Prediction
     plain: Prediction
+    drafts: IterationCost | None = None
+    ngrams: Mapping[int, Prediction] = field(default_factory=dict)
 
     def __rich__(self) -> Group:
-        return Group(self._table(), *self.lines())
+        return Group(self._times(), self._formulas(), *self.lines())
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH, record=True)
@@ -55,34 +61,58 @@ class Explanation:
     def lines(self) -> list[str]:
         """The summary below the table."""
         mean, top = self.prediction, self.prediction.dominating
-        k, requests = self.config.most_draft_tokens, self.workload.batch
-        phases = phases_in_use(self.config.schedule, k, requests)
+        passes, requests = cycles_of(self.config)[-1].passes, self.workload.batch
+        phases = phases_in_use(self.config.schedule, passes, requests)
         return [
             LEGEND,
-            f"each request verifies in one of {k + 1} iterations; {requests} requests share {phases} of them",
+            f"each request verifies in one of {passes + 1} iterations; {requests} requests share {phases} of them"
+            if passes
+            else "all requests verify in every iteration",
             f"predicted {mean.seconds * 1e3:.3g} ms an iteration; speed of light {mean.light_seconds * 1e3:.3g} ms, "
             f"{mean.roofline_share:.0%} of the prediction",
             f"longest: {top.name}, {top.seconds / mean.seconds:.0%}",
+            *self._draft_lines(),
             f"plain decoding: predicted {self.plain.seconds * 1e3:.3g} ms, speed of light "
             f"{self.plain.light_seconds * 1e3:.3g} ms, longest: {self.plain.dominating.name}",
+            *self._ngram_lines(),
         ]
 
-    def _table(self) -> Table:
+    def _ngram_lines(self) -> list[str]:
+        return [
+            f"{drafts} drafts from the text: predicted {time.seconds * 1e3:.3g} ms, faster than plain decoding if more "
+            f"than {time.seconds / self.plain.seconds - 1:.2f} of them are accepted"
+            for drafts, time in self.ngrams.items()
+        ]
+
+    def _draft_lines(self) -> list[str]:
+        if self.drafts is None:
+            return []
+        products = [term for term in self.drafts.terms if term.kind == "gemm"]
+        read, exact = (sum(float(t.term(term.name).bytes) for term in products) for t in (self.drafts, self.cost))
+        return [f"iterations of nothing but drafts read {read / 1e9:.3g} GB of weights in place of {exact / 1e9:.3g}"]
+
+    def _times(self) -> Table:
         load, k = self.workload, self.config.most_draft_tokens
-        table = Table(title=f"{load.batch} requests at {load.length:,.0f} cached tokens, k = {k}, {self.device}")
-        for heading in ("term", "bytes", "FLOPs", "GB", "GFLOP", "ms", "share"):
-            text = heading in ("term", "bytes", "FLOPs")
-            table.add_column(heading, justify="left" if text else "right", overflow="fold")
-        formulas = {term.name: (str(term.bytes), str(term.flops)) for term in self.cost.terms}
+        table = Table(
+            title=f"{load.batch} requests at {load.length:,.0f} cached tokens, k = {k}, {self.device}", box=SIMPLE_HEAD
+        )
+        for heading in ("term", "GB", "GFLOP", "ms", "share"):
+            table.add_column(heading, justify="left" if heading == "term" else "right")
         for time in self.prediction.terms:
             table.add_row(
                 time.name,
-                *formulas.get(time.name, ("", "")),
                 f"{time.bytes / 1e9:.3g}",
                 f"{time.flops / 1e9:.3g}",
                 f"{time.seconds * 1e3:.3g}",
                 f"{time.seconds / self.prediction.seconds:.0%}",
             )
+        table.min_width = min(len(str(table.title)), WIDTH)
+        return table
+
+    def _formulas(self) -> Table:
+        table = Table("term", "bytes", "FLOPs", title="what the terms read and compute", box=SIMPLE_HEAD)
+        for term in self.cost.terms:
+            table.add_row(term.name, str(term.bytes), str(term.flops))
         return table
 
 
@@ -92,6 +122,7 @@ def explain(
     lengths: int | Sequence[int],
     batch: int,
     device: torch.device | str | Ceilings,
+    drafts: DraftCost | None = None,
 ) -> Explanation:
     """Predict the mean iteration of a workload.
 
@@ -101,14 +132,31 @@ def explain(
         lengths: cached length of the requests, or a sample of their lengths, of which the mean counts.
         batch: requests decoded together.
         device: a CUDA device, the name of a known one ("H200"), or its `Ceilings`.
+        drafts: of iterations of nothing but drafts, where it is another one.
 
     Raises:
         CeilingsError: the device is unknown.
         AdviceError: impossible lengths or batch.
     """
     load, ceilings = workload(lengths, batch), ceilings_of(device)
-    prediction, plain = (
-        predict_cycle(cost, kind, config.schedule, load.length, load.batch, ceilings)
-        for kind in (cycles_of(config)[-1], *cycles_of(replace(config, draft_tokens=0)))
+
+    def predicted(kind: Cycle) -> Prediction:
+        return predict_cycle(cost, kind, config.schedule, load.length, load.batch, ceilings, drafts)
+
+    cycles = cycles_of(config)
+    (plain,) = cycles_of(replace(config, draft_tokens=0))
+    ngrams = {
+        kind.drafts: predicted(kind)
+        for kind in cycles
+        if isinstance(kind.drafter, NgramDrafter) and kind.drafts in _NGRAMS_SHOWN
+    }
+    return Explanation(
+        cost,
+        config,
+        load,
+        ceilings.name,
+        predicted(cycles[-1]),
+        predicted(plain),
+        None if drafts is None else drafts.cost,
+        ngrams,
     )
-    return Explanation(cost, config, load, ceilings.name, prediction, plain)

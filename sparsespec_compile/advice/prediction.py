@@ -1,4 +1,6 @@
-"""From bytes and FLOPs to seconds: the speed of light of an iteration, and the time that is predicted for it.
+"""What a workload is, and how long its iterations take: the speed of light, and the time that is predicted.
+
+**A workload**: cached lengths, the number of requests, and how many drafts are accepted.
 
 **Speed of light**: all bytes at the read ceiling or all FLOPs at theirs, whichever takes longer.
 
@@ -9,15 +11,94 @@ requests.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from sparsespec_compile.advice.ceilings import Ceilings
-from sparsespec_compile.config import Schedule
+from sparsespec_compile.config import Schedule, SpecConfig
+from sparsespec_compile.errors import AdviceError
 from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
 from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.host.iteration_times import IterationTime
 from sparsespec_compile.runtime.host.phases import phases_in_use
+
+Curve = float | Callable[[int], float]
+"""The probability p that a draft is right when all before it were, or a function from k to the mean accepted of k."""
+
+Acceptance = Curve | Mapping[float, Curve]
+"""A curve for the default budget, or curves by `budget_ratio`, from which the best budget can be found."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests in their steady state.
+
+    Attributes:
+        length: mean cached length; bytes are proportional to it, so that the mean stands for all lengths.
+        batch: requests decoded together.
+    """
+
+    length: float
+    batch: int
+
+
+def workload(lengths: int | Sequence[int], batch: int) -> Workload:
+    """Checks a workload.
+
+    Args:
+        lengths: cached length of all requests, or a sample of their lengths.
+        batch: requests decoded together.
+
+    Raises:
+        AdviceError: a length or the batch is not a positive integer, or there is no length.
+    """
+    sample = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+    if not sample or not all(_positive(length) for length in sample):
+        raise AdviceError(f"lengths must be a positive integer or a sequence of such, got {lengths!r}.")
+    if not _positive(batch):
+        raise AdviceError(f"batch must be a positive integer, got {batch!r}.")
+    return Workload(sum(sample) / len(sample), batch)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def accepted(curve: Curve, draft_tokens: int) -> float:
+    """Mean accepted drafts of a cycle of k, 0 to k.
+
+    A draft counts when all before it in its cycle were right. With a probability p that is the sum of p^i for i from
+    1 to k, p (1 - p^k) / (1 - p).
+
+    Raises:
+        AdviceError: p is not in [0, 1], or the function gives less than 0 or more than k.
+    """
+    mean = curve(draft_tokens) if callable(curve) else sum(_probability(curve) ** i for i in range(1, draft_tokens + 1))
+    if not isinstance(mean, int | float) or not 0 <= mean <= draft_tokens:
+        raise AdviceError(f"acceptance({draft_tokens}) must be from 0 to {draft_tokens}, got {mean!r}.")
+    return float(mean)
+
+
+def curves(acceptance: Acceptance) -> dict[float, Curve]:
+    """Curves by budget ratio; a single one is that of the default ratio of `SpecConfig`.
+
+    Raises:
+        AdviceError: there is none.
+        ConfigError: a ratio is not allowed.
+    """
+    if not isinstance(acceptance, Mapping):
+        return {SpecConfig().budget_ratio: acceptance}
+    if not acceptance:
+        raise AdviceError("acceptance is an empty mapping. Give a probability or a curve for a budget ratio at least.")
+    return {SpecConfig(budget_ratio=ratio).budget_ratio: curve for ratio, curve in acceptance.items()}
+
+
+def _probability(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise AdviceError(f"acceptance must be a probability in [0, 1], a function of k or a mapping, got {value!r}.")
+    return float(value)
+
 
 OVERHEAD = "launches"
 """Name under which the overhead of all launches is given."""
@@ -64,6 +145,19 @@ class Prediction:
         return self.light_seconds / self.seconds
 
 
+@dataclass(frozen=True)
+class DraftCost:
+    """The cost of iterations of nothing but drafts, where it is another one.
+
+    Attributes:
+        cost: of the same terms as that of the others.
+        most_rows: rows of the largest iteration that has it; larger ones cost what the others do.
+    """
+
+    cost: IterationCost
+    most_rows: int
+
+
 def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Prediction:
     """The time of one iteration."""
     sizes = cost.evaluate(iteration)
@@ -77,9 +171,19 @@ def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Pr
     return Prediction(tuple(times), sum(time.seconds for time in times), light)
 
 
-def predict_mean(cost: IterationCost, mix: Sequence[tuple[float, Iteration]], ceilings: Ceilings) -> Prediction:
+def predict_mean(
+    cost: IterationCost,
+    mix: Sequence[tuple[float, Iteration]],
+    ceilings: Ceilings,
+    drafts: DraftCost | None = None,
+) -> Prediction:
     """The mean time of an iteration, of kinds with given weights that add up to 1."""
-    parts = [(weight, predict(cost, iteration, ceilings)) for weight, iteration in mix]
+
+    def cost_of(iteration: Iteration) -> IterationCost:
+        other = drafts is not None and not iteration.verifying and iteration.rows <= drafts.most_rows
+        return drafts.cost if drafts is not None and other else cost
+
+    parts = [(weight, predict(cost_of(iteration), iteration, ceilings)) for weight, iteration in mix]
     terms = [
         TermTime(
             times[0].name,
@@ -130,20 +234,38 @@ def cycle(
 
 
 def predict_cycle(
-    cost: IterationCost, kind: Cycle, schedule: Schedule, length: float, batch: int, ceilings: Ceilings
+    cost: IterationCost,
+    kind: Cycle,
+    schedule: Schedule,
+    length: float,
+    batch: int,
+    ceilings: Ceilings,
+    drafts: DraftCost | None = None,
+    padded: Callable[[float], float] | None = None,
 ) -> Prediction:
-    """The mean time of an iteration in cycles of this kind."""
+    """The mean time of an iteration in cycles of this kind; `padded` gives the rows that are computed for some rows."""
     budget = kind.drafter.positions(length)
     mix = cycle(batch, kind.drafts, length, budget, schedule, kind.passes)
-    device = ceilings if kind.drafter.reads_scores else replace(ceilings, scoring_overhead_s=0.0)
-    return predict_mean(cost, mix, device)
+    if padded is not None:
+        mix = [(share, replace(one, rows=padded(one.rows), kept=padded(one.kept))) for share, one in mix]
+    if kind.drafter.reads_scores:
+        return predict_mean(cost, mix, ceilings, drafts)
+    unscored = None if drafts is None else replace(drafts, cost=drafts.cost.unscored)
+    return predict_mean(cost.unscored, mix, replace(ceilings, scoring_overhead_s=0.0), unscored)
 
 
-def iteration_time(cost: IterationCost, schedule: Schedule, ceilings: Ceilings) -> IterationTime:
-    """Predicted seconds of a mean iteration, by cycle, mean cached length and requests."""
+def iteration_time(
+    cost: IterationCost,
+    schedule: Schedule,
+    ceilings: Ceilings,
+    drafts: DraftCost | None = None,
+    padded: Callable[[float], float] | None = None,
+) -> IterationTime:
+    """Predicted seconds of a mean iteration, by cycle, mean cached length and requests; `padded` as in
+    `predict_cycle`."""
 
     def seconds(kind: Cycle, length: float, requests: int) -> float:
-        return predict_cycle(cost, kind, schedule, length, requests, ceilings).seconds
+        return predict_cycle(cost, kind, schedule, length, requests, ceilings, drafts, padded).seconds
 
     return seconds
 

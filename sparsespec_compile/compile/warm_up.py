@@ -19,25 +19,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels.launch import Promise, kind_of_step, promised
 from sparsespec_compile.kernels.ops import (
+    QUANTISED_DTYPES,
     STEP_TENSORS,
     AttentionCall,
     AttentionSettings,
+    ExpertsCall,
+    ExpertsSettings,
     StepTensors,
     draw_tokens,
     dual_mode_attention,
+    experts,
     propose_ngrams,
+    quantise_rows,
+    quantised_product,
     select_pillars,
 )
-from sparsespec_compile.kernels.step_kind import Promise, kind_of_step, promised
-from sparsespec_compile.passes.base import call_of, find_calls
+from sparsespec_compile.passes.base import attribute, call_of, find_calls, input_node
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.passes.pipeline import CompiledModel
+from sparsespec_compile.passes.pipeline import CompiledModel, DraftForm
 from sparsespec_compile.runtime.build import most_rows
 from sparsespec_compile.runtime.device.drafters import NgramDrafter, drafters_of
+from sparsespec_compile.runtime.device.graphs import row_counts
+from sparsespec_compile.runtime.device.weights import MOST_ROWS
 
 _ALIGNMENT = 16
 """Kernels differ by whether addresses and strides are multiples of 16."""
@@ -46,7 +54,7 @@ _FEW_ROWS = 16
 """Rows of a small step. Where a stride depends on them, it is as divisible as in most captured steps."""
 
 _PAGES = 2
-"""Pages of the pool that stands in for the real one."""
+"""Pages of the placeholder pool."""
 
 
 class Layout(NamedTuple):
@@ -73,6 +81,7 @@ class Attention(NamedTuple):
     requests: int
     promise: Promise
     settings: AttentionSettings
+    sinks: torch.dtype | None
 
     def run(self, device: torch.device) -> None:
         """Make the tensors and call the op."""
@@ -82,8 +91,9 @@ class Attention(NamedTuple):
         step = StepTensors(**dict.fromkeys(STEP_TENSORS, idle))._replace(page_table=idle[:, None])
         scores = torch.zeros(1, heads, 1, dtype=torch.float32, device=device)
         pillars = torch.zeros(self.requests, heads, 1, dtype=torch.int32, device=device)
+        sinks = None if self.sinks is None else torch.zeros(q.shape[1], dtype=self.sinks, device=device)
         with promised(self.promise):
-            dual_mode_attention(*AttentionCall(q, k, v, kv, scores, step, pillars, self.settings).arguments())
+            dual_mode_attention(*AttentionCall(q, k, v, kv, scores, step, pillars, self.settings, sinks).arguments())
 
 
 class Draw(NamedTuple):
@@ -99,7 +109,7 @@ class Draw(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A call of `select_pillars` for so many slots of which none is scored."""
+    """A call of `select_pillars` without a scored slot."""
 
     slots: int
 
@@ -124,7 +134,60 @@ class Proposals(NamedTuple):
         propose_ngrams(tokens, none, none, self.most)
 
 
-Call = Attention | Draw | Selection | Proposals
+class Product(NamedTuple):
+    """Calls of `quantised_product` for steps of these numbers of rows, one after the other on one weight."""
+
+    inputs: tuple[Layout, ...]
+    columns: int
+    dtype: torch.dtype
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        weight = torch.zeros(self.columns, self.inputs[0].size[-1], dtype=self.dtype, device=device)
+        scale = torch.zeros(self.columns, dtype=torch.float32, device=device)
+        for layout in self.inputs:
+            quantised_product(layout.make(device), weight, scale)
+
+
+class ExpertsProduct(NamedTuple):
+    """Calls of `experts` for steps of these numbers of rows, none of which chooses one.
+
+    The matrices and biases are the model's own, since others of so many experts might not fit into memory.
+    """
+
+    x: Layout
+    row_counts: tuple[int, ...]
+    chosen: int
+    weight_dtype: torch.dtype
+    matrices: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    settings: ExpertsSettings
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        for rows in self.row_counts:
+            x = self.x._replace(size=(rows, self.x.size[1])).make(device)
+            index = torch.full((rows, self.chosen), -1, dtype=torch.int64, device=device)
+            weight = torch.zeros(rows, self.chosen, dtype=self.weight_dtype, device=device)
+            experts(*ExpertsCall(x, index, weight, *self.matrices, self.settings).arguments())
+
+
+class Quantisation(NamedTuple):
+    """A call of `quantise_rows` on a single row."""
+
+    inner: int
+    dtype: torch.dtype
+    kind: str
+    paired: bool
+
+    def run(self, device: torch.device) -> None:
+        """Make the tensors and call the op."""
+        weight = torch.zeros(1, self.inner, dtype=self.dtype, device=device)
+        copy = torch.zeros(1, self.inner, dtype=QUANTISED_DTYPES[self.kind], device=device)
+        scale = torch.zeros(1, dtype=torch.float32, device=device)
+        quantise_rows(weight, self.kind, copy, scale, self.paired)
+
+
+Call = Attention | Draw | Selection | Proposals | Product | ExpertsProduct | Quantisation
 
 
 @contextmanager
@@ -158,8 +221,10 @@ def done_beside(jobs: Sequence[Callable[[], None]]) -> Iterator[None]:
 def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     """One call for each kernel that the model's steps need: for each kind of steps, each kind of layer once."""
     slots, kv_layout, regions = config.max_requests, compiled.layout, compiled.split
-    reads_scores = any(drafter.reads_scores for drafter in drafters_of(config))
+    drafters = drafters_of(config)
+    reads_scores = any(drafter.reads_scores for drafter in drafters)
     any_work = Promise.NOTHING if reads_scores else Promise.NO_SCORES
+    few = {Promise.SINGLE_ROWS, *(Promise.NO_SCORES for drafter in drafters if not drafter.reads_scores)} - {any_work}
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
     nodes = (node for name in regions.calls for node in find_calls(regions.region(name).graph, dual_mode_attention))
@@ -167,17 +232,58 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     for node, layer in zip(nodes, kv_layout.layers, strict=True):
         row_counts = (most_rows(config, slots), _FEW_ROWS)
         by_kind = {kind_of_step(rows, layer.q_heads, slots): rows for rows in row_counts}
-        for rows, promise in (*((rows, any_work) for rows in by_kind.values()), (_FEW_ROWS, Promise.SINGLE_ROWS)):
+        for rows, promise in (*((rows, any_work) for rows in by_kind.values()), *((_FEW_ROWS, each) for each in few)):
             given = call_of(AttentionCall, node)
             q, k, v = (layout_of(tensor, rows) for tensor in (given.q, given.k, given.v))
-            calls[Attention(q, k, v, _part_of_pool(kv_layout, layer, q.dtype), slots, promise, _alike(layer))] = None
+            pool = _part_of_pool(kv_layout, layer, q.dtype)
+            sinks = None if given.sinks is None else given.sinks.meta["val"].dtype
+            calls[Attention(q, k, v, pool, slots, promise, _alike(layer), sinks)] = None
     (logits,) = compiled.graph_module.graph.output_node().all_input_nodes
     calls[Draw(layout_of(logits, _FEW_ROWS))] = None
     if reads_scores:
         calls[Selection(slots)] = None
-    if any(isinstance(drafter, NgramDrafter) for drafter in drafters_of(config)):
+    if any(isinstance(drafter, NgramDrafter) for drafter in drafters):
         calls[Proposals(slots, config.most_draft_tokens)] = None
-    return list(calls)
+    if compiled.draft is not None:
+        calls |= dict.fromkeys(_calls_of_drafts(compiled.draft, config))
+    return [*calls, *_calls_of_experts(compiled.graph_module, config)]
+
+
+def _calls_of_experts(graph_module: GraphModule, config: SpecConfig) -> Iterator[Call]:
+    """One call for each kind of layers of experts, with every number of rows that is captured."""
+    sizes, met = row_counts(most_rows(config, config.max_requests)), set()
+    for node in find_calls(graph_module.graph, experts):
+        call = ExpertsCall.of(node.args)
+        tensors: Any = call
+        biases = (None if one is None else _held(graph_module, one) for one in (tensors.up_bias, tensors.down_bias))
+        matrices = (_held(graph_module, tensors.up), _held(graph_module, tensors.down), next(biases), next(biases))
+        x = layout_of(tensors.x, _FEW_ROWS)
+        alike = x, call.settings, *((one.shape, one.stride()) for one in matrices if one is not None)
+        if alike not in met:
+            met.add(alike)
+            weight = tensors.weight.meta["val"].dtype
+            yield ExpertsProduct(x, tuple(sizes), tensors.choice.meta["val"].shape[1], weight, matrices, call.settings)
+
+
+def _held(graph_module: GraphModule, node: Node) -> Tensor:
+    """The parameter that a node is, or a transposition of it."""
+    if node.op == "get_attr":
+        return attribute(graph_module, str(node.target)).detach()
+    return _held(graph_module, input_node(node, 0)).transpose(1, 2)
+
+
+def _calls_of_drafts(draft: DraftForm, config: SpecConfig) -> Iterator[Call]:
+    """Products with 8-bit weights, in iterations of up to a row for each slot, and what writes these weights."""
+    sizes = row_counts(most_rows(config, config.max_requests))
+    most = min(MOST_ROWS["int8"], next(size for size in sizes if size >= config.max_requests))
+    for name in draft.split.distinct:
+        for node in find_calls(draft.split.region(name).graph, quantised_product):
+            weight = input_node(node, 1).meta["val"]
+            inputs = tuple(layout_of(input_node(node, 0), size) for size in sizes if size <= most)
+            yield Product(inputs, weight.shape[0], weight.dtype)
+    kinds = {dtype: kind for kind, dtype in QUANTISED_DTYPES.items()}
+    for source, copy, _, paired in draft.copies:
+        yield Quantisation(source.shape[1], source.dtype, kinds[copy.dtype], paired)
 
 
 def _part_of_pool(kv_layout: KVLayout, layer: AttentionLayer, dtype: torch.dtype) -> Layout:

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from sparsespec_compile.errors import ContextLengthError, SamplingError
+from sparsespec_compile.requests.processors import NEUTRAL, OURS, asked_processing
 from sparsespec_compile.requests.sampling_params import SamplingParams
 from sparsespec_compile.runtime.device.sampling import DrawParams, derive_seed
 
@@ -22,6 +23,9 @@ _OFF: Mapping[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 0, "
 _DEFAULT_NEW_TOKENS = 20
 
 _PER_PROMPT = ("temperature", "top_k", "top_p", "min_p")
+_RETURNED = frozenset({"return_dict_in_generate", "output_scores", "output_logits"})
+"""Fields that say what `generate` returns. As in HuggingFace, the others do nothing without the first."""
+
 _READ = frozenset(
     {
         "max_length",
@@ -33,6 +37,8 @@ _READ = frozenset(
         "stop_strings",
         "num_return_sequences",
         *_PER_PROMPT,
+        *(NEUTRAL.keys() - OURS),
+        *_RETURNED,
     }
 )
 
@@ -69,22 +75,12 @@ _NO_EFFECT = frozenset(
 
 # Fields that would change the text: allowed only with the value that switches them off.
 _NEUTRAL: Mapping[str, Any] = {
-    "min_length": 0,
-    "min_new_tokens": 0,
     "num_beams": 1,
     "num_beam_groups": 1,
     "diversity_penalty": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
     "guidance_scale": 1.0,
 }
 
-_LOGPROBS = "generate_batch with SamplingParams(logprobs=True) gives each token's log-probability."
 _STOPS = (
     "End texts with eos_token_id, max_new_tokens or stop_strings (with tokenizer=), or read them with stream(), which "
     "can cancel() each."
@@ -95,9 +91,7 @@ _FORWARD = "Call the HuggingFace model on the finished text for them."
 # Arguments of `generate` that are not fields of `GenerationConfig`, and what to use instead. With a value that asks for
 # nothing (None, False, an empty list) each is accepted, so that callers may pass HuggingFace's whole list.
 _CALLS: Mapping[str, str] = {
-    "logits_processor": "Logits are drawn from on the device: temperature, top_k, top_p and min_p are what there is.",
     "stopping_criteria": _STOPS,
-    "prefix_allowed_tokens_fn": "Constrained decoding needs the HuggingFace model's own generate.",
     "synced_gpus": "Each process decodes its own requests: gather the parameters first, then pass False.",
     "assistant_model": _SPECULATION,
     "assistant_tokenizer": _SPECULATION,
@@ -113,17 +107,22 @@ _CALLS: Mapping[str, str] = {
 }
 
 _INSTEAD: Mapping[str, str] = {
-    "output_scores": _LOGPROBS,
-    "output_logits": _LOGPROBS,
-    "return_dict_in_generate": f"generate returns token ids; {_LOGPROBS}",
+    "watermarking_config": "A watermark that is a function of (ids, scores) can be passed as logits_processor.",
     "output_attentions": _FORWARD,
     "output_hidden_states": _FORWARD,
     "max_time": "Read stream() for as long as there is time, then close() it.",
-    "min_new_tokens": "To write on past stop tokens, pass eos_token_id=None, or SamplingParams(stop_token_ids=()).",
     "prompt_lookup_num_tokens": _SPECULATION,
     "speculation_type": _SPECULATION,
     "use_mtp": _SPECULATION,
 }
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What `generate` returns beside token ids: the model's own logits, and the scores after everything."""
+
+    logits: bool
+    scores: bool
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,8 @@ class Generation:
         max_new_tokens: new tokens of each request at most.
         texts: texts of each prompt (`num_return_sequences`).
         params: one for each text, those of a prompt beside each other.
+        processing: what is done to logits, of `asked_processing`.
+        output: `Returned`, where more than token ids is returned.
         stop_tokens: ids that end a text; may be empty.
         stop_strings: strings that end a text; may be empty.
         pad_token: fills the output behind a text: the padding token, or else a stop token; None when there is neither.
@@ -143,6 +144,8 @@ class Generation:
     max_new_tokens: int
     texts: int
     params: list[DrawParams]
+    processing: dict[str, Any]
+    output: Returned | None
     stop_tokens: frozenset[int]
     stop_strings: tuple[str, ...]
     pad_token: int | None
@@ -181,7 +184,7 @@ def merge_settings(
     # A None in the arguments switches off what the configs say, as in HuggingFace.
     settings |= {name: value for name, value in arguments.items() if name not in _CALLS}
     settings |= {name: _OFF[name] for name in _OFF if settings[name] is None}
-    _refuse_unsupported(settings, "the HuggingFace model's own generate")
+    refuse_unsupported(settings, "the HuggingFace model's own generate")
     if not isinstance(settings["do_sample"], bool):
         raise SamplingError(f"do_sample must be True or False, got {settings['do_sample']!r}.")
     return settings
@@ -195,7 +198,7 @@ def require_supported(model_config: GenerationConfig | None) -> None:
     """
     settings = {} if model_config is None else model_config.to_dict()
     otherwise = "the HuggingFace model's own generate; set it if texts without this are wanted"
-    _refuse_unsupported(settings, otherwise, "model.generation_config.")
+    refuse_unsupported(settings, otherwise, "model.generation_config.")
 
 
 def resolve_generation(
@@ -241,6 +244,8 @@ def resolve_generation(
         _new_tokens(settings, prompt_width, positions),
         texts,
         params,
+        asked_processing(settings, sampled=sampled),
+        _returned(settings),
         frozenset(stop_tokens),
         strings("stop_strings", settings.get("stop_strings")),
         next(iter(pad_tokens + stop_tokens), None),
@@ -262,8 +267,14 @@ def default_sampling(
     """
     settings = merge_settings(model_config, None, {})
     new_tokens = _new_tokens(settings, prompt_length, positions, SamplingParams().max_new_tokens)
-    draw = {name: settings[name] for name in _PER_PROMPT} if settings["do_sample"] else {}
-    return SamplingParams(max_new_tokens=new_tokens, n=_texts(settings), **draw)
+    return SamplingParams(max_new_tokens=new_tokens, n=_texts(settings), **plain_sampling(settings))
+
+
+def plain_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `settings` of `merge_settings` say of drawing and of logits, as arguments of `SamplingParams`."""
+    sampled = settings["do_sample"]
+    draw = {name: settings[name] for name in _PER_PROMPT} if sampled else {}
+    return draw | asked_processing(settings, sampled=sampled)
 
 
 def token_ids(name: str, value: Any) -> list[int]:
@@ -294,9 +305,21 @@ def _asks_nothing(value: Any) -> bool:
     return value is None or value is False or (hasattr(value, "__len__") and len(value) == 0)
 
 
-def _refuse_unsupported(settings: Mapping[str, Any], otherwise: str, where: str = "") -> None:
+def refuse_unsupported(settings: Mapping[str, Any], otherwise: str, where: str = "") -> None:
+    """Refuse settings that would change the text and are not supported.
+
+    Args:
+        settings: fields of a `GenerationConfig`, by name.
+        otherwise: what else has them.
+        where: stands before a field's name in the error, such as "model.generation_config.".
+
+    Raises:
+        SamplingError: the first such field.
+    """
     for name, value in settings.items():
-        if name in _READ or name in _NO_EFFECT or _asks_nothing(value):
+        # An empty watermarking_config asks for a watermark with the default settings.
+        asks = value is not None if name == "watermarking_config" else not _asks_nothing(value)
+        if name in _READ or name in _NO_EFFECT or not asks:
             continue
         neutral = _NEUTRAL.get(name)
         if neutral is None or isinstance(value, torch.Tensor) or value != neutral:
@@ -309,7 +332,8 @@ def _refuse_unsupported(settings: Mapping[str, Any], otherwise: str, where: str 
 
 def _unsupported(name: str, value: Any, neutral: Any, instead: str, otherwise: str = "") -> SamplingError:
     allowed = f"Allowed: {name}={neutral!r}" + (f", or {otherwise}." if otherwise else ".")
-    text = f"{name}={value!r:.200} is not supported, and nothing that is asked for is ignored. {allowed}"
+    got = f"tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.200}"
+    text = f"{name}={got} is not supported, and nothing that is asked for is ignored. {allowed}"
     return SamplingError(f"{text} {instead}".rstrip())
 
 
@@ -331,6 +355,12 @@ def _new_tokens(
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise SamplingError(f"{name} must be an integer of at least {least} here, got {value!r}.")
     return int(value) - least + 1
+
+
+def _returned(settings: Mapping[str, Any]) -> Returned | None:
+    if not settings.get("return_dict_in_generate"):
+        return None
+    return Returned(bool(settings.get("output_logits")), bool(settings.get("output_scores")))
 
 
 def _texts(settings: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
-"""Prompts as callers give them: ragged lists, and HuggingFace's left-padded batches, in and out."""
+"""Prompts as callers give them: texts, chats, token ids, and HuggingFace's left-padded batches, in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -10,42 +10,103 @@ from torch import Tensor
 
 from sparsespec_compile.errors import PromptError
 
-Prompt = Sequence[int] | Tensor | np.ndarray
-"""Token ids: a sequence of integers, Python's or NumPy's, or an array or tensor [tokens] of integers on any device."""
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor | np.ndarray
+"""A text; a chat, as a sequence of messages such as `{"role": "user", "content": "Hello"}`; or token ids: a sequence
+of integers, Python's or NumPy's, or an array or tensor [tokens] of integers on any device. Texts and chats need a
+tokenizer of transformers."""
 
-_ENCODE = "Encode texts with the model's tokenizer: tokenizer(text).input_ids."
+_ALLOWED = (
+    "Allowed: a text or a list of chat messages, with tokenizer=, or a sequence of token ids. Prompts come in a list, "
+    "a single one too: [prompt]."
+)
+_TOKENS_ALONE = (
+    "Allowed: a sequence of token ids alone, as this call takes no tokenizer: tokenizer(text).input_ids for a text, "
+    "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for a chat."
+)
 
 
-def token_list(index: int, prompt: Prompt, vocabulary: int) -> list[int]:
+def token_list(index: int, prompt: Prompt, vocabulary: int, tokenizer: Any = None) -> list[int]:
     """The tokens of prompt number `index` of a batch.
 
+    Args:
+        index: its number, for errors.
+        prompt: a text is encoded as it is, with the special tokens that the tokenizer adds; a chat by the tokenizer's
+            chat template, up to where the answer begins.
+        vocabulary: tokens lie in [0, vocabulary).
+        tokenizer: encodes texts and chats; None = there are none.
+
     Raises:
-        PromptError: not token ids, an empty prompt, or tokens outside [0, vocabulary).
+        PromptError: of another type, a text or chat that cannot be encoded, an empty prompt, or tokens outside [0,
+            vocabulary).
     """
-    tokens = _integers(index, prompt)
-    if not tokens or not 0 <= min(tokens) <= max(tokens) < vocabulary:
+    if isinstance(prompt, str) or _is_chat(prompt):
+        prompt = _encoded(index, prompt, tokenizer)
+    tokens = integers(f"Prompt {index}", prompt)
+    if not tokens:
         raise PromptError(
-            f"Prompt {index} is empty or holds tokens outside 0 to {vocabulary - 1}, the model's. Use its own "
-            "tokenizer; for an empty prompt give its bos_token_id."
+            f"Prompt {index} is empty. Each prompt needs at least one token, for example the tokenizer's bos_token_id."
         )
+    _check_vocabulary(index, tokens, vocabulary)
     return tokens
 
 
-def _integers(index: int, prompt: Any) -> list[int]:
+def _check_vocabulary(index: int, tokens: list[int], vocabulary: int) -> None:
+    if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise PromptError(
+            f"Prompt {index} holds token {min(tokens) if min(tokens) < 0 else max(tokens)}; the model has tokens 0 to "
+            f"{vocabulary - 1}. Use the model's own tokenizer."
+        )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(one, Mapping) for one in prompt)
+
+
+def _encoded(index: int, prompt: Any, tokenizer: Any) -> list[int]:
+    kind = "text" if isinstance(prompt, str) else "chat"
+    if not callable(tokenizer):
+        raise PromptError(
+            f"Prompt {index} is a {kind}, which needs a tokenizer of transformers, got {type(tokenizer).__name__}. "
+            "Pass tokenizer=, or give token ids."
+        )
+    try:
+        if kind == "text":
+            return list(tokenizer(prompt).input_ids)
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # a chat template is a program: it may raise anything, such as for an unknown role
+        failed = "the tokenizer" if kind == "text" else "the tokenizer's chat template"
+        raise PromptError(
+            f"Prompt {index} is a {kind}, and {failed} failed: {type(error).__name__}: {error}. Give a tokenizer of "
+            "transformers, for chats one with a chat_template that takes the messages, or token ids."
+        ) from error
+
+
+def integers(name: str, prompt: Any, *, texts: bool = True) -> list[int]:
+    """Token ids that are given as such.
+
+    Args:
+        name: of the prompt, for errors.
+        prompt: what was given.
+        texts: whether texts and chats would have been allowed, likewise.
+
+    Raises:
+        PromptError: anything else.
+    """
+    allowed = _ALLOWED if texts else _TOKENS_ALONE
     if isinstance(prompt, Tensor | np.ndarray):
         floating = prompt.is_floating_point() if isinstance(prompt, Tensor) else prompt.dtype.kind not in "iu"
         if floating or prompt.dtype == torch.bool or prompt.ndim != 1:
             raise PromptError(
-                f"Prompt {index} must be a one-dimensional array of integers, token ids, got {prompt.dtype} of shape "
-                f"{list(prompt.shape)}. {_ENCODE}"
+                f"{name} must be a one-dimensional array of integers, token ids, got {prompt.dtype} of shape "
+                f"{list(prompt.shape)}. {allowed}"
             )
         return [int(token) for token in prompt.tolist()]
-    if not isinstance(prompt, str) and isinstance(prompt, Sequence):
+    if not isinstance(prompt, str | bytes | bytearray) and isinstance(prompt, Sequence):
         if all(type(token) is int for token in prompt):
             return list(prompt)
         if all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt):
             return [int(token) for token in prompt]
-    raise PromptError(f"Prompt {index} must be a sequence of token ids, got {prompt!r:.80}. {_ENCODE}")
+    raise PromptError(f"{name} must be {'a text, a chat or ' if texts else ''}token ids, got {prompt!r:.80}. {allowed}")
 
 
 def unpad(
@@ -79,11 +140,7 @@ def unpad(
     if attention_mask is not None:
         rows = _drop_padding(rows, input_ids, attention_mask, device)
     for index, row in enumerate(rows):
-        if not 0 <= min(row) <= max(row) < vocabulary:
-            raise PromptError(
-                f"Prompt {index} holds token {min(row) if min(row) < 0 else max(row)}; the model has tokens 0 to "
-                f"{vocabulary - 1}. Use the model's own tokenizer."
-            )
+        _check_vocabulary(index, row, vocabulary)
     return rows
 
 

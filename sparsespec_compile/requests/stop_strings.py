@@ -7,8 +7,8 @@ from typing import Protocol
 class Decoder(Protocol):
     """What is needed of a tokenizer."""
 
-    def decode(self, token_ids: list[int], /) -> str:
-        """Text of some tokens."""
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = False) -> str:
+        """Text of some tokens, with or without special ones."""
 
 
 class StopStrings:

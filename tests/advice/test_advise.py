@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 import sparsespec_compile as ss
 from sparsespec_compile.advice.advise import advise
-from sparsespec_compile.advice.workload import accepted
+from sparsespec_compile.advice.config_cost import config_cost
+from sparsespec_compile.advice.explain import explain
+from sparsespec_compile.advice.prediction import accepted
 from sparsespec_compile.errors import AdviceError, CeilingsError, ConfigError, ContextLengthWarning, CostModelError
 
 from ..support.models import tiny
@@ -24,7 +26,10 @@ LLAMA_8B = LlamaConfig(
 
 
 def advice(lengths=8192, batch=64, acceptance=0.9, **changes):
-    return advise(changes.get("model", LLAMA_8B), changes.get("device", "H200"), lengths, batch, acceptance)
+    """With exact weights, unless `changes` say otherwise."""
+    model, device = changes.get("model", LLAMA_8B), changes.get("device", "H200")
+    weights, ngrams = changes.get("draft_weights", "exact"), changes.get("ngram_acceptance")
+    return advise(model, device, lengths, batch, acceptance, weights, ngrams)
 
 
 def test_speculation_pays_for_long_contexts():
@@ -32,9 +37,54 @@ def test_speculation_pays_for_long_contexts():
     assert got.speculate
     assert 1.3 < got.speedup < got.light_speedup < 3.0
     assert got.best is got.speculative
-    assert got.config() == ss.SpecConfig(draft_tokens=got.best.draft_tokens, budget_ratio=0.05)
+    expected = ss.SpecConfig(draft_tokens=got.best.draft_tokens, drafter="pillar", draft_weights="exact")
+    assert got.config() == expected
     assert got.best.budget == 410
     assert got.best.accepted == pytest.approx(sum(0.9**i for i in range(1, got.best.draft_tokens + 1)))
+
+
+def test_drafts_from_the_text_pay_where_rows_cost_little():
+    """With one request every draft that is right is a gain; at length drafts by the model save the cache's bytes."""
+    alone, many = (advice(1024, batch, acceptance=0.7, ngram_acceptance=0.3) for batch in (1, 64))
+    assert alone.best is alone.ngrams
+    assert alone.config() == ss.SpecConfig(draft_tokens=alone.best.draft_tokens, drafter="ngram", draft_weights="exact")
+    assert alone.best.tokens_per_second == pytest.approx(alone.plain.tokens_per_second / 0.7, rel=0.02)
+    assert many.ngrams.draft_tokens < alone.ngrams.draft_tokens, "rows of 64 requests are no longer free"
+    assert many.ngrams.tokens_per_second > many.speculative.tokens_per_second
+    long = advice(16384, 64, acceptance=0.9, ngram_acceptance=0.3)
+    assert long.best is long.speculative
+    assert "drafts from the text: " in str(long)
+    assert long.ngrams.budget == 0
+    assert advice().ngrams is None
+    assert "from the text" not in str(advice())
+    with pytest.raises(AdviceError, match="must be a probability"):
+        advice(ngram_acceptance=1.5)
+
+
+def test_an_explanation_says_what_else_auto_chooses_among():
+    cost = config_cost(LLAMA_8B, torch.bfloat16)
+    shown = explain(cost, ss.SpecConfig(), 8192, 64, "H200")
+    assert list(shown.ngrams) == [1, 3, 8]
+    needed = shown.ngrams[3].seconds / shown.plain.seconds - 1
+    line = next(line for line in shown.lines() if line.startswith("3 drafts from the text"))
+    assert line.endswith(f"if more than {needed:.2f} of them are accepted")
+    assert not explain(cost, ss.SpecConfig(drafter="pillar"), 8192, 64, "H200").ngrams
+    ngrams = explain(cost, ss.SpecConfig(drafter="ngram", draft_tokens=3), 8192, 64, "H200")
+    assert "all requests verify in every iteration" in ngrams.lines()
+    assert ngrams.prediction == shown.ngrams[3]
+
+
+def test_8_bit_draft_weights_pay_more_and_sooner():
+    exact, auto = advice(), advice(draft_weights="auto")
+    assert auto.plain == exact.plain
+    assert 1.05 < auto.speedup / exact.speedup < 1.5
+    assert auto.light_speedup > exact.light_speedup
+    assert auto.break_even_length < exact.break_even_length
+    assert auto.best.draft_tokens >= exact.best.draft_tokens
+    assert (auto.config().draft_weights, exact.config().draft_weights) == ("auto", "exact")
+    assert advice(draft_weights="fp8").speculative == auto.speculative
+    assert ", 8-bit draft weights\n" in str(auto)
+    assert ", exact weights\n" in str(exact)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +110,37 @@ def test_it_does_not_for_short_contexts_or_bad_drafts(case):
 def test_short_contexts_lose_whatever_the_batch():
     """There is little to read, and rows stop being free where a batch would make up for giving out scores."""
     assert all(advice(512, batch, 0.9).speedup < 0.95 for batch in (16, 64, 128, 256, 512))
+
+
+def test_drafts_of_few_requests_read_few_experts_of_a_mixture():
+    """Qwen3-30B-A3B: a request's drafts read 8 of 128 experts, 64 requests' nearly all, a verification more."""
+    mixture = Qwen3MoeConfig(
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        dtype=torch.bfloat16,
+    )
+    few, many = (advice(8192, batch, model=mixture) for batch in (1, 64))
+    assert few.experts == (pytest.approx(8.0), 128)
+    assert many.experts == (pytest.approx(128 * (1 - (15 / 16) ** 64)), 128)
+    assert "1 draft row chooses 8 of 128 on average\n  draft steps of few requests read few experts" in str(few)
+    assert "64 draft rows choose 126 of 128 on average" in str(many)
+    assert "read few experts" not in str(many)
+    assert max(map(len, str(few).splitlines())) <= 80
+    assert advice().experts is None
+    assert "experts" not in str(advice())
+    # 15.6 ms at 4.3 TB/s, of which the experts that 64 rows choose are most.
+    light = 64 / many.plain.light_tokens_per_second
+    assert 14e-3 < 64 / advice(1024, 64, model=mixture).plain.light_tokens_per_second < 17e-3
+    assert light > 14e-3
 
 
 def test_better_acceptance_and_longer_contexts_pay_more():
@@ -134,6 +215,7 @@ def test_a_model_gives_what_its_configuration_gives():
         ({"acceptance": lambda k: k + 1}, AdviceError, "must be from 0 to 1, got 2"),
         ({"acceptance": {}}, AdviceError, "empty mapping"),
         ({"acceptance": {0.0: 0.9}}, ConfigError, "budget_ratio"),
+        ({"draft_weights": "int4"}, ConfigError, "draft_weights must be one of"),
         ({"device": "cpu"}, CeilingsError, "No ceilings are known"),
         ({"model": "Qwen3-8B"}, AdviceError, "a transformers model or configuration, got str"),
         ({"model": LlamaConfig(dtype=None)}, CostModelError, "dtype"),
@@ -150,8 +232,9 @@ def test_advice_prints():
     assert text.startswith("Speculate: 64 requests at 8,192 cached tokens on NVIDIA H200.")
     assert "budget_ratio=0.05 (410 positions)" in text
     assert "at the speed of light" in text
-    assert "With this batch speculation pays from " in text
-    assert "pays at no length of this model" in str(advice(acceptance=0.0))
+    assert "pay from " in text
+    assert max(map(len, str(advice(ngram_acceptance=0.3)).splitlines())) <= 80
+    assert "pay at no length of this model" in str(advice(acceptance=0.0))
 
 
 def test_a_compiled_model_explains_itself(capsys):
@@ -159,6 +242,8 @@ def test_a_compiled_model_explains_itself(capsys):
     got = fast.explain(lengths=[900, 1100], batch=10, device="H200")
     assert "10 requests at 1,000 cached tokens, k = 4, NVIDIA H200" in capsys.readouterr().out
     text = str(got)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "verify attention" in got._repr_mimebundle_((), ())["text/html"]
     for words in (
         "verify attention",
         "512*L*V",
@@ -173,6 +258,21 @@ def test_a_compiled_model_explains_itself(capsys):
     assert got.plain.seconds != got.prediction.seconds
     drafted = next(term for term in got.prediction.terms if term.name == "draft attention")
     assert drafted.bytes == 8 * (512 * (64 + 4 + 1) + 16 * 64)  # 8 of 10 requests draft, b = 64
+
+
+def test_an_explanation_knows_what_drafts_read():
+    settings = {"draft_tokens": 4, "min_budget": 64}
+    exact = ss.optimize(tiny("qwen3"), ss.SpecConfig(**settings)).explain(1000, 10, "H200")
+    fast = ss.optimize(tiny("qwen3"), ss.SpecConfig(**settings, draft_weights="int8"))
+    got = fast.explain(1000, 10, "H200")
+    elements = 2 * 48 * ((6 + 2 * 2) * 16 + 6 * 16 + 3 * 96) + 48 * 151
+    read = f"read {elements / 1e9:.3g} GB of weights in place of {4 * elements / 1e9:.3g}"
+    assert f"iterations of nothing but drafts {read}" in " ".join(str(got).split())
+    assert "nothing but drafts" not in str(exact)
+    # One of five iterations verifies, so four read a quarter of the weights.
+    products = [sum(t.bytes for t in one.prediction.terms if "projection" in t.name) for one in (got, exact)]
+    assert products == pytest.approx([elements * (4 * 1 + 4) / 5, elements * 4])
+    assert got.plain == exact.plain
 
 
 def test_the_full_drafter_reads_everything():

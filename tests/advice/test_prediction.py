@@ -4,20 +4,29 @@ import dataclasses
 import json
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen3Config
 
-from sparsespec_compile.advice.calibration import ceilings_of
-from sparsespec_compile.advice.ceilings import H200, Ceilings
+from sparsespec_compile.advice.ceilings import H200, Ceilings, ceilings_of
 from sparsespec_compile.advice.config_cost import config_cost
-from sparsespec_compile.advice.prediction import OVERHEAD, cycle, iteration_time, predict, predict_mean
+from sparsespec_compile.advice.prediction import (
+    OVERHEAD,
+    DraftCost,
+    cycle,
+    iteration_time,
+    predict,
+    predict_cycle,
+    predict_mean,
+)
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost.terms import Iteration, attention, collect
 from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.device.graphs import padded, row_counts
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -75,12 +84,14 @@ def test_plain_steps_of_another_engine_are_predicted(batch, length, milliseconds
 
 
 def measured() -> list[tuple[int, int, int, float]]:
-    """(requests, cached tokens, drafts, milliseconds) of this engine, grouped, on an H200."""
-    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/h200-throughput.json").read_text())
+    """(requests, cached tokens, drafts, milliseconds) of this engine, grouped, with exact weights, on an H200."""
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    before, now = (json.loads((results / f"h200-throughput{name}.json").read_text()) for name in ("-77ea47f", ""))
+    exact = [row for row in now if row["engine"] == "plain" or row["settings"].get("draft_weights") == "exact"]
     points = []
-    for row in rows:
+    for row in [*before, *exact]:
         shape, size = row["workload"].split()
-        drafts = row["settings"].get("draft_tokens", 0)
+        drafts = row["settings"].get("draft_tokens", 0 if row["engine"] == "plain" else "auto")
         steady = shape == "Qwen3-8B" and "-" not in size and row["engine"] in ("plain", "sparsespec")
         if steady and drafts != "auto" and row["settings"].get("schedule", "grouped") == "grouped":
             requests, length = map(int, size.split("x"))
@@ -192,7 +203,7 @@ def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
     With kernels before those that the constants are fitted to, whose drafts and plain decoding took longer.
     """
     rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/h200-iteration-times.json").read_text())["rows"]
-    cycles = cycles_of(SpecConfig(draft_tokens="auto"))
+    cycles = cycles_of(SpecConfig(draft_tokens="auto", drafter="pillar"))
     predicted = iteration_time(COST, "grouped", H200)
     ratios = [row["seconds"] / predicted(cycles[row["draft_tokens"]], row["length"], row["requests"]) for row in rows]
     assert len(ratios) == 8 * 13
@@ -213,6 +224,47 @@ def test_the_time_is_that_of_the_schedule_and_the_drafter():
 
     assert seconds(schedule="balanced") > seconds()
     assert seconds(drafter="window") < seconds()
+
+
+def test_scores_count_where_somebody_reads_them():
+    def names(drafter):
+        (kind,) = cycles_of(SpecConfig(draft_tokens=4, drafter=drafter))
+        return [term.name for term in predict_cycle(COST, kind, "grouped", 8192, 64, H200).terms]
+
+    assert "scores" in names("pillar")
+    assert "scores" not in names("ngram") + names("window") + names("full")
+
+
+def test_iterations_of_nothing_but_drafts_may_cost_something_else():
+    """Of 9 iterations of 64 requests, 6 hold drafts alone."""
+    half = config_cost(QWEN3_8B, torch.bfloat16, draft_weights=True)
+    drafting, parts = cycle(64, 8, 8192, 410)[0][1], cycle(64, 8, 8192, 410)
+    fp8, int8 = DraftCost(half, 256), DraftCost(half, 64)
+    saved = predict_mean(COST, parts, H200).seconds - predict_mean(COST, parts, H200, fp8).seconds
+    assert saved == pytest.approx(
+        6 / 9 * (predict(COST, drafting, H200).seconds - predict(half, drafting, H200).seconds)
+    )
+    kind = cycles_of(SpecConfig(draft_tokens=8))[-1]
+    plain = cycles_of(SpecConfig(draft_tokens=0))[-1]
+    exact, cheap, less = (iteration_time(COST, "grouped", H200, drafts) for drafts in (None, fp8, int8))
+    assert exact(kind, 8192, 64) - cheap(kind, 8192, 64) == pytest.approx(saved, rel=1e-3)
+    assert exact(plain, 8192, 64) == cheap(plain, 8192, 64)
+    assert exact(kind, 8192, 300) == cheap(kind, 8192, 300), "rows beyond which 8 bits save nothing"
+    assert less(kind, 8192, 64) == cheap(kind, 8192, 64)
+    assert exact(kind, 8192, 100) == less(kind, 8192, 100) > cheap(kind, 8192, 100), "of either kind"
+
+
+def test_rows_that_graphs_are_padded_to_are_computed():
+    """At 64 requests cycles of 2 and of 3 n-grams take much the same: both run the graph of 256 rows."""
+    by_drafts = {kind.drafts: kind for kind in cycles_of(SpecConfig()) if kind.drafter.name == "ngram"}
+    sizes = row_counts(1000)
+    assert [padded(rows, sizes) for rows in (1, 64, 65, 192, 256, 257, 5000)] == [2, 64, 128, 256, 256, 320, 1000]
+    exact, as_run = (
+        iteration_time(COST, "grouped", H200, padded=rows) for rows in (None, partial(padded, sizes=sizes))
+    )
+    assert exact(by_drafts[2], 1024, 64) < 0.92 * exact(by_drafts[3], 1024, 64)
+    assert as_run(by_drafts[2], 1024, 64) == pytest.approx(as_run(by_drafts[3], 1024, 64), rel=0.02)
+    assert as_run(by_drafts[3], 1024, 64) == exact(by_drafts[3], 1024, 64)
 
 
 def test_a_mean_weighs_its_parts():
@@ -240,7 +292,7 @@ def test_impossible_ceilings_are_refused(value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model type 'mixtral'.*Allowed: .*qwen3"),
+        ({"model_type": "jamba"}, "model type 'jamba'.*Allowed: .*qwen3"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def test_starts_with_empty_and_with_filled_caches(tmp_path):
     assert [row["caches"] for row in rows] == ["empty", "filled"]
     for row in rows:
         assert 0 < row["optimize_seconds"] < row["to_first_token_seconds"] < row["to_last_token_seconds"]
+        assert row["process_to_first_token_seconds"] > row["to_first_token_seconds"]
+        assert "first_token_at" not in row
 
 
 def test_each_start_has_the_caches_it_is_given(monkeypatch, tmp_path):
@@ -30,9 +33,12 @@ def test_each_start_has_the_caches_it_is_given(monkeypatch, tmp_path):
 
     def run(command, env, **_):
         given.update({name: env[name] for name in startup.CACHES})
-        return subprocess.CompletedProcess(command, 0, stdout='progress\n{"optimize_seconds": 1.5}\n')
+        return subprocess.CompletedProcess(
+            command, 0, stdout=f'progress\n{{"optimize_seconds": 1.5, "first_token_at": {time.time() + 7}}}\n'
+        )
 
     monkeypatch.setattr(startup.subprocess, "run", run)
-    assert startup.start_apart(tmp_path) == {"optimize_seconds": 1.5}
-    assert len(given) == 2
+    seconds = startup.start_apart(tmp_path)
+    assert seconds == {"optimize_seconds": 1.5, "process_to_first_token_seconds": pytest.approx(7, abs=0.1)}
+    assert len(given) == 3
     assert all(Path(folder).parent == tmp_path for folder in given.values())

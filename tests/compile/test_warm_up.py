@@ -12,10 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsespec_compile as ss
 from sparsespec_compile.compile import target, warm_up
-from sparsespec_compile.compile.warm_up import Attention, Selection, calls_of, done_beside
+from sparsespec_compile.compile.warm_up import (
+    Attention,
+    Draw,
+    Product,
+    Proposals,
+    Quantisation,
+    Selection,
+    calls_of,
+    done_beside,
+)
+from sparsespec_compile.kernels.launch import Promise, kind_of_step
 from sparsespec_compile.kernels.ops import Mode, draw_tokens, dual_mode_attention, select_pillars
-from sparsespec_compile.kernels.step_kind import kind_of_step
-from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.device.inputs import Work
+from sparsespec_compile.runtime.device.step import Variant
 
 from ..passes.families import tiny
 
@@ -47,7 +57,7 @@ class Variants(TorchDispatchMode):
 
 
 def attention_variant(q, k, v, kv, scores, mode, *rest):
-    *_, scale, window, softcap = rest
+    *_, scale, window, softcap, sinks = rest
     units = launcher.pool_units(kv)
     del units["page_units"]  # any value takes the same kernel
     return (
@@ -57,7 +67,7 @@ def attention_variant(q, k, v, kv, scores, mode, *rest):
         tuple(units.items()),
         max(64, mode.shape[0]),
         kind_of_step(q.shape[0], q.shape[1], mode.shape[0]),
-        (scale > 0, window > 0, softcap > 0),
+        (scale > 0, window > 0, softcap > 0, None if sinks is None else sinks.dtype),
     )
 
 
@@ -79,6 +89,7 @@ def variants_of(run):
         ("qwen2", {}, {"drafter": "window"}),
         ("gemma3_text", {}, {}),
         ("gpt2", {}, {}),
+        ("gpt_oss", {}, {}),
         ("deepseek_v3", {}, {}),
         # The second layer's part of a page begins at no multiple of 16 bytes.
         ("deepseek_v3", {"v_head_dim": 11}, {"page_size": 1}),
@@ -92,6 +103,7 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, settings):
     def steps():
         for rows in (16, 2800):
             step.replay(rows, 16)
+        step._runner(16, 16, Variant(promise=Promise.NO_SCORES))  # as the engine verifies drafts from the text
         for slot in range(2):
             step.begin(slot, 64)
         step.fill([Work(slot, Mode.PREFILL, 1, tokens=[1], logits=1) for slot in range(2)])
@@ -107,11 +119,59 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, settings):
     assert set(compiled) == set(variants_of(steps))
 
 
+def test_products_with_8_bit_weights_are_those_of_iterations_of_drafts():
+    """For the padded rows of up to a row for each slot; and what makes each kind of copy."""
+    config = ss.SpecConfig(draft_tokens=2, draft_weights="int8", max_requests=20, prefill_chunk=100)
+    fast = ss.optimize(tiny("qwen2", num_hidden_layers=3), config)
+    calls = calls_of(fast._compiled, config)
+    products = [call for call in calls if isinstance(call, Product)]
+    quantisations = [call for call in calls if isinstance(call, Quantisation)]
+    hidden, mlp, vocabulary = 48, 96, 151
+    assert sorted((call.columns, call.inputs[0].size[-1]) for call in products) == sorted(
+        [(6 * 8 + 2 * 8, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp), (vocabulary, hidden)]
+    )
+    assert {tuple(layout.size[1] for layout in call.inputs) for call in products} == {(2, 16, 64)}
+    assert sorted(call.inner for call in quantisations) == [hidden, mlp]
+    for call in (*products, *quantisations):
+        call.run(CPU)
+    exact = ss.optimize(tiny("qwen2"), dataclasses.replace(config, draft_weights="exact"))
+    assert not any(isinstance(call, Product | Quantisation) for call in calls_of(exact._compiled, config))
+
+
+@pytest.mark.gpu
+def test_nothing_of_8_bit_drafts_is_compiled_after_optimize():
+    config = ss.SpecConfig(draft_tokens=2, draft_weights="int8", max_requests=4, max_length=256)
+    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "head_dim": 64}
+    model = tiny("qwen3", **wide).bfloat16().cuda()
+    fast = ss.optimize(model, config)
+    from sparsespec_compile.kernels.products import quantised
+
+    kernels = quantised.quantise_kernel, quantised.product_kernel
+
+    def compiled():
+        return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+
+    before = compiled()
+    fast.generate_batch([[5, 6, 7]] * 4, ss.SamplingParams(max_new_tokens=20, stop_token_ids=()))
+    assert fast.stats.draft_weight_iterations > 0
+    assert before == compiled()
+    assert min(before) > 0
+
+
 def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     model = tiny("gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
     fast = ss.optimize(model, ss.SpecConfig(draft_tokens=8))
     attention = [call for call in calls_of(fast._compiled, fast.spec_config) if isinstance(call, Attention)]
     assert sorted(call.settings.window for call in attention) == [0, 0, 1, 1]
+
+
+def test_auto_compiles_what_each_drafter_takes():
+    """A third kernel without scores, for iterations that verify drafts from the text."""
+    fast = ss.optimize(tiny("qwen3"))
+    calls = calls_of(fast._compiled, fast.spec_config)
+    promises = {call.promise for call in calls if isinstance(call, Attention)}
+    assert promises == {Promise.NOTHING, Promise.NO_SCORES, Promise.SINGLE_ROWS}
+    assert {type(call) for call in calls} == {Attention, Draw, Selection, Proposals}
 
 
 @pytest.mark.parametrize("settings", [{"drafter": "window"}, {"drafter": "full"}, {"draft_tokens": 0}])
@@ -148,7 +208,7 @@ def test_regions_are_compiled_meanwhile(monkeypatch):
 
     def regions(compiled):
         order.append("regions")
-        return compiled.graph_module
+        return compiled.graph_module, None
 
     monkeypatch.setattr(target, "_settle_kernel_cache", lambda device: order.append("cache settled"))
     monkeypatch.setattr(target, "kernels_compiled_beside", beside)

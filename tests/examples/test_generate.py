@@ -33,6 +33,21 @@ def test_takes_a_prompt_of_ones_own_greedily():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("--draft-tokens", "auto", "--drafter", "auto"), "drafts as auto chose them"),
+        (("--drafter", "ngram", "--draft-tokens", "3"), "accepted of 3 drafts"),
+    ],
+)
+def test_takes_the_settings(settings, says):
+    result = run("--max-new-tokens", "24", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "text equals plain decoding's: yes" in result.stdout
+    assert says in " ".join(result.stdout.split())
+
+
+@pytest.mark.slow
 def test_says_what_is_wrong_with_an_argument():
     result = run("--draft-tokens", "99", "--max-new-tokens", "5")
     assert result.returncode != 0

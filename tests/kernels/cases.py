@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Shape:
-    """The attention layer."""
+    """The attention layer. ``sinks`` is the mean of its query heads' sinks, which are normal; None = it has none."""
 
     q_heads: int = 4
     kv_heads: int = 2
@@ -44,6 +44,7 @@ class Shape:
     window: int = 0
     softcap: float = 0.0
     scale: float = 0.25
+    sinks: float | None = None
 
 
 @dataclass
@@ -60,13 +61,14 @@ class Case:
     def arguments(self) -> tuple[object, ...]:
         """The op's arguments, in order."""
         names = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index")
-        return (*(self.tensors[name] for name in names), self.shape.scale, self.shape.window, self.shape.softcap)
+        settings = (self.shape.scale, self.shape.window, self.shape.softcap)
+        return (*(self.tensors[name] for name in names), *settings, self.tensors.get("sinks"))
 
     def to(self, dtype: torch.dtype, device: str = "cpu", score_dtype: torch.dtype = torch.float32) -> "Case":
         """The same step with its floating-point tensors in another dtype; shares no memory with this one."""
         pool = self.pool.to(device=device, dtype=dtype, copy=True)
         moved = {
-            name: tensor.to(device=device, dtype=dtype if name in ("q", "k", "v") else tensor.dtype, copy=True)
+            name: tensor.to(device=device, dtype=dtype if name in ("q", "k", "v", "sinks") else tensor.dtype, copy=True)
             for name, tensor in self.tensors.items()
         }
         kv = self.tensors["kv"]
@@ -106,6 +108,8 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
         "pillar_count": _ints([r.pillars for r in requests]),
         "recent_start": _ints([r.recent for r in requests]),
     }
+    if shape.sinks is not None:
+        tensors["sinks"] = _normal((shape.q_heads,), generator, dtype) + shape.sinks
     return Case(shape, requests, tensors, history, starts, pool)
 
 

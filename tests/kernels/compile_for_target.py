@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels of a layer, or of another op, for one GPU architecture, without a GPU.
+"""Compiles the Triton kernels of some layers, or of other ops, for one GPU architecture, without a GPU.
 
-Prints what each needs as JSON. Run as a script in a fresh process (`compile_for_target.py 90 Gemma-2`): the interpreter
-leaves traces in triton.language that would get in the compiler's way. The launchers are called as they are; their
-kernels are compiled instead of started.
+Prints what each needs as JSON, by name. Run as a script in a fresh process (`compile_for_target.py 90 Gemma-2 Phi-3`):
+the interpreter leaves traces in triton.language that would get in the compiler's way. The launchers are called as they
+are; their kernels are compiled instead of started.
 """
 
 import json
@@ -21,21 +21,26 @@ from triton.runtime.jit import JITFunction
 
 from sparsespec_compile.config import MOST_REQUESTS
 from sparsespec_compile.kernels.attention import launcher
-from sparsespec_compile.kernels.device import DeviceLimits
+from sparsespec_compile.kernels.drafting import pillars
+from sparsespec_compile.kernels.launch import DeviceLimits, Promise, promised
+from sparsespec_compile.kernels.ops import QUANTISED_DTYPES, ExpertsCall, ExpertsSettings
+from sparsespec_compile.kernels.products import experts, quantised
 from sparsespec_compile.kernels.sampling import draw
-from sparsespec_compile.kernels.selection import kernel as selection
-from sparsespec_compile.kernels.step_kind import Promise, promised
+
+SINKS = "sinks"
+"""In the name of a layer with attention sinks."""
 
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, single rows": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, single rows, most slots": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, unscored": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
-    "Gemma-2, single rows": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Qwen3-8B, prefilling": (32, 8, 128, torch.bfloat16, 0, 0.0, 1024),
     "Gemma-2": (8, 4, 256, torch.bfloat16, 4096, 50.0, 16),
     "Phi-3": (32, 32, 96, torch.float16, 2047, 0.0, 16),
     "float32": (7, 1, 64, torch.float32, 0, 0.0, 16),
+    "gpt-oss, sinks": (64, 8, 64, torch.bfloat16, 128, 0.0, 16),
+    "gpt-oss, sinks, single rows": (64, 8, 64, torch.bfloat16, 0, 0.0, 16),
     "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0, 16),
 }
 """Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step.
@@ -47,32 +52,45 @@ MOST_SLOTS = "most slots"
 
 PROMISES = {"single rows": Promise.SINGLE_ROWS, "unscored": Promise.NO_SCORES}
 
+SHARED_KIB = {80: 164, 86: 100, 90: 228}
+"""Of a multiprocessor, by compute capability."""
+
 TARGETS = {
-    80: (164, ("Phi-3", "float32", "Qwen3-8B, single rows")),
-    86: (100, ("Qwen3-8B",)),
+    80: ("Phi-3", "float32", "Qwen3-8B, single rows"),
+    86: ("Qwen3-8B",),
     90: (
-        228,
-        (
-            "Qwen3-8B",
-            "Qwen3-8B, unscored",
-            "Qwen3-8B, single rows",
-            "Qwen3-8B, single rows, most slots",
-            "Qwen3-8B, prefilling",
-            "Gemma-2",
-            "Gemma-2, single rows",
-            "71 heads",
-        ),
+        "Qwen3-8B",
+        "Qwen3-8B, unscored",
+        "Qwen3-8B, single rows",
+        "Qwen3-8B, single rows, most slots",
+        "Qwen3-8B, prefilling",
+        "Gemma-2",
+        "gpt-oss, sinks",
+        "gpt-oss, sinks, single rows",
+        "71 heads",
     ),
 }
-"""Compute capability: KiB of shared memory of a multiprocessor, layers to compile."""
+"""Layers to compile, by compute capability."""
 
-SELECTION, DRAWING = "selection", "drawing "
+SELECTION, DRAWING, PRODUCT, EXPERTS = "selection", "drawing ", "product ", "experts "
+MIXTURES = {
+    "Qwen3-30B-A3B": (128, 8, 2048, 768, torch.bfloat16, False, ExpertsSettings("silu")),
+    "gpt-oss-20b": (32, 4, 2880, 2880, torch.bfloat16, True, ExpertsSettings("swish", 1.702, 7.0, 1.0, True)),
+    "Nemotron": (16, 2, 512, 304, torch.float16, False, ExpertsSettings("relu2")),
+    "in float32": (16, 2, 512, 256, torch.float32, False, ExpertsSettings("gelu")),
+}
+"""Name: experts, choices of a row, width, hidden values, dtype, whether matrices are transposed and biased, settings.
+Those with relu2 have no gate."""
+
 OTHERS = (
+    *(f"{EXPERTS}of 64 rows, {name}" for name in MIXTURES),
+    *(f"{EXPERTS}of {rows} rows, Qwen3-30B-A3B" for rows in (2, 2048)),
+    *(f"{PRODUCT}of {rows} rows with {kind}" for rows, kind in ((2, "int8"), (64, "int8"), (64, "fp8"))),
     SELECTION,
     f"{SELECTION}, {MOST_SLOTS}",
     *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in draw.DROPPED),
 )
-"""What is compiled besides layers, for each capability."""
+"""What is compiled besides layers, for the oldest and the newest of these capabilities."""
 
 POINTERS = {
     torch.int32: "*i32",
@@ -80,6 +98,9 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 _PROCESSORS = 100
 
@@ -89,28 +110,41 @@ Launch = tuple[JITFunction, dict[str, Any]]
 
 
 def main() -> None:
-    capability, layer = int(sys.argv[1]), sys.argv[2]
+    capability, layers = int(sys.argv[1]), sys.argv[2:]
     target = GPUTarget("cuda", capability, 32)
-    limits = DeviceLimits("none", capability, _PROCESSORS, TARGETS[capability][0] * 1024)
-    launcher.device_limits = selection.device_limits = lambda _: limits
+    limits = DeviceLimits("none", capability, _PROCESSORS, SHARED_KIB[capability] * 1024)
+    for module in (launcher, pillars, quantised, experts):
+        module.device_limits = lambda _: limits
     launches: list[Launch] = []
     programs = 1
 
     def note(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
         nonlocal programs
-        programs = max(1, grid[0] // _PROCESSORS) if layer in LAYERS else 1
+        programs = max(1, grid[0] // _PROCESSORS)
         return lambda *a, **k: launches.append((kernel, _by_name(kernel, a, k)))
 
     JITFunction.__getitem__ = note
+    needs = {}
+    for layer in layers:
+        launches.clear()
+        _launch(layer)
+        needs[layer] = [(*_compile(*launch, target), programs if layer in LAYERS else 1) for launch in launches]
+    print(json.dumps(needs))
+
+
+def _launch(layer: str) -> None:
     slots = MOST_REQUESTS if MOST_SLOTS in layer else 64
     if layer in LAYERS:
         with promised(next((kind for name, kind in PROMISES.items() if name in layer), Promise.NOTHING)):
-            _launch_attention(slots, *LAYERS[layer])
+            _launch_attention(slots, *LAYERS[layer], SINKS in layer)
     elif layer.startswith(SELECTION):
         _launch_select(slots)
+    elif layer.startswith(EXPERTS):
+        _launch_experts(int(layer.split()[2]), *MIXTURES[layer.partition(", ")[2]])
+    elif layer.startswith(PRODUCT):
+        _launch_product(int(layer.split()[2]), QUANTISED_DTYPES[layer.split()[-1]])
     else:
         _launch_draw(getattr(torch, layer.removeprefix(DRAWING)))
-    print(json.dumps([(*_compile(*launch, target), programs) for launch in launches]))
 
 
 def _by_name(kernel: JITFunction, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -118,21 +152,59 @@ def _by_name(kernel: JITFunction, positional: tuple[Any, ...], named: dict[str, 
 
 
 def _launch_attention(
-    slots: int, q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int, softcap: float, rows: int
+    slots: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    window: int,
+    softcap: float,
+    rows: int,
+    has_sinks: bool,
 ) -> None:
     q, k = torch.zeros(rows, q_heads, dim, dtype=dtype), torch.zeros(rows, kv_heads, dim, dtype=dtype)
     kv = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=dtype)
-    scores, pillars = torch.zeros(64, kv_heads, 48), torch.zeros(slots, kv_heads, 16, dtype=torch.int32)
+    scores, index = torch.zeros(64, kv_heads, 48), torch.zeros(slots, kv_heads, 16, dtype=torch.int32)
     slot = torch.zeros(slots, dtype=torch.int32)
     table = torch.zeros(slots, 16, dtype=torch.int32)
     step = (slot, slot, slot, slot, table, slot, slot, slot, slot)
-    launcher.dual_mode_attention(q, k, k, kv, scores, *step, pillars, dim**-0.5, window, softcap)
+    sinks = torch.zeros(q_heads, dtype=dtype) if has_sinks else None
+    launcher.dual_mode_attention(q, k, k, kv, scores, *step, index, dim**-0.5, window, softcap, sinks)
 
 
 def _launch_select(slots: int) -> None:
     slot = torch.zeros(slots, dtype=torch.int32)
-    pillars = torch.zeros(slots, 8, 16, dtype=torch.int32)
-    selection.select_pillars(torch.zeros(64, 8, 48), slot, slot, slot, pillars, slot)
+    index = torch.zeros(slots, 8, 16, dtype=torch.int32)
+    pillars.select_pillars(torch.zeros(64, 8, 48), slot, slot, slot, index, slot)
+
+
+def _launch_product(rows: int, dtype: torch.dtype) -> None:
+    """Qwen3-8B's output projection, whose tiles are shared by programs."""
+    x, weight = torch.zeros(rows, 4096, dtype=torch.bfloat16), torch.zeros(4096, 4096, dtype=dtype)
+    scale = torch.zeros(4096)
+    quantised.quantise_rows(x.new_zeros(4096, 4096), weight, scale)
+    quantised.quantised_product(x, weight, scale)
+
+
+def _launch_experts(
+    rows: int,
+    count: int,
+    chosen: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    settings: ExpertsSettings,
+) -> None:
+    columns = inner if settings.activation == "relu2" else 2 * inner
+    with torch.device("meta"):
+        up, down = torch.empty(count, columns, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
+        if transposed:
+            up, down = (one.transpose(1, 2).contiguous().transpose(1, 2) for one in (up, down))
+        biases = (up[:, :, 0].clone(), down[:, :, 0].clone()) if transposed else (None, None)
+        index, weight = torch.empty(rows, chosen, dtype=torch.int64), torch.empty(rows, chosen)
+        x = torch.empty(rows, width, dtype=dtype)
+        experts.experts(*ExpertsCall(x, index, weight, up, down, *biases, settings).arguments())
 
 
 def _launch_draw(dtype: torch.dtype) -> None:
@@ -143,13 +215,14 @@ def _launch_draw(dtype: torch.dtype) -> None:
 def _compile(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> tuple[str, int, int, int]:
     """Name, bytes of stack a thread, bytes of shared memory and 16-byte asynchronous copies.
 
-    Arguments divisible by 16 are known to be."""
+    Arguments divisible by 16 are known to be, and strides of 1."""
     options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
     signature, constants, hints = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = arguments[name]
-        signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
-        if parameter.is_constexpr:
+        constant = parameter.is_constexpr or value is None or (name.startswith("stride_") and value == 1)
+        signature[name] = "constexpr" if constant else _type(value)
+        if constant:
             constants[(index,)] = value
         elif _is_known_to_be_divisible(parameter, value):
             hints[(index,)] = [["tt.divisibility", 16]]

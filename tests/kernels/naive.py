@@ -19,7 +19,8 @@ def expected_output(case: Case) -> Tensor:
                 group = head // (case.shape.q_heads // case.shape.kv_heads)
                 seen = _seen(case, b, group, row)
                 values = case.history[b][group, seen, case.shape.key_dim :].double()
-                out[case.row_start[b] + row, head] = _logits(case, b, head, row, seen).softmax(0) @ values
+                logits = torch.cat((_logits(case, b, head, row, seen), _sink(case, head)))
+                out[case.row_start[b] + row, head] = logits.softmax(0)[: len(seen)] @ values
     return out
 
 
@@ -38,7 +39,7 @@ def expected_scores(case: Case) -> Tensor:
                 seen = _seen(case, b, head // share, row)
                 logits = _logits(case, b, head, row, seen)
                 measure = _drafted(case, b, head // share, row, _measuring(request)) if verifies else seen
-                total = _logits(case, b, head, row, measure).logsumexp(0)
+                total = torch.cat((_logits(case, b, head, row, measure), _sink(case, head))).logsumexp(0)
                 for position, x in zip(seen, logits.tolist(), strict=True):
                     if position < scored:
                         looked = min(1.0, math.exp(x - total))
@@ -76,6 +77,13 @@ def _drafted(case: Case, b: int, kv_head: int, row: int, most: int | None = None
     position = request.cached + row
     pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()[:most]
     return [p for p in (*pillars, *range(request.recent, position + 1)) if not window or p > position - window]
+
+
+def _sink(case: Case, head: int) -> Tensor:
+    """The sink of a query head [1], or none [0]."""
+    if case.shape.sinks is None:
+        return torch.empty(0, dtype=torch.float64)
+    return case.tensors["sinks"][head : head + 1].double().cpu()
 
 
 def _logits(case: Case, b: int, head: int, row: int, seen: list[int]) -> Tensor:

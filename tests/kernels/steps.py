@@ -30,5 +30,8 @@ LAYERS = {
     "window of 1": Shape(window=1),
     "softcap": Shape(softcap=3.0, scale=1.0),
     "sharp": Shape(scale=1.5),
+    "sinks": Shape(sinks=0.0),
+    "sinks above all, window": Shape(sinks=9.0, window=6, q_heads=7, kv_heads=1),
+    "sinks below all": Shape(sinks=-300.0, softcap=3.0, page_size=16),
     "unequal dims": Shape(key_dim=24, value_dim=5, window=9, softcap=5.0, page_size=16),
 }

@@ -13,7 +13,7 @@ from sparsespec_compile.kernels.ops import STEP_TENSORS
 from .cases import Shape, build
 from .steps import MIXED
 
-NAMES = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index", "scale", "window", "softcap")
+NAMES = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index", "scale", "window", "softcap", "sinks")
 
 Change = Callable[[Tensor], object]
 
@@ -40,6 +40,9 @@ WRONG_ATTENTION: list[tuple[str, Change, str]] = [
     ("pillar_index", lambda index: index[1:], "pillar_index has shape .*; the other arguments call for"),
     ("pillar_index", lambda index: index[..., :0], "pillar_index has room for 0 pillars; its last dimension must be 1"),
     ("pillar_index", lambda index: index[..., ::2], "pillar_index has last stride 2; it must be 1"),
+    ("sinks", lambda _: torch.zeros(3), "sinks has shape .*; the other arguments call for"),
+    ("sinks", lambda _: torch.zeros(8)[::2], "sinks has last stride 2; it must be 1"),
+    ("sinks", lambda _: torch.zeros(4, dtype=torch.int32), "sinks is torch.int32; allowed on cpu"),
     ("scale", lambda _: float("nan"), "scale is nan; it must be finite"),
     ("window", lambda _: -1, "window is -1; give the number of positions a row sees, or 0 for all"),
     ("softcap", lambda _: -2.0, "softcap is -2.0; give a finite positive cap, or 0 for none"),
@@ -84,7 +87,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
 )
 def test_attention_site_refuses(shapes: tuple, settings: tuple, message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
-        ops.attention_site(*(torch.zeros(shape) for shape in shapes), *settings, 0)
+        ops.attention_site(*(torch.zeros(shape) for shape in shapes), *settings, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +137,15 @@ def test_draw_tokens_refuses(position: int, tensor: Tensor, message: str) -> Non
     arguments[position] = tensor
     with pytest.raises(KernelInputError, match=message):
         ops.draw_tokens(*arguments)
+
+
+@pytest.mark.parametrize("first_token", [-4, 6, 2**31 - 8])
+def test_draw_part_refuses_a_part_elsewhere(first_token: int) -> None:
+    real, whole = torch.ones(2), torch.ones(2, dtype=torch.int64)
+    with pytest.raises(KernelInputError, match=f"first_token is {first_token}; it must be a multiple of 4"):
+        ops.draw_part(torch.zeros(2, 9), real, whole, whole, first_token)
+    with pytest.raises(KernelInputError, match=r"seed is torch\.float32"):
+        ops.draw_part(torch.zeros(2, 9), real, real, whole, 0)
 
 
 def test_errors_share_one_base() -> None:

@@ -6,9 +6,9 @@ import torch
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.cpu import attention
 from sparsespec_compile.kernels.cpu.plan import plan_of
+from sparsespec_compile.kernels.launch import Promise, promised
 from sparsespec_compile.kernels.ops import STEP_TENSORS, Mode
 from sparsespec_compile.kernels.reference import attention as reference
-from sparsespec_compile.kernels.step_kind import Promise, promised
 
 from .cases import Case, Request, Shape, build
 from .error_budget import assert_within, expect

@@ -91,7 +91,10 @@ def test_one_row_and_each_filter_alone(device: str, blocks: bool, fixed: dict[st
     compare(logits_of(1, 301, torch.bfloat16, generator), settings_of(1, generator, **fixed), device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))],
+)
 def test_thresholds_are_the_reference_s(device: str, blocks: bool, dtype: torch.dtype) -> None:
     """Not only do they give the same tokens: they are the same number, where rounding decides nothing."""
     generator = torch.Generator().manual_seed(1)
@@ -195,6 +198,37 @@ def test_a_row_does_not_depend_on_the_others(device: str, blocks: bool) -> None:
         assert torch.equal(alone, together[row : row + 1])
 
 
+@pytest.mark.parametrize(
+    ("ends", "dtype"),
+    [
+        ((4, 8, 397), torch.bfloat16),
+        pytest.param((200, 397), torch.float32, marks=pytest.mark.slow),
+        pytest.param((128, 256, 384, 397), torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_parts_of_the_vocabulary_draw_its_token(
+    device: str, blocks: bool, ends: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """With ties between the parts among the rows, which the lowest token wins."""
+    generator = torch.Generator().manual_seed(ends[0])
+    logits = logits_of(24, 397, dtype, generator)
+    settings = settings_of(24, generator, top_k=0, top_p=1.0, min_p=0.0)
+    logits[:2], settings[0][:2] = 1.5, 0.0
+    drawn = [settings[i] for i in (0, 4, 5)]
+    for module, where in ((reference, "cpu"), (draw, device)):
+        parts = [
+            module.draw_part(logits[:, first:end].to(where), *(setting.to(where) for setting in drawn), first)
+            for first, end in zip((0, *ends), ends, strict=False)
+        ]
+        values, tokens = (torch.stack(parts) for parts in zip(*parts, strict=True))
+        best = values.amax(0)
+        winner = torch.where(values == best, tokens, 397).amin(0)
+        assert ((values == best).sum(0) > 1).any(), "no tie between the parts"
+        whole = module.draw_tokens(logits.to(where), *(setting.to(where) for setting in settings))
+        assert torch.equal(winner, whole)
+
+
 def test_nothing_uninitialised_is_read(device: str, blocks: bool) -> None:
     """Workspaces and output hold NaN and the largest integers when the kernels get them."""
     generator = torch.Generator().manual_seed(4)
@@ -211,6 +245,8 @@ def test_no_rows_and_expanded_settings(device: str) -> None:
     settings = [setting.to(device) for setting in settings_of(1, torch.Generator().manual_seed(0), temperature=1.0)]
     logits = torch.randn(1, 50, device=device).expand(4, -1)
     assert draw.draw_tokens(logits[:0], *(s[:0] for s in settings)).shape == (0,)
+    parts = draw.draw_part(logits[:0], *(settings[i][:0] for i in (0, 4, 5)), 8)
+    assert [part.shape for part in parts] == [(0,), (0,)]
     tokens = draw.draw_tokens(logits, *(s.expand(4) for s in settings))
     assert (tokens == tokens[0]).all()
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.reference import sampling, selection
-from sparsespec_compile.kernels.sampling.philox import gumbel_noise
+from sparsespec_compile.kernels.reference import drafting, sampling
+from sparsespec_compile.kernels.reference.sampling import gumbel_noise
 
 from .cases import Case, Request, Shape, build
 from .error_budget import expect
@@ -83,8 +83,8 @@ def test_one_long_request_beside_many_short_ones() -> None:
 
 def test_site_on_cuda_equals_cpu() -> None:
     q, k, v = torch.randn(1, 8, 700, 64), torch.randn(1, 2, 700, 64), torch.randn(1, 2, 700, 64)
-    expected = ops.attention_site(q.double(), k.double(), v.double(), 0.125, 300, 20.0, 0)
-    actual = ops.attention_site(q.cuda().double(), k.cuda().double(), v.cuda().double(), 0.125, 300, 20.0, 0)
+    expected = ops.attention_site(q.double(), k.double(), v.double(), 0.125, 300, 20.0, 0, None)
+    actual = ops.attention_site(q.cuda().double(), k.cuda().double(), v.cuda().double(), 0.125, 300, 20.0, 0, None)
     torch.testing.assert_close(actual.cpu(), expected)
 
 
@@ -223,7 +223,7 @@ def test_selection_of_long_contexts() -> None:
     for device in ("cpu", "cuda"):
         index = torch.zeros(3, 16, 6600, dtype=torch.int32, device=device)
         count = torch.zeros(3, dtype=torch.int32, device=device)
-        select = selection.select_pillars if device == "cpu" else ops.select_pillars
+        select = drafting.select_pillars if device == "cpu" else ops.select_pillars
         slot = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
         select(scores.to(device), slot, length.to(device), budget.to(device), index, count)
         results.append((index.cpu(), count.cpu()))

@@ -5,7 +5,7 @@ import torch
 
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.errors import KernelInputError
-from sparsespec_compile.kernels.products.halved import FEW_ROWS
+from sparsespec_compile.kernels.products.library import FEW_ROWS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

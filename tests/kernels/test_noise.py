@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels.sampling.philox import LOW, gumbel_noise, philox
+from sparsespec_compile.kernels.reference.sampling import LOW, gumbel_noise, philox
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 

@@ -26,18 +26,19 @@ def test_calls_name_the_arguments_of_the_ops() -> None:
     assert call.arguments() == tuple(names)
     assert call.step == STEP_TENSORS
     assert call.settings == call.settings._fields
-    assert all(call._asdict()[name] == name for name in ("q", "k", "v", "kv", "scores", "pillar_index"))
+    assert all(call._asdict()[name] == name for name in ("q", "k", "v", "kv", "scores", "pillar_index", "sinks"))
     names = [argument.name for argument in ops.attention_site._schema.arguments]
     site = ops.SiteCall.of(names)
-    assert (site.q, site.k, site.v, *site.settings, site.layer) == tuple(names)
+    assert site.arguments() == tuple(names)
+    assert (site.q, site.k, site.v, *site.settings, site.layer, site.sinks) == tuple(names)
 
 
 def test_a_new_argument_is_one_line() -> None:
     class Longer(NamedTuple):
         step: ops.StepTensors
-        sinks: torch.Tensor | None
+        more: torch.Tensor | None
 
-    assert ops._schema(Longer).endswith("Tensor recent_start, Tensor? sinks")
+    assert ops._schema(Longer).endswith("Tensor recent_start, Tensor? more")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,7 +52,7 @@ def test_dual_mode_attention_keeps_its_schema(dtype: torch.dtype) -> None:
 
 def test_attention_site_keeps_its_schema() -> None:
     q, k, v = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 8)
-    torch.library.opcheck(ops.attention_site, (q, k, v, 0.25, 3, 2.0, 1))
+    torch.library.opcheck(ops.attention_site, (q, k, v, 0.25, 3, 2.0, 1, None))
 
 
 def test_select_pillars_keeps_its_schema() -> None:
@@ -75,6 +76,12 @@ def _draw_arguments(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draw_tokens_keeps_its_schema(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.draw_tokens, _draw_arguments(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draw_part_keeps_its_schema(dtype: torch.dtype) -> None:
+    logits, temperature, _, _, _, seed, position = _draw_arguments(dtype)
+    torch.library.opcheck(ops.draw_part, (logits, temperature, seed, position, 100))
 
 
 def test_draw_tokens_is_opaque_to_a_compiler() -> None:

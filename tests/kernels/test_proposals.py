@@ -72,7 +72,7 @@ def test_reference():
 
 
 def test_triton(device):
-    from sparsespec_compile.kernels.proposals.ngram import propose_ngrams
+    from sparsespec_compile.kernels.drafting.ngrams import propose_ngrams
 
     expected, got = run(propose_ngrams, device)
     assert torch.equal(got, expected)

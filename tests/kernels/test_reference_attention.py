@@ -47,9 +47,9 @@ def test_rows_take_nothing_from_tokens_that_they_do_not_see(shape: str, bad: flo
 def test_rows_of_a_site_take_nothing_from_later_ones(bad: float) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
-    expected = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0)
+    expected = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0, None)
     k[:, 1, 5, 3], v[:, 1, 5, 2] = bad, bad
-    actual = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0)
+    actual = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0, None)
     torch.testing.assert_close(actual[:, :5], expected[:, :5], rtol=0, atol=0)
     torch.testing.assert_close(actual[:, :, :2], expected[:, :, :2], rtol=0, atol=0)
     assert actual[:, 5:, 2:].isnan().all()
@@ -91,15 +91,19 @@ def test_a_call_without_rows() -> None:
     torch.testing.assert_close(case.pool, before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0), (3, 2.0)])
-def test_site_is_causal_attention(window: int, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"), [(0, 0.0, None), (5, 0.0, None), (0, 2.0, None), (3, 2.0, None), (5, 0.0, 1.0)]
+)
+def test_site_is_causal_attention(
+    window: int, softcap: float, sinks: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The site over T rows equals prefilling them as one request."""
     monkeypatch.setattr(reference, "_ROW_BLOCK", 7)
-    shape = Shape(q_heads=6, window=window, softcap=softcap, value_dim=8)
+    shape = Shape(q_heads=6, window=window, softcap=softcap, value_dim=8, sinks=sinks)
     case = build(shape, [Request(Mode.PREFILL, rows=19)])
     rows = slice(case.row_start[0], case.row_start[0] + 19)
     q, k, v = (case.tensors[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v"))
-    out = ops.attention_site(q, k, v, shape.scale, window, softcap, 0)
+    out = ops.attention_site(q, k, v, shape.scale, window, softcap, 0, case.tensors.get("sinks"))
     assert out.shape == (1, 19, 6, 8)
     torch.testing.assert_close(out[0], expected_output(case)[rows], **FLOAT64)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels import ops
-from sparsespec_compile.kernels.reference import selection as reference
+from sparsespec_compile.kernels.reference import drafting as reference
 
 from .cases import SENTINEL
 
@@ -105,19 +105,19 @@ def test_other_heads_are_not_written() -> None:
         (CAPACITY, 256),
     ],
 )
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_triton_equals_reference(
     capacity: int, chunk: int, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one chunk and of several, the last one full or not; counts that share a number, and that do not."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from sparsespec_compile.kernels.selection import kernel
+    from sparsespec_compile.kernels.drafting import pillars
 
-    monkeypatch.setattr(kernel, "CHUNK", chunk)
+    monkeypatch.setattr(pillars, "CHUNK", chunk)
     if not packed:
-        monkeypatch.setattr(kernel, "MOST_PACKED", 0)
+        monkeypatch.setattr(pillars, "MOST_PACKED", 0)
     expected = _run(reference.select_pillars, capacity=capacity)
-    actual = _run(kernel.select_pillars, device, capacity)
+    actual = _run(pillars.select_pillars, device, capacity)
     for name, *tensors in zip(CASES, *expected, *actual, strict=True):
         index, count, actual_index, actual_count = tensors
         assert torch.equal(actual_index, index), name
@@ -127,35 +127,35 @@ def test_triton_equals_reference(
 @pytest.mark.parametrize("positions", [1, 8192, 1023 * 1024, 1023 * 1024 + 1, 3_000_000])
 def test_no_lane_counts_further_than_its_bits(positions: int) -> None:
     pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from sparsespec_compile.kernels.selection import kernel
+    from sparsespec_compile.kernels.drafting import pillars
 
-    chunk = kernel.chunk_of(positions)
+    chunk = pillars.chunk_of(positions)
     assert -(-positions // chunk) < 2**10
     assert chunk & (chunk - 1) == 0
 
 
 def test_triton_counts_more_scores_than_share_a_number(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from sparsespec_compile.kernels.selection import kernel
+    from sparsespec_compile.kernels.drafting import pillars
 
     if device == "cpu":
-        monkeypatch.setattr(kernel, "CHUNK", 2**17)  # the interpreter takes as long for any
+        monkeypatch.setattr(pillars, "CHUNK", 2**17)  # the interpreter takes as long for any
     scores = torch.arange(2**21 + 5, dtype=torch.float32)[None, None]
     index = torch.zeros(1, 1, 3, dtype=torch.int32, device=device)
     arguments = [torch.full((1,), value, dtype=torch.int32, device=device) for value in (0, scores.shape[2], 3, 0)]
-    kernel.select_pillars(scores.to(device), *arguments[:3], index, arguments[3])
+    pillars.select_pillars(scores.to(device), *arguments[:3], index, arguments[3])
     assert index.flatten().tolist() == [2**21 + 2, 2**21 + 3, 2**21 + 4]
 
 
 def test_triton_with_nan_keeps_to_its_bounds(device: str) -> None:
     """A model that gives NaN gets some selection, the same from both, and no stray write."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from sparsespec_compile.kernels.selection import kernel
+    from sparsespec_compile.kernels.drafting import pillars
 
     scores = torch.full((1, 2, 70), torch.nan)
     scores[0, 1, ::3] = 0.5
     results = []
-    for select, place in ((reference.select_pillars, "cpu"), (kernel.select_pillars, device)):
+    for select, place in ((reference.select_pillars, "cpu"), (pillars.select_pillars, device)):
         index = torch.zeros(1, 2, 16, dtype=torch.int32, device=place)
         arguments = [torch.full((1,), value, dtype=torch.int32, device=place) for value in (0, 70, 12, 0)]
         select(scores.to(place), *arguments[:3], index, arguments[3])

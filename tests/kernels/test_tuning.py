@@ -15,11 +15,10 @@ from rich.console import Console
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from sparsespec_compile.kernels.device import DeviceLimits
 from sparsespec_compile.kernels.errors import TuningCacheWarning
+from sparsespec_compile.kernels.launch import DeviceLimits, Promise, StepKind, kind_of_step, promised
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.step_kind import Promise, StepKind, kind_of_step, promised
-from sparsespec_compile.kernels.tuning import table
+from sparsespec_compile.kernels.tuning import tiling as tiles
 from sparsespec_compile.kernels.tuning.measure import Heads, Work, make_step
 from sparsespec_compile.kernels.tuning.tiling import Layer, Tiling, default_tiling, parts_together
 
@@ -33,15 +32,15 @@ OTHER = replace(DEFAULT, block_n=32, big_n=16, unit_overhead=7)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's file, not there yet; nothing is shipped."""
     path = tmp_path / "deep" / "tiles.json"
-    monkeypatch.setenv(table.CACHE_VARIABLE, str(path))
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped.json")
-    table._entries.cache_clear()
+    monkeypatch.setenv(tiles.CACHE_VARIABLE, str(path))
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path / "shipped.json")
+    tiles._entries.cache_clear()
     yield path
-    table._entries.cache_clear()
+    tiles._entries.cache_clear()
 
 
 def choose(kind: StepKind = StepKind.MIXED) -> object:
-    return table.tiling_for(LAYER, kind, LIMITS)
+    return tiles.tiling_for(LAYER, kind, LIMITS)
 
 
 def test_without_files_the_default() -> None:
@@ -51,10 +50,10 @@ def test_without_files_the_default() -> None:
 
 
 def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
-    key = table.entry_key(LAYER, StepKind.MIXED, LIMITS)
-    table.save({key: OTHER}, table.SHIPPED)
+    key = tiles.entry_key(LAYER, StepKind.MIXED, LIMITS)
+    tiles.save({key: OTHER}, tiles.SHIPPED)
     assert choose() == OTHER
-    table.save({key: DEFAULT}, files)
+    tiles.save({key: DEFAULT}, files)
     assert choose() == DEFAULT
     for kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED, StepKind.PREFILL):
         assert choose(kind) == default_tiling(LAYER, kind, LIMITS) != DEFAULT
@@ -62,7 +61,7 @@ def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
 
 def test_saving_keeps_other_entries_and_leaves_no_other_file(files: Path) -> None:
     for kind, tiling in ((StepKind.MIXED, OTHER), (StepKind.PREFILL, DEFAULT)):
-        table.save({table.entry_key(LAYER, kind, LIMITS): tiling}, files)
+        tiles.save({tiles.entry_key(LAYER, kind, LIMITS): tiling}, files)
     assert len(json.loads(files.read_text())["entries"]) == 2
     assert [path.name for path in files.parent.iterdir()] == [files.name]
 
@@ -93,13 +92,13 @@ def test_a_file_that_cannot_be_used_is_named(files: Path, content: str, problem:
 def test_the_shipped_file_can_be_used() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table._read(Path(table.__file__).with_name("tuned.json"))
+        tiles._read(Path(tiles.__file__).with_name("tuned.json"))
 
 
 def test_default_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(table.CACHE_VARIABLE)
+    monkeypatch.delenv(tiles.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert table.cache_path() == tmp_path / "sparsespec_compile" / "tiles.json"
+    assert tiles.cache_path() == tmp_path / "sparsespec_compile" / "tiles.json"
 
 
 def test_kinds_of_steps() -> None:
@@ -206,7 +205,7 @@ def test_candidates_differ_and_hold_the_default(kind: StepKind) -> None:
     assert STEPS[kind]
     assert len(set(candidates)) == len(candidates) > 15
     for candidate in candidates:
-        table._checked(asdict(candidate))
+        tiles._checked(asdict(candidate))
 
 
 def _search(
@@ -258,9 +257,9 @@ def test_a_search_keeps_to_what_a_file_may_hold(kind: StepKind) -> None:
     from sparsespec_compile.kernels.tuning.tune import candidate_tilings
 
     for bound in (0, 1):
-        extreme = Tiling(**{name: table._RANGES[name][bound] for name in asdict(DEFAULT)})
+        extreme = Tiling(**{name: tiles._RANGES[name][bound] for name in asdict(DEFAULT)})
         for candidate in candidate_tilings(extreme, kind):
-            table._checked(asdict(candidate))
+            tiles._checked(asdict(candidate))
 
 
 def test_no_tiles_at_all_are_a_named_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

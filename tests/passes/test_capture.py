@@ -5,10 +5,13 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, update_wrapper
+from types import MethodType
 
 import pytest
 import torch
 
+from sparsespec_compile.kernels.ops import SiteCall, attention_site
+from sparsespec_compile.passes.base import attribute, call_of, find_calls
 from sparsespec_compile.passes.capture.capture import PackedModel, capture
 from sparsespec_compile.passes.capture.interface import model_configs
 from sparsespec_compile.passes.capture.twin import twin_of
@@ -94,10 +97,12 @@ def test_model_is_left_as_it_was(family):
     assert_untouched(before, fingerprint(model))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "llama"])
-def test_model_is_left_as_it_was_after_a_failure(family, monkeypatch):
-    model = tiny(family).train()
-    if family == "llama":
+@pytest.mark.parametrize("refused", [True, False])
+def test_model_is_left_as_it_was_after_a_failure(refused, monkeypatch):
+    model = tiny("llama").train()
+    if refused:
+        model.config.sliding_window = 9
+    else:
         monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x if x.sum() > 0 else -x)
     before = fingerprint(model)
     with pytest.raises((UnsupportedAttentionError, ExportError)):
@@ -112,9 +117,12 @@ def test_random_state_is_left_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_sinks_are_refused_by_name():
-    with pytest.raises(UnsupportedAttentionError, match=r"s_aux.*attention sinks"):
-        capture(tiny("gpt_oss"))
+def test_sinks_are_those_of_the_model():
+    model = tiny("gpt_oss")
+    graph_module = capture(model).graph_module
+    sinks = [call_of(SiteCall, site).sinks for site in find_calls(graph_module.graph, attention_site)]
+    for layer, given in zip(model.model.layers, sinks, strict=True):
+        assert attribute(graph_module, given.target).data_ptr() == layer.self_attn.sinks.data_ptr()
 
 
 def test_chunked_attention_is_refused_by_name(monkeypatch):
@@ -303,6 +311,27 @@ def test_a_forward_that_was_wrapped_keeps_its_signature():
     assert PackedModel(twin).selects_rows
     assert twin.forward.args == (twin,)
     assert twin.before.__self__ is twin
+
+
+@pytest.mark.parametrize("passes_on", [True, False])
+def test_a_method_around_the_forward_takes_anything(passes_on):
+    """As TRL's trainers set one: a function of theirs, bound to the model, with the model's own in a closure."""
+    model = tiny("llama")
+    before = model.forward
+
+    def forward(self, *args, logits_to_keep=None, **named):
+        return before(*args, **named)
+
+    def anything(self, *args, **named):
+        return before(*args, **named)
+
+    model.forward = MethodType(anything if passes_on else lambda self, *a, **named: forward(self, *a, **named), model)
+    graph = capture(model)
+    assert len(graph.sites) == 2
+    rows = torch.tensor([2, 10])
+    sequence, positions = tokens(11), torch.arange(11)[None]
+    got = graph.graph_module(input_ids=sequence[None], position_ids=positions, logits_to_keep=rows)
+    assert torch.allclose(got[0], logits(model, sequence)[rows], atol=1e-4)
 
 
 def test_a_twin_shares_tensors_and_nothing_that_changes():

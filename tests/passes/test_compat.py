@@ -112,6 +112,11 @@ def test_tritons_folder_is_the_one_that_inductor_sets(monkeypatch, tmp_path):
     assert compat.triton_cache_dir(torch.device("cuda")) == folders[0] != folders[1]
 
 
+def test_compiled_code_is_kept_in_inductors_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert compat.compile_cache_dir() == str(tmp_path)
+
+
 def test_a_configuration_keeps_its_implementations_where_they_are_borrowed():
     config = LlamaConfig()
     config._attn_implementation = "eager"
@@ -137,6 +142,22 @@ def test_a_mask_is_asked_for_with_a_function_of_indices():
     zero = torch.zeros(1, dtype=torch.int64)
     visible = compat.mask_function(asked[0])(zero, zero, torch.tensor([1]), torch.arange(3))
     assert visible.tolist() == [True, True, False]
+
+
+def test_experts_are_asked_of_what_was_registered_and_say_what_they_hold():
+    model = tiny("mixtral")
+    expected = model(torch.tensor([[3, 4, 5]])).logits
+    met = []
+
+    def experts(module, x, index, weight):
+        met.append((x.shape, index.shape, weight.shape))
+        assert (module.has_gate, module.has_bias, module.is_transposed) == (True, False, False)
+        return compat.grouped_experts(module, x, index, weight)
+
+    compat.register_experts("compat_test", experts)
+    setattr(model.config, compat.EXPERTS_SETTING, "compat_test")
+    assert torch.equal(model(torch.tensor([[3, 4, 5]])).logits, expected)
+    assert met == [((3, 48), (3, 2), (3, 2))] * 2
 
 
 def test_a_mask_without_such_a_function_is_noticed():
@@ -192,9 +213,22 @@ def test_a_function_decorated_with_autocast_is_recognised():
     def function():
         pass
 
-    assert compat.switches_autocast_on(torch.autocast("cpu", torch.bfloat16)(function))
-    assert not compat.switches_autocast_on(torch.autocast("cpu", torch.bfloat16, enabled=False)(function))
-    assert not compat.switches_autocast_on(function)
+    assert compat.autocast_dtype(torch.autocast("cpu", torch.bfloat16)(function)) is torch.bfloat16
+    assert compat.autocast_dtype(torch.autocast("cpu", torch.bfloat16, enabled=False)(function)) is None
+    assert compat.autocast_dtype(function) is None
+
+
+def test_a_tensor_around_others_is_told_by_its_methods():
+    class Around(torch.Tensor):
+        def __tensor_flatten__(self):
+            return ["inner"], None
+
+        @classmethod
+        def __tensor_unflatten__(cls, inner, context, size, stride):
+            return inner["inner"]
+
+    assert compat.is_traceable_wrapper_subclass(torch.ones(2).as_subclass(Around))
+    assert not compat.is_traceable_wrapper_subclass(torch.ones(2))
 
 
 @pytest.mark.parametrize("folder", ["passes", "sparsespec_compile"])

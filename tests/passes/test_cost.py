@@ -13,7 +13,7 @@ from sparsespec_compile.passes.cost.terms import SYMBOLS, Iteration
 from sparsespec_compile.passes.pipeline import compile_model
 from sparsespec_compile.passes.rewrites.fuse_projections import FuseProjections
 
-from .families import each, tiny
+from .families import telling, tiny
 
 T, R, D, V, L, k, b = SYMBOLS
 HIDDEN, MLP, LAYERS, Q_HEADS, KV_HEADS, VOCABULARY = 48, 96, 2, 6, 2, 151
@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_expressions(cost_of):
         assert numbers == tuple(float(expression.subs(values)) for expression in expressions)
 
 
-@pytest.mark.parametrize("family", each(FAMILIES))
+@pytest.mark.parametrize("family", telling(FAMILIES))
 def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
     from_config, from_graph = config_cost(bench(family).model.config, torch.float32), cost_of(family)
     assert {term.name for term in from_config.terms} == {term.name for term in from_graph.terms}
@@ -75,6 +75,22 @@ def test_a_configuration_gives_what_the_graph_gives(bench, cost_of, family):
         assert equal(term.bytes, other.bytes), term
         assert equal(term.flops, other.flops), term
         assert (term.kind, term.launches, term.bytes_again) == (other.kind, other.launches, other.bytes_again)
+
+
+@pytest.mark.parametrize("family", telling(FAMILIES))
+def test_a_configuration_gives_what_the_form_for_drafts_gives(bench, family):
+    """Products read a byte of each weight; everything else is that of the exact graph."""
+    compiled = compile_model(tiny(family), page_size=16, draft_dtype=torch.int8)
+    exact, drafts = (graph_cost(form.graph_module) for form in (compiled, compiled.draft))
+    from_config = config_cost(bench(family).model.config, torch.float32, draft_weights=True)
+    assert [term.name for term in drafts.terms] == [term.name for term in exact.terms]
+    for term, whole in zip(drafts.terms, exact.terms, strict=True):
+        other = from_config.term(term.name)
+        assert equal(term.bytes, other.bytes), term
+        copied = term.kind == "gemm" and term.name != "experts"
+        assert equal(whole.bytes, term.bytes * (4 if copied else 1)), term
+        assert equal(term.flops, whole.flops), term
+        assert (term.kind, term.launches) == (other.kind, other.launches) == (whole.kind, whole.launches)
 
 
 def test_projections_that_are_not_fused_are_launched_singly(cost_of, monkeypatch):
@@ -115,6 +131,20 @@ def test_weights_that_are_added_and_multiplied_in_one_op_count(cost_of):
     assert equal(cost.term("embedding").bytes, 2 * T * HIDDEN * 4)
 
 
-def test_experts_are_refused_by_name(bench):
-    with pytest.raises(CostModelError, match=r"experts.*a weight of shape \(4, .*Mixtures of experts"):
-        graph_cost(bench("mixtral").compiled.graph_module)
+def test_experts_are_read_as_rows_choose_them(cost_of):
+    """Mixtral: 4 experts of 3 matrices with 64 hidden values, 2 of a row."""
+    term = cost_of("mixtral").term("experts")
+    elements = 3 * HIDDEN * 64
+    for rows in (1, 2, 7):
+        distinct = 4 * (1 - sympy.Rational(1, 2) ** rows)
+        assert equal(term.bytes.subs({T: rows}), LAYERS * distinct * elements * 4)
+    assert equal(term.flops, LAYERS * 2 * T * 2 * elements)
+    assert (term.kind, term.launches) == ("gemm", 4 * LAYERS)
+
+
+def test_a_weight_that_is_used_in_another_way_is_refused_by_name():
+    compiled = compile_model(tiny("llama"), page_size=16)
+    linear = compiled.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0]
+    linear.target = torch.ops.aten.inner.default
+    with pytest.raises(CostModelError, match=r"inner.*a weight of shape .*Allowed: embeddings, linear layers"):
+        graph_cost(compiled.graph_module)

@@ -11,7 +11,7 @@ from transformers.models.llama import modeling_llama
 
 from sparsespec_compile.passes.pipeline import compile_model
 
-from .families import DOZEN, each, logits, tiny, tokens
+from .families import DOZEN, logits, telling, tiny, tokens
 from .prefill import prefill
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ def bytes_held(*modules):
     return held
 
 
-@pytest.mark.parametrize("family", each(DOZEN))
+@pytest.mark.parametrize("family", telling(DOZEN))
 def test_linears_that_share_an_input_are_one(bench, family):
     case = bench(family)
     inputs = [

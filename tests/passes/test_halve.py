@@ -9,7 +9,7 @@ from sparsespec_compile.passes.cost.graph import graph_cost
 from sparsespec_compile.passes.pipeline import compile_model
 from sparsespec_compile.passes.rewrites import halve_products
 
-from .families import DOZEN, each, logits, tiny, tokens
+from .families import DOZEN, logits, telling, tiny, tokens
 from .prefill import prefill, prefill_step
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def calls(compiled, target):
 FAMILIES = [name for name in DOZEN if name not in ("mixtral", "gpt2")]
 
 
-@pytest.mark.parametrize("family", each(FAMILIES))
+@pytest.mark.parametrize("family", telling(FAMILIES))
 def test_halves_what_residuals_and_norms_read(halving, family):
     """Two products a layer, and logits are those of the model up to the rounding of sums in another order."""
     model = tiny(family)
@@ -46,7 +46,7 @@ def test_halves_what_residuals_and_norms_read(halving, family):
     assert torch.allclose(prefill(compiled, [SEQUENCE])[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-@pytest.mark.parametrize("family", each(FAMILIES))
+@pytest.mark.parametrize("family", telling(FAMILIES))
 def test_halves_the_same_where_norms_convert(halving, family):
     """As in bfloat16, where they take float32."""
     compiled = compile_model(tiny(family).bfloat16(), page_size=16)
@@ -81,6 +81,7 @@ def test_cost_is_that_of_whole_products(whole, halving):
     assert graph_cost(halved.graph_module).terms == graph_cost(whole.graph_module).terms
 
 
+@pytest.mark.slow
 def test_adding_takes_no_loop_of_its_own(whole, halving):
     """Inductor adds the halves in the loops that read them, for any number of rows.
 

@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 from sparsespec_compile.kernels.ops import dual_mode_attention
 from sparsespec_compile.passes.pipeline import compile_model
-from sparsespec_compile.passes.regions.compile_regions import inductor
+from sparsespec_compile.passes.regions.run import inductor
 
 from .families import tiny, tokens
 from .prefill import prefill_step

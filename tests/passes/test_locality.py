@@ -14,7 +14,7 @@ from sparsespec_compile.passes.proofs.locality import Lockstep, ProveRowLocality
 from sparsespec_compile.passes.report import CompileReport
 from sparsespec_compile.passes.rewrites.normalise import Normalise
 
-from .families import DOZEN, each, tiny
+from .families import DOZEN, telling, tiny
 
 
 def probe(model):
@@ -32,14 +32,14 @@ def examine(model):
     return graph_pass
 
 
-@pytest.mark.parametrize("family", each([*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt"]))
+@pytest.mark.parametrize("family", telling([*DOZEN, "deepseek_v3"]))
 def test_attention_alone_passes(bench, family):
     report = bench(family).compiled.report
     record = next(record for record in report.passes if record.name == "prove row locality")
     assert record.matches == len(report.attention)
 
 
-@pytest.mark.parametrize("family", each([*DOZEN, "qwen3_moe", "olmoe", "deepseek_v3", "opt"]))
+@pytest.mark.parametrize("family", telling([*DOZEN, "deepseek_v3"]))
 def test_a_row_alone_is_taken(bench, family):
     assert bench(family).compiled.report.takes_single_rows
 

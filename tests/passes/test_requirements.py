@@ -61,6 +61,13 @@ def with_setting(name, value):
     return model
 
 
+def with_unknown_rotary(rope_parameters):
+    """A model whose rotary module does not say what it computes."""
+    model = with_setting("rope_parameters", rope_parameters)
+    del model.model.rotary_emb.rope_type
+    return model
+
+
 def on_two_devices():
     model = tiny("llama")
     model.lm_head.to("meta")
@@ -81,6 +88,11 @@ def encoder_decoder():
 
 def scaling(module, query, key, value, attention_mask, **options):
     return sdpa_attention_forward(module, query * 2, key, value, attention_mask, **options)
+
+
+@wraps(sdpa_attention_forward)
+def disguised(*arguments, **options):
+    return scaling(*arguments, **options)
 
 
 def attending_by(function, name="scaling", mask=None):
@@ -120,7 +132,7 @@ CASES = {
         "attends by 'scaling', which is scaling of",
     ),
     "one with arguments bound, and a known name": (
-        lambda: attending_by(partial(wraps(sdpa_attention_forward)(scaling), dropout=0.0), "disguised"),
+        lambda: attending_by(partial(disguised, dropout=0.0), "disguised"),
         errors.UnsupportedAttentionError,
         "attends by 'disguised'",
     ),
@@ -151,12 +163,12 @@ CASES = {
         "select the tokens",
     ),
     "longrope": (
-        lambda: with_setting("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
+        lambda: with_unknown_rotary({"rope_type": "longrope", "rope_theta": 1e4}),
         errors.PositionError,
         "longrope",
     ),
     "dynamic rope of one layer type": (
-        lambda: with_setting("rope_parameters", {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4}}),
+        lambda: with_unknown_rotary({"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4}}),
         errors.PositionError,
         "dynamic",
     ),

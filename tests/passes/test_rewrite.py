@@ -106,7 +106,7 @@ def test_a_missing_site_is_reported_with_the_nearest_nodes(bench):
 def test_sites_out_of_order_are_refused(bench):
     graph_module, context = at_site_stage(bench, "llama")
     first, second = find_calls(graph_module.graph, attention_site)
-    first.args, second.args = (*first.args[:6], 1), (*second.args[:6], 0)
+    first.args, second.args = (*first.args[:6], 1, None), (*second.args[:6], 0, None)
     with pytest.raises(GraphInvariantError, match="not in the layout's order"):
         AttentionToDualMode(context)(graph_module)
 

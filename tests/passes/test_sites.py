@@ -43,7 +43,8 @@ def test_a_window_too_wide_for_a_mask_to_show_is_kept():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"s_aux": torch.zeros(6)}, r"s_aux=a tensor \(6,\).*sinks"),
+        ({"s_aux": torch.zeros(5)}, r"a tensor \(5,\).*sinks.*each of its 6 query heads"),
+        ({"sinks": 3.0}, r"passes 3\.0.*sinks"),
         ({"position_bias": torch.zeros(1, 6, 5, 5)}, "position_bias.*bias"),
         ({"indices": torch.zeros(5)}, "indices.*selection"),
         ({"dropout": 0.1}, "dropout=0.1"),

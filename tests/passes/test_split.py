@@ -14,7 +14,7 @@ import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.passes.errors import UncompiledStepWarning
 from sparsespec_compile.passes.pipeline import compile_model
-from sparsespec_compile.passes.regions import compile_regions as under_test
+from sparsespec_compile.passes.regions import run as under_test
 from sparsespec_compile.passes.regions.split import extract, split
 
 from .families import tiny, tokens

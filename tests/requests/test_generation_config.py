@@ -30,7 +30,7 @@ def generate(input_ids=IDS, mask=None, config=None, *, seed=None, tokenizer=None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temprature": 1.0}, "unknown argument.*temprature.*temperature, top_k"),
+        ({"temprature": 1.0}, "unknown argument.*temprature.*temperature, top_h, top_k"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number in.*nan"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=False for greedy"),
         ({"do_sample": True, "temperature": [0.0, 0.7]}, r"above 0.*got \[0.0, 0.7\].*generate_batch SamplingParams"),
@@ -42,8 +42,24 @@ def generate(input_ids=IDS, mask=None, config=None, *, seed=None, tokenizer=None
         ({"do_sample": True, "seed": -1}, "seed must be"),
         ({"do_sample": True, "seed": [1, 2, 3]}, "3 values for 2 texts"),
         ({"num_beams": 4}, "num_beams=4 is not supported.*num_beams=1"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
-        ({"bad_words_ids": [[3]]}, "bad_words_ids.*nothing that is asked for is ignored"),
+        ({"guidance_scale": 1.2}, "guidance_scale=1.2 is not supported.*nothing that is asked for is ignored"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0; got 0.0"),
+        ({"bad_words_ids": [3]}, "bad_words_ids must be a sequence of sequences"),
+        ({"bad_words_ids": [[3], []]}, "no empty sequence"),
+        ({"sequence_bias": {(50,): 1.0}}, "logit_bias or sequence_bias has token"),
+        ({"forced_eos_token_id": 50}, "forced_eos_token_id has token"),
+        ({"watermarking_config": {}}, "watermarking_config={} is not supported"),
+        ({"bad_words_ids": [[3, 50]]}, r"bad_words_ids has token\(s\) \[50\], the vocabulary ends at 50"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens must hold token ids"),
+        ({"sequence_bias": {(3,): float("nan")}}, "finite numbers, or -inf; got nan"),
+        ({"sequence_bias": [3]}, "sequence_bias must map sequences"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be an integer of at least 0; got -1"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size must be an integer"),
+        ({"logits_processor": [3]}, "sequence of functions of"),
+        ({"prefix_allowed_tokens_fn": 3}, "must be a function"),
+        ({"exponential_decay_length_penalty": (3,)}, "first new token, factor"),
+        ({"do_sample": True, "typical_p": 1.5}, "typical_p must be a number in"),
+        ({"presence_penalty": 0.5}, "unknown argument.*presence_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1 here, got 0"),
         ({"max_new_tokens": 2.5}, "got 2.5"),
         ({"max_new_tokens": None, "max_length": 3}, "max_length must be an integer of at least 4 here, got 3"),
@@ -72,15 +88,10 @@ def test_what_cannot_be_done_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "instead"),
     [
-        ({"output_scores": True}, r"SamplingParams\(logprobs=True\)"),
-        ({"output_logits": True}, r"SamplingParams\(logprobs=True\)"),
-        ({"return_dict_in_generate": True}, r"SamplingParams\(logprobs=True\)"),
         ({"output_hidden_states": True}, "Call the HuggingFace model"),
         ({"max_time": 3.0}, r"stream\(\)"),
-        ({"min_new_tokens": 5}, "eos_token_id=None"),
         ({"prompt_lookup_num_tokens": 3}, "SpecConfig"),
         ({"stopping_criteria": [lambda ids, scores: True]}, "stop_strings"),
-        ({"logits_processor": [lambda ids, scores: scores]}, "temperature, top_k"),
         ({"assistant_model": object()}, "SpecConfig"),
         ({"synced_gpus": True}, "pass False"),
         ({"position_ids": IDS}, "attention_mask"),
@@ -235,7 +246,7 @@ class TestTheModelsOwnSettings:
 
     @pytest.mark.parametrize("sampling", [None, SamplingParams(), SamplingParams(temperature=0.7), [None]], ids=str)
     @pytest.mark.parametrize(
-        "model", [{"repetition_penalty": 1.05}, {"no_repeat_ngram_size": 3}, {"suppress_tokens": [3]}], ids=str
+        "model", [{"guidance_scale": 1.05}, {"num_beams": 3}, {"watermarking_config": {"bias": 2.5}}], ids=str
     )
     def test_what_cannot_be_done_is_refused_by_name(self, sampling, model):
         (name,) = model

@@ -9,6 +9,8 @@ import torch
 from sparsespec_compile.errors import PromptError
 from sparsespec_compile.requests.prompts import pad, token_list, unpad
 
+from ..support.tokenizer import letters
+
 VOCABULARY = 50
 IDS = torch.tensor([[3, 4, 5]])
 CPU = torch.device("cpu")
@@ -35,14 +37,51 @@ def test_tokens_of_a_prompt(prompt):
     assert {type(token) for token in tokens} == {int}
 
 
+def chatting():
+    tokenizer = letters()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ message.content }}{% endfor %}{% if add_generation_prompt %}ab{% endif %}"
+    )
+    return tokenizer
+
+
+def test_texts_and_chats_are_encoded():
+    tokenizer = chatting()
+    assert token_list(0, "acad", VOCABULARY, tokenizer) == [2, 3]
+    chat = [{"role": "user", "content": "ac"}, {"role": "assistant", "content": "ad"}]
+    assert token_list(0, chat, VOCABULARY, tokenizer) == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokenizer", "message"),
+    [
+        (
+            [{"role": "user", "content": "ac"}],
+            letters(),
+            "Prompt 7 is a chat, .* template failed: .*chat_template",
+        ),
+        ([{"role": "system", "content": "ac"}], chatting(), "Prompt 7 is a chat, .* failed: TemplateError: no system"),
+        ("", chatting(), "Prompt 7 is empty"),
+    ],
+)
+def test_texts_and_chats_that_cannot_be_encoded(prompt, tokenizer, message):
+    with pytest.raises(PromptError, match=message):
+        token_list(7, prompt, VOCABULARY, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("text", "must be a sequence of token ids, got 'text'"),
-        (3, "must be a sequence of token ids, got 3"),
-        ([1.5], "must be a sequence of token ids"),
-        ([True], "must be a sequence of token ids"),
-        ([np.bool_(True)], "must be a sequence of token ids"),
+        ("text", "Prompt 7 is a text, which needs a tokenizer of transformers, got NoneType"),
+        ([{"role": "user", "content": "text"}], "Prompt 7 is a chat, which needs a tokenizer"),
+        ([{"role": "user", "content": "text"}, 3], "must be a text, a chat or token ids"),
+        ({"role": "user", "content": "text"}, "must be a text, a chat or token ids"),
+        (3, r"must be a text, a chat or token ids, got 3.*Prompts come in a list, a single one too: \[prompt\]"),
+        (b"ab", "must be a text, a chat or token ids, got b'ab'"),
+        ([1.5], "must be a text, a chat or token ids"),
+        ([True], "must be a text, a chat or token ids"),
+        ([np.bool_(True)], "must be a text, a chat or token ids"),
         (np.array([1.5]), r"one-dimensional array of integers.*float64 of shape \[1\]"),
         (np.array([True]), "one-dimensional array of integers"),
         (np.array([[1, 2]]), r"one-dimensional array of integers.*shape \[1, 2\]"),
@@ -50,10 +89,10 @@ def test_tokens_of_a_prompt(prompt):
         (torch.tensor([1.0]), "one-dimensional array of integers"),
         (torch.tensor([True]), "one-dimensional array of integers"),
         (torch.tensor([[1]]), r"shape \[1, 1\]"),
-        ([], "Prompt 7 is empty or holds tokens outside 0 to 49"),
+        ([], "Prompt 7 is empty. Each prompt needs at least one token"),
         (np.array([], dtype=np.int64), "Prompt 7 is empty"),
-        ([1, VOCABULARY], "outside 0 to 49"),
-        ([-1], "outside 0 to 49"),
+        ([1, VOCABULARY], "Prompt 7 holds token 50; the model has tokens 0 to 49"),
+        ([-1, 3], "Prompt 7 holds token -1; the model has tokens 0 to 49"),
     ],
 )
 def test_what_is_no_prompt(prompt, message):
@@ -90,3 +129,8 @@ def test_padding_goes_and_comes(dtype):
     padded = pad(ids, [[9], [10, 11]], 1)
     assert padded.dtype == torch.int64
     assert padded.tolist() == [[0, 0, 5, 9, 1], [6, 7, 8, 10, 11]]
+
+
+def test_a_tokenizer_that_fails_is_named():
+    with pytest.raises(PromptError, match="Prompt 3 is a text, and the tokenizer failed: AttributeError"):
+        token_list(3, "text", VOCABULARY, str)

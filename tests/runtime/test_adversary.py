@@ -1,6 +1,7 @@
 """Every text is right however late, early and interleaved steps and copies run; and what breaks their order shows."""
 
 import contextlib
+import gc
 import math
 import random
 import time
@@ -10,6 +11,8 @@ from functools import partial
 
 import pytest
 
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.device.sampling import DrawParams
 from sparsespec_compile.runtime.host.frames import Flight, Frame
 from sparsespec_compile.runtime.host.host_tier import HostTier
@@ -54,14 +57,22 @@ def load(target: Toy, source: Toy) -> None:
 
 def poison_what_is_given_back(monkeypatch, engine):
     """Fill pages with NaN: those of the pool behind the steps enqueued so far, those of host memory at once."""
-    release = PagePool.release
+    release, discard = PagePool.release, PagePool.discard
 
     def poisoned(allocator, pages):
         pages = list(pages)
         release(allocator, pages)
         assert len(set(allocator._free)) == len(allocator._free), "a page was given back twice"
         assert min(allocator._holders, default=0) >= 0
-        pages = [page for page in pages if allocator._holders[page] == 0]
+        poison(allocator, [page for page in pages if page in allocator._free])
+
+    def poisoned_when_reused(allocator, page):
+        kept = page in allocator._kept
+        discard(allocator, page)
+        if kept:
+            poison(allocator, [page])
+
+    def poison(allocator, pages):
         session = engine._session
         if session is not None and allocator is session._scheduler.kv_cache.pool:
             engine._stream.run(partial(session.state.pool.__setitem__, pages, math.nan))
@@ -70,6 +81,7 @@ def poison_what_is_given_back(monkeypatch, engine):
                 session._tier._page(page).fill_(math.nan)
 
     monkeypatch.setattr(PagePool, "release", poisoned)
+    monkeypatch.setattr(PagePool, "discard", poisoned_when_reused)
 
 
 class Play:
@@ -95,11 +107,13 @@ class Play:
             max_draft_tokens=chance.choice([1, 3, 5]),
             min_budget=chance.choice([1, 4, 50]),
             drafter=chance.choice(["pillar", "pillar", "window", "full", "ngram"]),
+            draft_weights=chance.choice(["exact", "int8"]),
             page_size=page,
             prefill_chunk=chance.choice([2, 5, 64]),
             max_requests=chance.choice([4, 8] if crowded else [2, 3, 6]),
             schedule=chance.choice(["grouped", "balanced", "random", "in_phase"]),
             overlap=crowded or chance.random() < 0.85,
+            prefix_caching=chance.random() < 0.6,  # it waits for the steps of the call before
             pool_tokens=max(2, -(-int(longest * room) // page)) * page,
             host_pool_tokens=4096 if crowded else chance.choice([0, longest + page, 4096]),
         )
@@ -277,3 +291,24 @@ def test_what_breaks_the_order_shows(mutant):
             except Exception:
                 return
     pytest.fail(f"nothing shows that {mutant.__name__}")
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_step_that_is_dropped_gives_its_copies_back_behind_its_replays(captures):
+    """On a device that does nothing but what is waited for."""
+    device = AdversarialDevice(0, captures=captures)
+    engine = Toy().engine(device, draft_tokens=4, draft_weights="int8")
+    step = engine.capture(2, 64)
+    copies = engine.target.drafts.copies
+    step.begin(0, 40)
+    device.pause()
+    step.fill([Work(0, Mode.PREFILL, 3, tokens=[1, 2, 3], logits=1, scored=3)])
+    step.replay()
+    step.fill([Work(0, Mode.DRAFT, 1, logits=1)])
+    step.replay()
+    assert device.current().behind > 0
+    assert copies.held_bytes > 0
+    del step
+    gc.collect()
+    assert device.current().behind == 0
+    assert copies.held_bytes == 0

@@ -1,16 +1,27 @@
 """Before the first request: which steps run, so that what compiles and times itself does so then."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import MemoryPlanError
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime.build import Target, _plan_memory, engine_capacity, first_runs
-from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.build import (
+    Target,
+    _plan_copies,
+    _plan_memory,
+    engine_capacity,
+    first_runs,
+    pages_of,
+)
+from sparsespec_compile.runtime.device.devices import CpuDevice
 from sparsespec_compile.runtime.device.drafters import drafters_of
 from sparsespec_compile.runtime.device.inputs import InputSizes
 from sparsespec_compile.runtime.device.state import page_bytes, state_bytes
+from sparsespec_compile.runtime.device.weights import DraftGraph
 
 
 @pytest.mark.parametrize(
@@ -82,6 +93,71 @@ def test_memory_fraction_is_of_what_is_free_beside_the_weights():
     assert 0.39 * 40 * GIB < used <= 0.4 * 40 * GIB
     with pytest.raises(MemoryPlanError, match=r"may be used, and .* are needed: weights 60\.00"):
         _plan_memory(target, config, sizes, workspace=30 * GIB, memory=Gpu(40 * GIB - rest))
+
+
+class Copies:
+    """Copies of so many GiB, of which none is held."""
+
+    kind, count, held_bytes = "int8", 253, 0
+
+    def __init__(self, gib):
+        self.bytes = gib * GIB
+
+
+def plan_with_copies(free, asked=0, gib=8, required=False, **settings):
+    """The plan for Qwen3-8B's cache beside 15 GiB of weights, and what is reported."""
+    config = SpecConfig(draft_tokens=8, max_length=16384, **settings)
+    target = Target(None, QWEN3_8B, torch.bfloat16, torch.device("cpu"), weight_bytes=15 * GIB)
+    sizes = engine_capacity(target, config, drafters_of(config), Gpu(free * GIB), 0)
+    state = state_bytes(QWEN3_8B, sizes, torch.bfloat16)
+    memory = Gpu(free * GIB - sum(state.values()) + state["KV pool"])
+    told = []
+    drafts = DraftGraph(None, Copies(gib), required, told.append)
+    plan_for = partial(_plan_memory, target, config, sizes, GIB, memory)
+    return _plan_copies(drafts, plan_for, plan_for(None), asked * GIB), told[-1]
+
+
+def test_copies_of_weights_take_their_part_of_the_memory():
+    plan, report = plan_with_copies(120)
+    without, _ = plan_with_copies(120, gib=60)
+    assert plan.parts["8-bit draft weights"] == 8 * GIB
+    assert plan.available == without.available
+    assert without.parts["KV pool"] - plan.parts["KV pool"] == pytest.approx(8 * GIB, rel=1e-3)
+    assert report == "int8 copies of 253 weights, 8.00 GiB"
+
+
+@pytest.mark.parametrize(
+    ("free", "settings", "reason"),
+    [
+        (30, {}, "30% of what may be used beside the weights, and 25% are the limit"),
+        (120, {"asked": 95}, "the KV pool would have .* GiB, and the requests need 95.00 GiB"),
+        (40, {"pool_tokens": 16 * 15000}, "GiB of the device may be used, and .* are needed"),
+    ],
+)
+def test_copies_are_left_out_where_memory_is_short(free, settings, reason):
+    plan, report = plan_with_copies(free, **settings)
+    assert "8-bit draft weights" not in plan.parts
+    assert re.fullmatch(f"exact weights, as int8 copies would take 8.00 GiB: .*{reason}.*", report)
+
+
+@pytest.mark.parametrize("asked", [10, 500])
+def test_copies_stay_where_the_requests_fit_beside_them_or_do_not_fit_anyway(asked):
+    assert "8-bit draft weights" in plan_with_copies(120, asked)[0].parts
+
+
+def test_copies_that_are_asked_for_by_name_are_never_left_out():
+    assert "8-bit draft weights" in plan_with_copies(30, required=True)[0].parts
+    assert "8-bit draft weights" in plan_with_copies(120, asked=95, required=True)[0].parts
+    figures = (
+        r"may be used, and .* are needed: weights 15\.00, KV pool .* 8-bit draft weights 40\.00.*draft_weights='exact'"
+    )
+    with pytest.raises(MemoryPlanError, match=figures):
+        plan_with_copies(30, gib=40, required=True)
+
+
+def test_the_pages_that_requests_need_are_those_of_as_many_as_run_together():
+    config = SpecConfig(draft_tokens=8, max_requests=2)
+    assert pages_of(QWEN3_8B, config, [160, 16, 1600]) == 110
 
 
 def test_a_gemma_s_pool_takes_less_than_a_third_of_whole_pages():

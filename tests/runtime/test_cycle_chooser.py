@@ -42,7 +42,7 @@ class Numbers:
     """
 
     def __init__(self, most, predicted):
-        config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most)
+        config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most, drafter="pillar")
         self._cycles = cycles_of(config)
         by_cycle = predicted and (lambda cycle, length, requests: predicted(cycle.drafts, length, requests))
         self._chooser = chooser_for(config, by_cycle)
@@ -57,7 +57,7 @@ class Numbers:
         self._chooser.current = self._cycles[drafts]
 
     def verified(self, drafts, accepted):
-        self._chooser.verified(self._cycles[drafts], drafts, accepted)
+        self._chooser.verified(self._cycles[drafts].drafter, drafts, accepted)
 
     def choose(self, lengths):
         return self._chooser.choose(lengths).drafts
@@ -184,7 +184,7 @@ def measured_on_an_h200():
 
 def predicted_by_number(model):
     """Seconds by (drafts, length, requests)."""
-    cycles = cycles_of(ss.SpecConfig(draft_tokens="auto"))
+    cycles = cycles_of(ss.SpecConfig(draft_tokens="auto", drafter="pillar"))
     predicted = iteration_time(config_cost(model, torch.bfloat16), "grouped", ss.H200)
     return lambda drafts, length, requests: predicted(cycles[drafts], length, requests)
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 import sparsespec_compile as ss
-from sparsespec_compile.runtime.device import open_device
-from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.device.cuda import CudaDevice
+from sparsespec_compile.runtime.device.devices import CpuDevice, CudaDevice, open_device
 
 from ..support.models import VOCABULARY, tiny
 

@@ -1,16 +1,22 @@
 """What each drafter writes into the pillar index, and a drafter of another kind in the whole engine."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels.launch import Promise
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.device import drafters
-from sparsespec_compile.runtime.device.cpu import CpuDevice
-from sparsespec_compile.runtime.device.drafters import SINK_TOKENS, Cycle, NgramDrafter, budgets, cycles_of, drafters_of
+from sparsespec_compile.runtime.device.devices import CpuDevice
+from sparsespec_compile.runtime.device.drafters import SINK_TOKENS, NgramDrafter, budgets, cycles_of, drafters_of
+from sparsespec_compile.runtime.device.graphs import StepRunner
+from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.device.state import Capacity, State
-from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.host.cycle_chooser import Foresight, right_ngrams
 from sparsespec_compile.runtime.host.request import Request
 
 from ..support.toy import Toy, requests_of, run
@@ -70,6 +76,14 @@ def kinds(cycles):
 def test_what_auto_chooses_among():
     cycles = cycles_of(SpecConfig(draft_tokens="auto", max_draft_tokens=3, drafter="window"))
     assert kinds(cycles) == [("none", 0), ("window", 1), ("window", 2), ("window", 3)]
+    both = kinds(cycles_of(SpecConfig(draft_tokens="auto", max_draft_tokens=5)))
+    assert both == [
+        ("none", 0),
+        *(("ngram", drafts) for drafts in (1, 2, 3, 4, 5)),
+        *(("pillar", drafts) for drafts in (1, 2, 3, 4, 5)),
+    ]
+    ngrams = kinds(cycles_of(SpecConfig(draft_tokens="auto", drafter="ngram")))
+    assert ngrams == [("none", 0), *(("ngram", drafts) for drafts in (1, 2, 3, 4, 6, 8, 12))]
     assert kinds(cycles_of(SpecConfig(draft_tokens=5))) == [("pillar", 5)]
     assert kinds(cycles_of(SpecConfig(draft_tokens=0))) == [("none", 0)]
     assert drafters_of(SpecConfig(draft_tokens=0)) == ()
@@ -126,34 +140,117 @@ def test_prompts_stand_among_the_tokens():
     assert step.state.tokens[1, :6].tolist() == [*prompt, first]
 
 
-def test_the_text_stays_while_drafters_change(monkeypatch):
-    """From plain decoding to drafts by sparse attention to drafts from the text, in every order."""
-    toy, config = Toy(), SpecConfig(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3)
-    pillar = cycles_of(config)
-    cycles = [*pillar[::2], *(Cycle(NgramDrafter(config), drafts) for drafts in (1, 4))]
-    monkeypatch.setattr(drafters, "cycles_of", lambda config: cycles)
-    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)
+class Order:
+    """Stands where the chooser does: takes cycles in a given order, and notes what it is told."""
 
-    order = [cycle for first in cycles for second in cycles for cycle in (first, second)]
+    def __init__(self, order):
+        self.order, self.current, self.told = list(order), order[0], {}
 
-    class Changing:
-        current = pillar[-1]
+    def began(self):
+        pass
 
-        def began(self):
-            pass
+    def verified(self, drafter, drafts, accepted):
+        self.told.setdefault(drafter.name, []).append((drafts, accepted))
 
-        def verified(self, cycle, drafts, accepted):
-            assert cycle in cycles
+    def took(self, seconds, lengths):
+        pass
 
-        def took(self, seconds, lengths):
-            pass
+    def choose(self, lengths):
+        self.order.append(self.order.pop(0))
+        return self.order[0]
 
-        def choose(self, lengths):
-            order.append(order.pop(0))
-            return order[-1]
 
-    requests = requests_of((1, 5, 23, 40, 11), 90, temperature=0.9)
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3)
-    engine._chooser = Changing()
+def in_order(monkeypatch, order, requests, every=3, **settings):
+    """An engine that ran requests in cycles of this order, what it told, and how many rows were verified by kind."""
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", every)
+    toy = Toy()
+    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3, **settings)
+    engine._chooser = Order(order(cycles_of(engine.config)))
     assert run(engine, requests) == [toy.decode(request) for request in requests]
-    assert set(engine.stats.cycle_by_iteration) == set(kinds(cycles))
+    return engine, engine._chooser.told
+
+
+def test_drafts_are_counted_for_who_made_them(monkeypatch):
+    """Whatever cycle verifies them; what stands behind the newest token before the first lookup is nobody's.
+
+    Drafts that read everything are all right, in cycles that change in the midst of them; those from the text are not.
+    """
+
+    def order(cycles):
+        cycles = [cycle for cycle in cycles if cycle.drafts in (0, 2, 4)]
+        return [cycle for first in cycles for second in cycles for cycle in (first, second)]
+
+    monkeypatch.setattr(drafters, "_AUTO", ("full", "ngram"))
+    _, told = in_order(monkeypatch, order, requests_of((1, 5, 23, 40, 11), 90))
+    assert all(drafts == accepted for drafts, accepted in told["full"])
+    assert max(drafts for drafts, _ in told["full"]) == 4
+    assert any(drafts > accepted for drafts, accepted in told["ngram"])
+
+
+def test_the_first_verification_after_plain_decoding_tells_nothing_of_drafts_from_the_text(monkeypatch):
+    """Nothing was looked up before it."""
+    monkeypatch.setattr(Foresight, "look", lambda foresight, requests: iter(()))
+    requests = requests_of((20, 30), 60)
+
+    engine, told = in_order(monkeypatch, lambda cycles: [cycles[0], cycles[4]], requests, every=6)
+    planned = list(engine.stats.cycle_by_iteration)
+    switches = sum(pair == (("none", 0), ("ngram", 4)) for pair in pairwise(planned))
+    assert switches > 1
+    # Two requests verify in an iteration at most; of the first one after a change neither tells anything.
+    assert 0 < len(told["ngram"]) <= 2 * (planned.count(("ngram", 4)) - switches)
+
+
+def test_nobody_scores_while_drafts_come_from_the_text(monkeypatch):
+    """One verification renews the pillars when the model drafts again; proposals are looked up only in between."""
+    promised, looked_up = [], []
+    step, lookup = StepRunner.__call__, NgramDrafter.update
+
+    def note(runner, rows, logits, variant, *functions):
+        promised.append(variant.promise)
+        step(runner, rows, logits, variant, *functions)
+
+    def look_up(drafter, *given):
+        looked_up.append(len(promised) - 1)
+        lookup(drafter, *given)
+
+    monkeypatch.setattr(StepRunner, "__call__", note)
+    monkeypatch.setattr(NgramDrafter, "update", look_up)
+
+    requests = requests_of((20, 30), 80)
+    engine, _ = in_order(monkeypatch, lambda cycles: [cycles[-1], cycles[2]], requests, every=12)
+    kinds = [name for name, _ in engine.stats.cycle_by_iteration]
+    scored, unscored = Promise.ONLY_VERIFICATIONS_SCORED, Promise.NO_SCORES
+    assert {promise for promise, kind in zip(promised, kinds, strict=True) if kind == "ngram"} == {unscored}
+    assert unscored not in {promise for promise, kind in zip(promised, kinds, strict=True) if kind == "pillar"}
+    assert set(looked_up) == {at for at, promise in enumerate(promised) if promise in (unscored, Promise.NOTHING)}
+    changes = [at for at, pair in enumerate(pairwise(kinds), 1) if pair == ("ngram", "pillar")]
+    assert changes
+    assert all(promised[at] is scored for at in changes), "pillars are renewed at once"
+
+
+def test_what_drafts_from_the_text_would_achieve_is_what_they_achieve():
+    """Looked up on the host in whole texts, and on the device as they are written."""
+    toy, requests = Toy(), requests_of((7, 30), 200)
+    engine = toy.engine(draft_tokens=4, drafter="ngram", max_requests=2)
+    run(engine, requests)
+    for request in requests:
+        text, at, cycles = np.array([*request.prompt, *request.output]), len(request.prompt), []
+        while at + 4 < len(text) - 1:
+            cycles.append(right_ngrams(text, at, 4))
+            at += cycles[-1] + 1
+        assert sum(cycles) == pytest.approx(request.stats.accepted, abs=4)
+        assert len(cycles) == pytest.approx(request.stats.cycles, abs=1)
+    assert sum(request.stats.accepted for request in requests) > 20
+
+
+def test_foresight_looks_at_each_new_token_once_and_searches_the_prompt():
+    request = Request([1, 2, 3, 4, 5], 100)
+    foresight = Foresight(4)
+    request.output = [1, 2, 3, 4, 5, 1]  # behind the first token, of which nothing was known
+    assert list(foresight.look([request])) == [(4, 4)]
+    assert list(foresight.look([request])) == []
+    request.output += [2, 3, 9, 9]
+    assert list(foresight.look([request])) == [(4, 2), (1, 0)]
+    other = Request([1], 100, output=[1] * 50)
+    seen = [list(foresight.look([request, other])) for _ in range(2)]
+    assert sorted(map(len, seen)) == [0, 5], "requests take turns; of a long text the end counts"

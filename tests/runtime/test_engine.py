@@ -89,7 +89,7 @@ def test_never_a_token_more_than_asked_for(toy, new_tokens):
 
 
 def test_garbage_in_the_pool_is_never_read(toy):
-    engine = toy.engine(draft_tokens=4, min_budget=4)
+    engine = toy.engine(draft_tokens=4, min_budget=4, prefix_caching=False)
     first = run(engine, requests_of(LENGTHS, 30))
     state_of(engine).pool.fill_(float("nan"))
     state_of(engine).scores.fill_(float("nan"))

@@ -1,5 +1,7 @@
 """What only a GPU shows of the engine: captured steps, copies beside running steps, an idle host."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,30 @@ def test_captured_steps_write_the_same_texts(model, prompts, sampling, expected,
     got, fast = texts(model, prompts, sampling, cuda_graphs=cuda_graphs, backend=backend)
     assert got == expected
     assert [c.token_ids for c in fast.generate_batch(prompts[::-1], sampling[::-1])] == expected[::-1]
+
+
+def every_third(ids, scores):
+    scores[:, int(ids[0, -1]) % 3 :: 3] = float("-inf")
+    return scores
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "eager"}, {"drafter": "ngram"}], ids=str)
+def test_processed_logits_in_captured_steps_write_the_same_texts(model, prompts, sampling, settings):
+    """Some requests by the op, which is captured, some by a function, which is not, some by neither."""
+    asked = [
+        {},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"presence_penalty": 0.5, "logit_bias": {3: 2.0}},
+    ]
+    asked += [{"logits_processor": [every_third]}, {"bad_words_ids": [[5], [7, 9]], "frequency_penalty": 0.3}]
+    mixed = [replace(params, **asked[nth % len(asked)]) for nth, params in enumerate(sampling)]
+    plain = {"draft_tokens": 0, "backend": "eager", "cuda_graphs": False, "overlap": False}
+    expected, _ = texts(model, prompts, mixed, **plain)
+    got, fast = texts(model, prompts, mixed, **settings)
+    assert got == expected
+    by_op = [nth for nth, params in enumerate(mixed) if params.logits_processor is None]
+    again = fast.generate_batch([prompts[nth] for nth in by_op], [mixed[nth] for nth in by_op])  # all steps captured
+    assert [text.token_ids for text in again] == [expected[nth] for nth in by_op]
 
 
 def test_requests_that_leave_the_gpu_come_back_whole(model, prompts, sampling, expected):

@@ -3,12 +3,14 @@
 import random
 import threading
 import time
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
-from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.device.devices import CpuDevice
+from sparsespec_compile.runtime.device.inputs import InputPacker
 from sparsespec_compile.runtime.host.host_tier import HostTier, available_host_bytes
 from sparsespec_compile.runtime.host.request import FinishReason, Place, Request
 
@@ -80,8 +82,15 @@ def test_prompts_are_sent_once(toy, moves):
 def test_everything_is_free_afterwards(toy):
     engine = small(toy, max_requests=8)
     with stepping(engine, requests_of(LENGTHS, 60)) as session:
+        seen = []
         while session.busy:
             session.advance()
+            seen.append(session.occupancy)
+        assert (seen[0].running, seen[0].waiting) == (3, 5)
+        assert 0.9 < max(one.pool_share for one in seen) <= 1.0
+        page_bytes = session.state.pool.shape[1] * session.state.pool.itemsize
+        assert max(one.host_bytes for one in seen) >= 10 * page_bytes
+        assert session.occupancy == (0, 0, 0.0, 0, ("pillar", 4))
         scheduler = session._scheduler
         assert scheduler.kv_cache.pool.free == scheduler.kv_cache.pool.pages == 24
         assert scheduler.kv_cache.tier.held == 0
@@ -329,6 +338,28 @@ def test_what_waits_is_admitted_when_those_before_it_are_cancelled_on_the_way(to
         while client.live:
             engine.drive(client)
     assert long.output == toy.decode(Request(long.prompt, 10))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_ranks_plan_the_same_however_fast_their_copies_are(toy, moves, monkeypatch, together):
+    """Devices that complete copies at other times stand for ranks; without agreement their plans part."""
+    begin, plans = HostTier.__init__, []
+    monkeypatch.setattr(HostTier, "__init__", lambda *given, **how: begin(*given, **{**how, "together": together}))
+    pack = InputPacker.pack
+
+    def recorded(packer, *work):
+        packed = pack(packer, *work)
+        plans[-1].append(zlib.crc32(packer.flat.tobytes()))
+        return packed
+
+    monkeypatch.setattr(InputPacker, "pack", recorded)
+    for seed in range(2):
+        plans.append([])
+        requests = requests_of(LENGTHS, 60)
+        texts = run(small(toy, device=AdversarialDevice(seed)), requests)
+        assert texts == [toy.decode(request) for request in requests_of(LENGTHS, 60)]
+    assert moves[True] > 60
+    assert (plans[0] == plans[1]) == together
 
 
 def _slow_down(monkeypatch):

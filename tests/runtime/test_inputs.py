@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.runtime.device.inputs import InputPacker, InputSizes, StepInputs
-from sparsespec_compile.runtime.device.work import PageUpdate, Work
+from sparsespec_compile.runtime.device.inputs import InputPacker, InputSizes, PageUpdate, StepInputs, Work
 
 
 @pytest.mark.parametrize("slots", [2, 3, 5, 64])

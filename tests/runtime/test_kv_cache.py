@@ -3,7 +3,7 @@
 import torch
 
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.device.devices import CpuDevice
 from sparsespec_compile.runtime.host.host_tier import HostTier
 from sparsespec_compile.runtime.host.kv_cache import KVCacheManager, most_pages
 from sparsespec_compile.runtime.host.page_pool import PagePool

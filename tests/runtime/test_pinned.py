@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from sparsespec_compile.runtime.device import cuda as module
-from sparsespec_compile.runtime.device.cuda import pinned
+from sparsespec_compile.runtime.device import devices as module
+from sparsespec_compile.runtime.device.devices import pinned
 
 
 class Driver:

@@ -8,8 +8,7 @@ from scipy.stats import chisquare, kstest
 
 from sparsespec_compile.errors import SamplingError
 from sparsespec_compile.kernels.ops import draw_tokens
-from sparsespec_compile.kernels.reference.sampling import lowest_kept
-from sparsespec_compile.kernels.sampling.philox import gumbel_noise, philox
+from sparsespec_compile.kernels.reference.sampling import gumbel_noise, lowest_kept, philox
 from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows, derive_seed
 
 DRAWS = 100_000

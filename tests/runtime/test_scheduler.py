@@ -5,7 +5,7 @@ import torch
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
-from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.device.devices import CpuDevice
 from sparsespec_compile.runtime.device.drafters import cycles_of
 from sparsespec_compile.runtime.host.host_tier import HostTier
 from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
@@ -14,7 +14,7 @@ from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
 
 DRAFTS, SCORED = 3, 2
-CYCLES = cycles_of(SpecConfig(draft_tokens="auto"))
+CYCLES = cycles_of(SpecConfig(draft_tokens="auto", drafter="pillar"))
 
 
 def scheduler(prefill_chunk=64, updates=100, slots=8):
@@ -27,7 +27,9 @@ def scheduler(prefill_chunk=64, updates=100, slots=8):
 
 
 def admitted(made, *lengths):
-    made.waiting.extend(Request([1] * length, 40) for length in lengths)
+    """Prompts of these lengths, no two alike."""
+    known = len(made.running)
+    made.waiting.extend(Request([known + nth] * length, 40) for nth, length in enumerate(lengths))
     return made.admit()
 
 

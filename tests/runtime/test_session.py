@@ -12,15 +12,14 @@ from torch._dynamo.testing import CompileCounter
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import ConfigError, GraphMemoryWarning, MemoryPlanError, PoolTooSmallError
+from sparsespec_compile.kernels.launch import Promise
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.kernels.step_kind import Promise
 from sparsespec_compile.requests.sampling_params import SamplingParams
 from sparsespec_compile.runtime.build import MemoryPlan, Target
 from sparsespec_compile.runtime.device.graphs import StepRunner, row_counts
-from sparsespec_compile.runtime.device.inputs import InputPacker
+from sparsespec_compile.runtime.device.inputs import InputPacker, PageUpdate, Work
 from sparsespec_compile.runtime.device.sampling import DrawParams
 from sparsespec_compile.runtime.device.step import Variant
-from sparsespec_compile.runtime.device.work import PageUpdate, Work
 from sparsespec_compile.runtime.host.engine import Engine
 from sparsespec_compile.runtime.host.frames import Frame
 from sparsespec_compile.runtime.host.scheduler import Scheduler
@@ -119,25 +118,20 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     In the largest a prompt may end.
     """
     runner, events = recorded(toy, monkeypatch)
-    runner.prepare(2, 10)
     several = Promise.ONLY_VERIFICATIONS_SCORED
+    runner.prepare({several: range(1, 11), Promise.SINGLE_ROWS: range(1, 3)})
     assert events == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SINGLE_ROWS)]
-    runner.prepare(2, 33)
+    runner.prepare({several: range(1, 34), Promise.SINGLE_ROWS: range(1, 3)})
     assert events[4:] == [(64, several)]
     plain, events = recorded(toy, monkeypatch)
-    plain.prepare(2, 2)
+    plain.prepare({Promise.SINGLE_ROWS: range(1, 3)})
     assert events == [(100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)]
 
 
 def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
     runner, events = recorded(toy, monkeypatch, drafter="window")
-    runner.prepare(2, 10)
-    assert events == [
-        (100, Promise.NO_SCORES),
-        (2, Promise.NO_SCORES),
-        (16, Promise.NO_SCORES),
-        (2, Promise.SINGLE_ROWS),
-    ]
+    runner.prepare({Promise.NO_SCORES: [10]})
+    assert events == [(100, Promise.NO_SCORES), (16, Promise.NO_SCORES)]
 
 
 def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
@@ -147,6 +141,22 @@ def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
         runner(rows, rows, variant)
     largest, few = (100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)
     assert events == [largest, few, "replay", (64, Promise.NOTHING), "replay"]
+
+
+def test_drafts_with_8_bit_weights_are_captured_beside_other_single_rows(toy, monkeypatch):
+    runner, events = recorded(toy, monkeypatch, draft_weights="int8")
+    single, drafts = (Variant(promise=Promise.SINGLE_ROWS, draft_weights=both) for both in (False, True))
+    runner(2, 2, drafts)
+    largest, few = (100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)
+    assert events == [largest, few, "replay"]
+    assert [key[1].draft_weights for key in runner._captured] == [False, True], "the largest does all that others do"
+    runner.prepare({Promise.SINGLE_ROWS: range(1, 3)})
+    assert events[3:] == [few]
+    runner(2, 2, single)
+    assert events[4:] == ["replay"]
+    drafted = [runner.step.variant([Work(0, Mode.DRAFT, 1)] * rows).draft_weights for rows in (0, 1, 64, 65)]
+    assert drafted == [False, True, True, False], "beyond, 8 bits save nothing"
+    assert not runner.step.variant([Work(0, Mode.DRAFT, 1), Work(1, Mode.VERIFY, 1)]).draft_weights
 
 
 def test_a_capture_that_finds_no_memory_leaves_the_inputs_as_they_were(toy, monkeypatch):
@@ -176,7 +186,7 @@ def test_the_largest_step_stands_in_for_one_that_there_is_no_memory_to_capture(t
 
     monkeypatch.setattr(Recorder, "capture", refuse_small)
     with pytest.warns(GraphMemoryWarning, match="capture a step of 16 rows"):
-        runner.prepare(2, 10)
+        runner.prepare({Promise.ONLY_VERIFICATIONS_SCORED: [10]})
     runner(10, 10, Variant(promise=Promise.ONLY_VERIFICATIONS_SCORED))
     assert events == [(100, Promise.NOTHING), "replay"]
     with pytest.raises(PoolTooSmallError, match="capture a step of 16 rows"):
@@ -194,10 +204,10 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
             planned.append([item for _, item in work])
         return work
 
-    def note_step(runner, rows, logits, variant):
-        updates = (update,) = runner.step._updates
-        runner.step._updates = [lambda *given: (renewed.append(len(variants)), update(*given))]
-        step(runner, rows, logits, variant)
+    def note_step(runner, rows, logits, variant, *functions):
+        updates = ((scores, update),) = runner.step._updates
+        runner.step._updates = [(scores, lambda *given: (renewed.append(len(variants)), update(*given)))]
+        step(runner, rows, logits, variant, *functions)
         runner.step._updates = updates
         variants.append(variant)
 
@@ -217,14 +227,38 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
 
 
 def test_rows_of_decoding():
-    assert decoding_rows(64, SpecConfig(draft_tokens=0)) == 64
-    assert decoding_rows(64, SpecConfig(draft_tokens=8)) == 64 + 8 * 28
-    assert decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
-    assert decoding_rows(64, SpecConfig(draft_tokens=8, schedule="balanced")) == 64 + 8 * 8
-    assert decoding_rows(2, SpecConfig(draft_tokens=8)) == 2 * 9
-    assert decoding_rows(512, SpecConfig(draft_tokens=8)) == 512 + 8 * 57
-    assert decoding_rows(64, SpecConfig(draft_tokens="auto", max_draft_tokens=8)) == 64 + 64 * 4
-    assert decoding_rows(64, SpecConfig(draft_tokens=8, schedule="in_phase")) == 64 * 9
+    def rows(slots, **settings):
+        return {promise.name: max(rows) for promise, rows in decoding_rows(slots, SpecConfig(**settings)).items()}
+
+    def scored(slots, **settings):
+        return rows(slots, **settings)["ONLY_VERIFICATIONS_SCORED"]
+
+    assert rows(64, draft_tokens=0) == {"SINGLE_ROWS": 64}
+    assert rows(64, draft_tokens=8) == {"ONLY_VERIFICATIONS_SCORED": 64 + 8 * 28, "SINGLE_ROWS": 64}
+    assert scored(64, draft_tokens=8, schedule="in_phase") == 64 * 9
+    assert scored(64, draft_tokens=8, schedule="balanced") == 64 + 8 * 8
+    assert scored(2, draft_tokens=8) == 2 * 9
+    assert scored(512, draft_tokens=8) == 512 + 8 * 57
+    assert scored(64, draft_tokens="auto", max_draft_tokens=8) == 64 + 64 * 4
+    assert rows(64, draft_tokens=8, drafter="window") == {"NO_SCORES": 64 + 8 * 28, "SINGLE_ROWS": 64}
+    assert rows(64, draft_tokens=8, drafter="ngram") == {"NO_SCORES": 64 * 9, "SINGLE_ROWS": 64}
+
+
+def test_few_steps_of_drafts_from_the_text_are_captured_beforehand():
+    """Those that "auto" may soon take, of more rows than which cost a lot; it has no more of others than before."""
+
+    def rows(slots, **settings):
+        return decoding_rows(slots, SpecConfig(draft_tokens="auto", **settings))
+
+    assert [rows(slots)[Promise.NO_SCORES] for slots in (64, 16, 1)] == [
+        [128, 192, 256],
+        [32, 48, 64, 80, 112, 144, 208],
+        [2, 3, 4, 5, 7, 9, 13],
+    ]
+    assert Promise.NO_SCORES not in rows(200)
+    for slots in (1, 64):
+        both, pillars = rows(slots), rows(slots, drafter="pillar")
+        assert {promise: both[promise] for promise in pillars} == pillars
 
 
 def test_inputs_may_be_written_without_fill(toy):
@@ -250,8 +284,8 @@ def test_inputs_may_be_written_without_fill(toy):
 def test_an_engine_captures_before_it_runs(toy, monkeypatch):
     prepared = []
 
-    def prepare(runner, requests, rows):
-        prepared.append((requests, rows))
+    def prepare(runner, rows, **how):
+        prepared.append({promise.name: max(numbers) for promise, numbers in rows.items()})
         if len(prepared) == 1:
             raise PoolTooSmallError("no memory")
 
@@ -260,7 +294,9 @@ def test_an_engine_captures_before_it_runs(toy, monkeypatch):
     with pytest.raises(PoolTooSmallError, match="no memory"):
         run(engine, requests_of((3,) * 8, 20))
     run(engine, requests_of((3,), 20))
-    assert prepared == [(8, 8 * 5), (1, 5)]  # what failed is not asked for again
+    # What failed is not asked for again.
+    several = "ONLY_VERIFICATIONS_SCORED"
+    assert prepared == [{several: 8 * 5, "SINGLE_ROWS": 8}, {several: 5, "SINGLE_ROWS": 1}]
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):
@@ -292,6 +328,7 @@ def test_memory_plan_counts_what_is_allocated(toy):
     assert parts["KV pool"] == state.pool.nbytes
     assert parts["attention scores"] == state.scores.nbytes
     assert parts["pillar index"] == state.pillar_index.nbytes
+    assert parts["logits processing"] == state.processing.nbytes
     assert parts["tokens and page table"] == state.tokens.nbytes + state.page_table.nbytes
     console = Console(width=100)
     with console.capture() as shown:

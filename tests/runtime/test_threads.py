@@ -20,8 +20,9 @@ from sparsespec_compile.errors import (
     EngineStalledError,
     PoolTooSmallError,
 )
+from sparsespec_compile.runtime.device.processing import Processing
 from sparsespec_compile.runtime.device.step import Step
-from sparsespec_compile.runtime.host.client import BackgroundDriver
+from sparsespec_compile.runtime.host.client import BackgroundDriver, Turns
 from sparsespec_compile.runtime.host.engine import Engine
 from sparsespec_compile.runtime.host.request import FinishReason
 
@@ -175,9 +176,9 @@ def test_the_old_state_is_gone_before_a_larger_one_is_sized(toy, monkeypatch):
     run(engine, requests_of((5,), 20))
     pool, new_session, alive = weakref.ref(engine._session.state.pool), Engine._new_session, []
 
-    def note(engine, longest):
+    def note(engine, longest, requests):
         alive.append(pool())
-        return new_session(engine, longest)
+        return new_session(engine, longest, requests)
 
     monkeypatch.setattr(Engine, "_new_session", note)
     run(engine, requests_of((80,), 20))
@@ -189,10 +190,10 @@ def test_a_text_for_which_no_state_can_be_built_is_forgotten(toy, monkeypatch):
     engine.target = replace(engine.target, positions=64)
     new_session = Engine._new_session
 
-    def refuse_long(engine, longest):
+    def refuse_long(engine, longest, requests):
         if longest > 1000:
             raise PoolTooSmallError("too long")
-        return new_session(engine, longest)
+        return new_session(engine, longest, requests)
 
     monkeypatch.setattr(Engine, "_new_session", refuse_long)
     with pytest.raises(PoolTooSmallError, match="too long"):
@@ -251,15 +252,17 @@ def test_what_fails_for_one_request_ends_that_one_alone(toy):
     assert [r.output for r in requests if r is not requests[1]] == [text for i, text in enumerate(expected) if i != 1]
 
 
-def test_no_memory_for_log_probabilities_ends_the_requests_that_want_them(toy, monkeypatch):
+@pytest.mark.parametrize("asked", [{"logprobs": True}, {"processing": Processing(repetition=1.5)}], ids=str)
+def test_no_memory_for_a_step_of_its_own_ends_the_requests_that_need_it(toy, monkeypatch, asked):
     engine, requests = engine_of(toy), requests_of(LENGTHS, 20)
-    requests[2].logprobs = True
+    for name, value in asked.items():
+        setattr(requests[2], name, value)
     step = Step.__call__
 
-    def refuse(self, rows, logits, variant):
-        if variant.logprobs:
+    def refuse(self, rows, logits, variant, *functions):
+        if variant.logprobs or variant.processed:
             raise PoolTooSmallError("no memory for this graph")
-        step(self, rows, logits, variant)
+        step(self, rows, logits, variant, *functions)
 
     monkeypatch.setattr(Step, "__call__", refuse)
     run(engine, requests)
@@ -301,10 +304,10 @@ def test_stop_ends_a_generation_whose_state_is_being_built(toy, monkeypatch):
     engine, requests, building = engine_of(toy), requests_of(LENGTHS, 30), threading.Event()
     new_session = Engine._new_session
 
-    def slowly(engine, longest):
+    def slowly(engine, longest, requests):
         building.set()
         time.sleep(0.2)
-        return new_session(engine, longest)
+        return new_session(engine, longest, requests)
 
     monkeypatch.setattr(Engine, "_new_session", slowly)
 
@@ -317,22 +320,23 @@ def test_stop_ends_a_generation_whose_state_is_being_built(toy, monkeypatch):
     assert not engine._clients
 
 
-@pytest.mark.parametrize("at", ["_hand_over", "_leave", "_fail"])
+@pytest.mark.parametrize("at", ["hand_over", "_leave", "_fail"])
 def test_an_interrupt_anywhere_leaves_the_engine_usable(toy, monkeypatch, at):
     engine, interrupted = engine_of(toy), []
-    whole = getattr(Engine, at)
+    whose = Turns if at == "hand_over" else Engine
+    whole = getattr(whose, at)
 
-    def interrupt(engine, *arguments):
+    def interrupt(one, *arguments):
         if not interrupted:
             interrupted.append(at)
             raise KeyboardInterrupt
-        return whole(engine, *arguments)
+        return whole(one, *arguments)
 
     client = engine.client()
     client.submit(requests_of(LENGTHS, 40))
     next(client)
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, at, interrupt)
+        patch.setattr(whose, at, interrupt)
         if at == "_fail":
             patch.setattr(Step, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("a kernel failed")))
         with pytest.raises(KeyboardInterrupt):
@@ -430,9 +434,13 @@ def test_a_thread_of_its_own_carries_a_client_on(toy):
     assert [request.output for request in requests] == [toy.decode(request) for request in requests_of(LENGTHS, 20)]
     assert {output.request for output in client} == set(requests)
     client.close()
-    while threading.active_count() > 1 and time.monotonic() < deadline:
+    while drivers() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not [thread for thread in threading.enumerate() if thread.name == "sparsespec-engine"]
+    assert not drivers()
+
+
+def drivers():
+    return [thread for thread in threading.enumerate() if thread.name == "sparsespec-engine"]
 
 
 def test_memory_is_given_back_when_nobody_generates(toy):

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsespec_compile.runtime.device.cpu import CpuDevice
+from sparsespec_compile.runtime.device.devices import CpuDevice
 
 _GARBAGE = 2**30
 """An integer that is no token, row or slot."""

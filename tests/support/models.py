@@ -45,6 +45,15 @@ _SPECIAL = {
 }
 FAMILIES = tuple(_SPECIAL)
 _SPECIAL["mixtral"] = {"num_local_experts": 4}
+_SPECIAL["gpt_oss"] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "sliding_window": 20,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+_SPECIAL["granite_swa"] = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def tiny(family: str, seed: int = 0, **settings) -> PreTrainedModel:

@@ -1,25 +1,30 @@
 """A transformer of a few lines on the dual-mode op, so that the runtime is tested without a compiler or HuggingFace."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens
+from sparsespec_compile.kernels.ops import STEP_TENSORS, draw_tokens, quantised_product
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.build import Target
 from sparsespec_compile.runtime.device.interface import Device
 from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows
 from sparsespec_compile.runtime.device.state import State
+from sparsespec_compile.runtime.device.weights import DraftCopies, DraftGraph
 from sparsespec_compile.runtime.host.engine import Engine
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.session import Session
 
 HIDDEN, Q_HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4, 2, 8, 37
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Rows times a weight [N, K]."""
 
 
 @dataclass
@@ -36,9 +41,9 @@ class Toy:
             return torch.randn(*shape, generator=generator) * 1.5 / math.sqrt(shape[0])
 
         self.embedding = weight(VOCABULARY, HIDDEN) * math.sqrt(VOCABULARY)
-        self.qkv = [weight(HIDDEN, (Q_HEADS + 2 * KV_HEADS) * HEAD) for _ in self.windows]
-        self.out = [weight(Q_HEADS * HEAD, HIDDEN) for _ in self.windows]
-        self.head = weight(HIDDEN, VOCABULARY)
+        self.qkv = [weight(HIDDEN, (Q_HEADS + 2 * KV_HEADS) * HEAD).t().contiguous() for _ in self.windows]
+        self.out = [weight(Q_HEADS * HEAD, HIDDEN).t().contiguous() for _ in self.windows]
+        self.head = weight(HIDDEN, VOCABULARY).t().contiguous()
 
     def layout(self, page_size: int) -> KVLayout:
         layers = [
@@ -52,12 +57,12 @@ class Toy:
         angle = positions[:, None] * frequency
         return self.embedding[tokens] + torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    def _project(self, layer: int, hidden: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, layer: int, hidden: Tensor, product: Product = linear) -> tuple[Tensor, ...]:
         normal = torch.nn.functional.layer_norm(hidden, (HIDDEN,))
-        parts = (normal @ self.qkv[layer]).split([Q_HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], dim=1)
+        parts = product(normal, self.qkv[layer]).split([Q_HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], dim=1)
         return tuple(part.unflatten(1, (-1, HEAD)) for part in parts)
 
-    def forward(self, page_size: int):
+    def forward(self, page_size: int, product: Product = linear):
         layout = self.layout(page_size)
 
         def run(input_ids, position_ids, logits_to_keep, pool, scores, pillar_index, *step):
@@ -65,7 +70,7 @@ class Toy:
             place = STEP_TENSORS.index("page_table")
             steps = [(*step[:place], table, *step[place + 1 :]) for table in step[place]]
             for i, layer in enumerate(layout.layers):
-                q, k, v = self._project(i, hidden)
+                q, k, v = self._project(i, hidden, product)
                 start = layout.page_offset(i)
                 kv = pool[:, start : start + layout.page_elements(i)].view(-1, KV_HEADS, page_size, 2 * HEAD)
                 heads = slice(layout.head_offset(i), layout.head_offset(i) + KV_HEADS)
@@ -80,16 +85,37 @@ class Toy:
                     layer.scale,
                     layer.window,
                     0.0,
+                    None,
                 )
-                hidden = hidden + mixed.flatten(1) @ self.out[i]
-            return (torch.nn.functional.layer_norm(hidden[logits_to_keep], (HIDDEN,)) @ self.head)[None]
+                hidden = hidden + product(mixed.flatten(1), self.out[i])
+            return product(torch.nn.functional.layer_norm(hidden[logits_to_keep], (HIDDEN,)), self.head)[None]
 
         return run
+
+    def drafts(self, page_size: int) -> DraftGraph:
+        """The form that reads 8-bit copies, which have no memory yet."""
+        copies = {}
+        for weight in (*self.qkv, *self.out, self.head):
+            values = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), dtype=torch.float32)
+            for value in values:
+                value.untyped_storage().resize_(0)
+            copies[weight] = values
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:
+            return quantised_product(rows, *copies[weight])
+
+        held = DraftCopies([(weight, *values, True) for weight, values in copies.items()], "int8")
+        return DraftGraph(self.forward(page_size, product), held, required=True, settled=lambda _: None)
 
     def engine(self, device: Device | None = None, **settings) -> Engine:
         config = SpecConfig(**{"draft_tokens": 8, **settings})
         target = Target(
-            self.forward(config.page_size), self.layout(config.page_size), torch.float32, torch.device("cpu")
+            self.forward(config.page_size),
+            self.layout(config.page_size),
+            torch.float32,
+            torch.device("cpu"),
+            weights=(self.embedding, self.head, *self.qkv, *self.out),
+            drafts=self.drafts(config.page_size) if config.draft_weights == "int8" else None,
         )
         return Engine(target, config, device)
 
@@ -104,8 +130,8 @@ class Toy:
             group = Q_HEADS // KV_HEADS
             k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
             weights = (q @ k.transpose(1, 2) * HEAD**-0.5).masked_fill(~seen, -math.inf).softmax(-1)
-            hidden = hidden + (weights @ v).transpose(0, 1).flatten(1) @ self.out[i]
-        return torch.nn.functional.layer_norm(hidden[-1], (HIDDEN,)) @ self.head
+            hidden = hidden + linear((weights @ v).transpose(0, 1).flatten(1), self.out[i])
+        return linear(torch.nn.functional.layer_norm(hidden[-1], (HIDDEN,)), self.head)
 
     def decode(self, request: Request) -> list[int]:
         """The text that decoding token by token gives a request."""

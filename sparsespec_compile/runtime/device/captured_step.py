@@ -1,5 +1,6 @@
-"""Steps for loops that are not ours: fill the inputs, replay, read the results."""
+"""Steps for loops of the user's own: fill the inputs, replay, read the results."""
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ import torch
 from sparsespec_compile.errors import ConfigError
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.device.graphs import StepRunner
-from sparsespec_compile.runtime.device.inputs import InputPacker, StepInputs
-from sparsespec_compile.runtime.device.interface import Device
+from sparsespec_compile.runtime.device.inputs import InputPacker, PageUpdate, StepInputs, Work
+from sparsespec_compile.runtime.device.interface import Device, Event
 from sparsespec_compile.runtime.device.sampling import DrawParams
 from sparsespec_compile.runtime.device.state import State
-from sparsespec_compile.runtime.device.step import Results, Variant
-from sparsespec_compile.runtime.device.work import PageUpdate, Work, promise_of
+from sparsespec_compile.runtime.device.step import Results
 
 _MODES = (Mode.DRAFT, Mode.VERIFY, Mode.PREFILL)
 
@@ -28,7 +28,7 @@ class SlotText:
     Attributes:
         max_length: tokens of the text at most, prompt included.
         prefilled: positions that prompts were given for.
-        verified: rows of verifications since: at most so many positions behind `prefilled` are cached.
+        verified: rows of verifications since then, an upper bound of the cached positions after `prefilled`.
         drawn: whether the newest token, which drafts and verifications begin with, was drawn.
     """
 
@@ -38,7 +38,7 @@ class SlotText:
     drawn: bool = False
 
     def took(self, work: Work) -> None:
-        """Take note of work that was given to the slot."""
+        """Record work that was planned for the slot."""
         if work.mode == Mode.PREFILL:
             self.prefilled, self.verified = work.offset + work.rows, 0
             self.drawn = work.logits > 0
@@ -69,7 +69,7 @@ class Bounds:
     vocabulary: int | None
 
     def check_slot(self, slot: Any) -> None:
-        """Raises ConfigError for what is no slot."""
+        """Raises ConfigError for a number that is not a slot's."""
         _require_range("slot", slot, 0, self.slots - 1)
 
     def check_length(self, max_length: Any) -> None:
@@ -140,7 +140,7 @@ class CapturedStep:
 
     An iteration is `fill` and `replay`, or writing into `inputs` yourself and `replay(rows, logits)`. It needs no
     answer from the device, so any number can be enqueued ahead. On a GPU a replay is a CUDA graph, on a CPU the same
-    computation runs at once.
+    computation runs at once. Whoever drops the last reference waits for the replays under way.
 
     Unlike a generation's steps, which run on a stream of the engine's own, `fill` and `replay` enqueue on the calling
     thread's current stream. Call all of them, `OptimizedModel.capture` included, under one stream, or let the streams
@@ -149,6 +149,8 @@ class CapturedStep:
     An iteration holds at most `inputs.sizes.rows` packed rows, `inputs.sizes.logits` rows with logits, and, if pillars
     are chosen by score, as many scored requests as `state.scores` has rows: requests that verify in different
     iterations share them.
+
+    One thread at a time may use it. Its memory is kept as long as the step is.
 
     Each slot owns pages for its longest text from the start. To lay them out differently, pass `PageUpdate` entries to
     `fill`, or write into `state.page_table`.
@@ -174,9 +176,13 @@ class CapturedStep:
         self.state.page_table[:, :slots, :pages] = own.view(slots, pages, groups).permute(2, 0, 1)
         capacity, cycle = self.state.capacity, self.results.logprobs.shape[1]
         self._bounds = Bounds(slots, capacity.tokens, cycle, groups, capacity.pages, pages, vocabulary)
+        self._latest: list[Event] = []  # behind the latest replay
+        weakref.finalize(self, _end, runner, self._latest).atexit = False  # by then there may be no driver
 
     def begin(self, slot: int, max_length: int, params: DrawParams | None = None) -> None:
         """Give `slot` to a new text of at most `max_length` tokens, prompt included; None draws greedily.
+
+        8-bit draft weights follow the model's parameters at the next draft.
 
         Raises:
             ConfigError: there is no such slot, it holds no text so long, or `params` are none.
@@ -186,6 +192,8 @@ class CapturedStep:
         if params is not None and not isinstance(params, DrawParams):
             raise ConfigError(f"params must be DrawParams or None, got {type(params).__name__}.")
         self._texts[slot] = SlotText(max_length)
+        if self._runner.step.drafts is not None:
+            self._runner.step.drafts.copies.outdate()
         self._packer.admit(slot, max_length, DrawParams() if params is None else params)
 
     def fill(self, work: Sequence[Work], updates: Sequence[PageUpdate] = ()) -> None:
@@ -201,8 +209,8 @@ class CapturedStep:
         self._bounds.check_updates(updates)
         for item in work:
             self._texts[item.slot].took(item)
-        promise = promise_of(work, self._runner.step.reads_scores)
-        self._filled = (*self._packer.pack(work, updates), Variant(promise=promise))
+        # Settings stay in the slots, and may have filters.
+        self._filled = (*self._packer.pack(work, updates), self._runner.step.variant(work, filters=True))
         self.inputs.flat.copy_(torch.from_numpy(self._packer.flat), non_blocking=False)
 
     def _check(self, work: Sequence[Work], updates: Sequence[PageUpdate]) -> None:
@@ -244,5 +252,18 @@ class CapturedStep:
         if rows is not None or logits is not None:
             variant = self._runner.step.any_work
         rows, logits = filled_rows if rows is None else rows, filled_logits if logits is None else logits
-        self._device.current().run(lambda: self._runner(rows, logits, variant))
+        stream, runner = self._device.current(), self._runner
+        drafts = runner.step.drafts
+        if variant.draft_weights and drafts is not None:
+            drafts.copies.follow(stream)
+        stream.run(lambda: runner(rows, logits, variant))
+        self._latest[:] = [stream.record()]
         return self.results
+
+
+def _end(runner: StepRunner, latest: Sequence[Event]) -> None:
+    """Nobody has the step any longer: its graphs, counters and copies are needed until the latest replay has run."""
+    for event in latest:
+        event.wait()
+    if runner.step.drafts is not None:
+        runner.step.drafts.copies.give_back(runner.step)

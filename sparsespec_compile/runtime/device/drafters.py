@@ -33,6 +33,7 @@ class Drafter:
         keeps_index: whether its draft iterations read an index that verifications renew: a request whose latest
             verification did not renew it drafts nothing before one that does.
         reads_scores: whether `update` reads `State.scores`, so that verifications must give them out.
+        first_guess: probability that a draft is right, before any was verified.
     """
 
     config: SpecConfig
@@ -40,6 +41,7 @@ class Drafter:
     name: ClassVar[str] = "full"
     keeps_index: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
+    first_guess: ClassVar[float] = 0.95  # high, so that speculation is tried where it may pay
 
     def __hash__(self) -> int:
         return hash(self.name)  # cycles are looked up all the time, and a hash of all settings takes long
@@ -55,10 +57,11 @@ class Drafter:
     def update(self, state: State, final: Tensor, score_slot: Tensor, scored_length: Tensor) -> None:
         """Prepare the next drafts on the device. Called in the step, after drafts were accepted and lengths advanced.
 
-        Iterations in which every request has a single row and none is scored leave the call out.
+        Iterations leave the call out in which every request has a single row and none is scored, and those in cycles of
+        another drafter, of which one reads scores and one does not (`Step`).
 
         Args:
-            state: `tokens` up to and including position `length` are final. The next drafts belong behind them.
+            state: `tokens` up to and including position `length` are final. The next drafts follow them.
             final: int32 [S], tokens of a slot that became final in this iteration.
             score_slot: int32 [S], row of `state.scores` that belongs to a slot.
             scored_length: int32 [S], positions before the scored rows of a slot; -1 = it was not scored.
@@ -117,6 +120,7 @@ class NgramDrafter(Drafter):
     """
 
     name = "ngram"
+    first_guess = 0.3
 
     def passes(self, drafts: int) -> int:
         """None."""
@@ -163,19 +167,36 @@ class Cycle:
 
     @property
     def proposed(self) -> int:
-        """Drafts that stand in `State.tokens` when the cycle begins."""
+        """Drafts that are in `State.tokens` when the cycle begins."""
         return self.drafts - self.passes
 
 
-def cycles_of(config: SpecConfig) -> list[Cycle]:
-    """The cycles that `config` allows: one, or for `draft_tokens="auto"` plain decoding and all numbers of drafts.
+_AUTO = (NgramDrafter.name, PillarDrafter.name)
+"""What "auto" chooses among."""
 
-    The longest comes last.
+_NGRAM_DRAFTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of n-gram drafts to choose from. What one more costs and brings changes slowly."""
+
+
+def cycles_of(config: SpecConfig) -> list[Cycle]:
+    """The cycles that `config` allows: one, or for `draft_tokens="auto"` plain decoding and numbers of drafts.
+
+    The one with the most draft iterations comes last.
     """
-    drafter = _DRAFTERS[config.drafter](config)
-    first = 0 if config.draft_tokens == "auto" else config.draft_tokens
-    numbers = range(first, config.most_draft_tokens + 1)
-    return [Cycle(drafter if drafts else NoDrafter(config), drafts) for drafts in numbers]
+    plain = Cycle(NoDrafter(config), 0)
+    named = config.drafter
+    if config.draft_tokens == "auto":
+        kinds = [_DRAFTERS[name](config) for name in (_AUTO if named == "auto" else (named,))]
+        return [plain, *(Cycle(kind, drafts) for kind in kinds for drafts in _numbers(kind, config.max_draft_tokens))]
+    drafter = _DRAFTERS[PillarDrafter.name if named == "auto" else named](config)
+    return [Cycle(drafter, config.draft_tokens) if config.draft_tokens else plain]
+
+
+def _numbers(drafter: Drafter, most: int) -> list[int]:
+    """Numbers of drafts to choose from, up to `most`, which is the last."""
+    if isinstance(drafter, NgramDrafter):
+        return [*(drafts for drafts in _NGRAM_DRAFTS if drafts < most), most]
+    return list(range(1, most + 1))
 
 
 def drafters_of(config: SpecConfig) -> tuple[Drafter, ...]:

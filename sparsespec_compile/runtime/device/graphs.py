@@ -5,6 +5,8 @@ keeps the variant's promise.
 """
 
 import warnings
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from sparsespec_compile.errors import GraphMemoryWarning, PoolTooSmallError
-from sparsespec_compile.kernels.step_kind import Promise
+from sparsespec_compile.kernels.launch import Promise
 from sparsespec_compile.runtime.device.inputs import MIN_ROWS
 from sparsespec_compile.runtime.device.interface import Graph, Graphs
-from sparsespec_compile.runtime.device.step import Step, Variant
+from sparsespec_compile.runtime.device.processing import Processing, RowProcessors
+from sparsespec_compile.runtime.device.step import Step, Variant, with_processing
 
 _FIRST_RUNS, _LATER_RUNS = 2, 1
 """Runs before the first capture and before others: one compiles and lets libraries load what they need for a size, the
@@ -34,6 +37,11 @@ def row_counts(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), max(most, MIN_ROWS)]
 
 
+def padded(rows: float, sizes: Sequence[int]) -> int:
+    """The least of `row_counts` that holds so many rows; the most where none does."""
+    return sizes[min(bisect_left(sizes, rows), len(sizes) - 1)]
+
+
 class StepRunner:
     """Runs `step` for any number of rows, on the current stream.
 
@@ -41,10 +49,13 @@ class StepRunner:
         step: the computation.
         graphs: what captures it; None = it runs as it is.
         fewest_rows: rows that the step's graph takes at least, when it is not captured.
+        shared: whether ranks share the model. Then all of them must replay the same steps, and none may take another
+            one because its own memory is short.
     """
 
-    def __init__(self, step: Step, graphs: Graphs | None, *, fewest_rows: int = MIN_ROWS) -> None:
+    def __init__(self, step: Step, graphs: Graphs | None, *, fewest_rows: int = MIN_ROWS, shared: bool = False) -> None:
         self.step = step
+        self._shared = shared
         self._fewest_rows = fewest_rows
         sizes = step.inputs.sizes
         self._sizes = row_counts(sizes.rows)
@@ -52,33 +63,52 @@ class StepRunner:
         self._captured: dict[tuple[int, Variant], Graph] = {}
         self._refused: set[tuple[int, Variant]] = set()  # steps for whose capture there was no memory
 
-    def prepare(self, requests: int, rows: int) -> None:
-        """Capture the steps of `requests` with up to `rows` rows, without log-probabilities, before they are needed.
+    def prepare(
+        self,
+        rows: Mapping[Promise, Iterable[int]],
+        *,
+        filters: bool = False,
+        processing: Collection[Processing] = (),
+    ) -> None:
+        """Capture the steps with these numbers of rows and promises, without log-probabilities, before they are needed.
 
-        Where `rows` are no more than `requests`, none is expected to have more than one, but for prompts. Steps in
-        which a prompt ends are captured when they are first needed, the largest aside.
+        Steps in which a prompt ends are captured when they are first needed, the largest aside. `filters`: whether
+        tokens will be drawn with filters. `processing`: what will be done to logits; with some, steps that do
+        nothing to them are captured when they are first needed.
         """
         if self._graphs is None:
             return
-        any_work, single = self.step.any_work, Variant(promise=Promise.SINGLE_ROWS)
-        several = Variant(promise=max(any_work.promise, Promise.ONLY_VERIFICATIONS_SCORED))
         asked = [self._largest]
-        asked += [(size, several) for size in self._sizes if rows > requests and size <= self._padded(rows)]
-        asked += [(size, single) for size in self._sizes if size <= self._padded(requests)]
+        for promise, numbers in rows.items():
+            drafts, kind = self.step.drafts, with_processing(Variant(promise=promise), processing)
+            kind = self.step.whole_rows_where_needed(kind, filters)
+            sizes = [padded(number, self._sizes) for number in numbers]
+            asked += [(size, kind) for size in sizes]
+            if promise is Promise.SINGLE_ROWS and drafts is not None:
+                by_copies = replace(kind, draft_weights=True)
+                asked += [(size, by_copies) for size in sizes if size <= drafts.most_rows]
         missing = [key for key in dict.fromkeys(asked) if key not in self._captured and key not in self._refused]
         for key in tqdm(missing, desc="capturing", unit=" steps", leave=False, disable=None):
             self._capture_or_refuse(self._graphs, key)
 
-    def __call__(self, rows: int, logits: int, variant: Variant) -> None:
-        """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold."""
+    def __call__(
+        self, rows: int, logits: int, variant: Variant, of_slot: Mapping[int, RowProcessors] | None = None
+    ) -> None:
+        """Run an iteration of `rows` packed rows, of which `logits` have logits, which the step's inputs hold.
+
+        `of_slot`: functions that the logits of some slots go through; with some the step runs as it is, uncaptured.
+        """
         if self._graphs is None:
-            self.step(max(rows, self._fewest_rows), max(logits, self._fewest_rows), variant)
+            self.step(max(rows, self._fewest_rows), max(logits, self._fewest_rows), variant, of_slot)
             return
-        padded = self._padded(rows)
+        size = padded(rows, self._sizes)
+        if of_slot:
+            self.step(size, min(size, self.step.inputs.sizes.logits), variant, of_slot)
+            return
         if not self._captured:
             # The largest first: the others fit into its memory.
-            self._capture(self._graphs, self._sizes[-1], replace(variant, promise=self.step.any_work.promise))
-        key = (padded, variant)
+            self._capture(self._graphs, self._sizes[-1], replace(self.step.any_work, logprobs=variant.logprobs))
+        key = (size, variant)
         if key not in self._captured and key not in self._refused:
             self._capture_or_refuse(self._graphs, key)
         self._captured[self._largest if key in self._refused else key].replay()
@@ -89,7 +119,7 @@ class StepRunner:
         return self._sizes[-1], self.step.any_work
 
     def _capture_or_refuse(self, graphs: Graphs, key: tuple[int, Variant]) -> None:
-        """Capture a step. If there is no memory for it, the largest stands in for it from now on, if that was captured.
+        """Capture a step. Without memory for it, the largest captured step replaces it from now on, if there is one.
 
         Raises:
             PoolTooSmallError: there is no memory, and no other step that does what this one does.
@@ -98,15 +128,12 @@ class StepRunner:
         try:
             self._capture(graphs, rows, variant)
         except PoolTooSmallError as error:
-            if variant.logprobs or self._largest not in self._captured:
+            if variant.logprobs or variant.processed or self._shared or self._largest not in self._captured:
                 raise
             warnings.warn(
                 f"{error} Until then such steps take as long as the largest.", GraphMemoryWarning, stacklevel=2
             )
             self._refused.add(key)
-
-    def _padded(self, rows: int) -> int:
-        return next(size for size in self._sizes if size >= rows)
 
     def _capture(self, graphs: Graphs, rows: int, variant: Variant) -> None:
         """Capture with inputs that hold no work, so that the runs before it change nothing; then put them back."""

@@ -1,18 +1,80 @@
-"""The static inputs of a step: one tensor on the device, filled by one copy an iteration.
+"""What the host decides about an iteration, and how it reaches the device: by one copy to one tensor.
 
-Whatever the host decides about an iteration lies in one int32 tensor, so that a captured step reads the same addresses
-every time and an upload is a single copy from pinned memory.
+All of it lies in one int32 tensor, so that a captured step reads the same addresses every time and an upload is a
+single copy from pinned memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsespec_compile.kernels.launch import Promise
+from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.device.drafters import Drafter
 from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows
-from sparsespec_compile.runtime.device.work import PageUpdate, Work
+
+
+class Work(NamedTuple):
+    """One request's share of an iteration. Nothing in it depends on how many drafts were accepted.
+
+    Attributes:
+        slot: the request's row in the state tensors.
+        mode: draft, verify or prefill.
+        rows: packed rows. 1 for a draft, drafts + 1 for a verification, the chunk's tokens for a prefill.
+        offset: drafts: position of the row, counted from the request's verified length (its drafts so far).
+            Verifications: 0. Prefills: position of the first row; all positions before it hold the text already.
+        tokens: prefills: the chunk's token ids, `rows` of them. Others take theirs from the device.
+        logits: trailing rows whose logits are needed: all of a draft or verification, the last one of a prompt.
+        scored: trailing rows whose attention chooses the next pillars among earlier positions; 0 = keep the present
+            pillars. Of more rows in a verification, the last `kernels.ops.scored_rows_at_most` count.
+        drafter: the drafter of the drafts that are verified, None = no drafts; for statistics, not read on the device.
+        whole_cycle: whether they are as many as cycles have at the time; likewise.
+    """
+
+    slot: int
+    mode: Mode
+    rows: int
+    offset: int = 0
+    tokens: Sequence[int] = ()
+    logits: int = 0
+    scored: int = 0
+    drafter: Drafter | None = None
+    whole_cycle: bool = False
+
+
+class PageUpdate(NamedTuple):
+    """An entry of a slot's page table: `physical` is the page of the pool where logical page `page` of a group lies.
+
+    Attributes:
+        slot: whose page table.
+        page: logical page, positions `page * page_size` and on.
+        physical: page of the pool.
+        group: number of the group of layers, `KVLayout.group_of`.
+    """
+
+    slot: int
+    page: int
+    physical: int
+    group: int = 0
+
+
+def promise_of(work: Iterable[Work], reads_scores: bool) -> Promise:
+    """What attention need not do for an iteration; `reads_scores`: whether anybody reads the scores of scored rows."""
+    rows, scored, prompts_scored = 0, False, False
+    for item in work:
+        rows = max(rows, item.rows)
+        scored = scored or item.scored > 0
+        prompts_scored = prompts_scored or (item.scored > 0 and item.mode == Mode.PREFILL)
+    if rows <= 1 and not scored:
+        return Promise.SINGLE_ROWS
+    if not reads_scores:
+        return Promise.NO_SCORES
+    return Promise.NOTHING if prompts_scored else Promise.ONLY_VERIFICATIONS_SCORED
+
 
 MIN_ROWS = 2
 """What the graph was exported for."""
@@ -35,9 +97,10 @@ _SLOT_FIELDS = (
     "seed_high",
 )
 _WORK_FIELDS = 8  # the first ones are anew in every iteration, the others stay while a request keeps its slot
+_WORK_NUMBERS = ("slot", "mode", "rows", "offset", "logits", "scored")  # of `Work`
 _ROW_FIELDS = ("row_slot", "row_place", "row_token")
 _ALIGNED = 4
-"""Fields begin at multiples of so many values, 16 bytes: Inductor's code copies inputs that do not, in every region."""
+"""Alignment of fields, in values (16 bytes): every compiled region would copy an input that is less aligned."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +231,7 @@ class InputPacker:
         given: dict[str, np.ndarray] = {
             name: np.array(column, dtype=np.int32)
             for name, column in zip(Work._fields, columns, strict=True)
-            if name != "tokens"
+            if name in _WORK_NUMBERS
         }
         slot, rows, logits, scored = (given[name] for name in ("slot", "rows", "logits", "scored"))
         row_end, logit_end = np.cumsum(rows), np.cumsum(logits)

@@ -46,7 +46,7 @@ class Stream(Protocol):
         """Enqueue copies, each (target, source). Host memory must be a `Device.host_buffer` or `Device.host_block`."""
 
     def record(self) -> Event:
-        """An event behind everything enqueued so far."""
+        """An event that completes after everything enqueued so far."""
 
     def wait(self, event: Event) -> None:
         """Let work that is enqueued from now on run after `event`, an event of this device; the host does not wait."""
@@ -55,7 +55,7 @@ class Stream(Protocol):
         """Make this the calling thread's current stream.
 
         For building state: tensors that the body allocates on the device belong to this stream. Their memory is used
-        again only behind the work that was enqueued on this stream before they were freed.
+        again only after the work that was enqueued on this stream before they were freed.
         """
 
 

@@ -1,7 +1,13 @@
-"""How tokens are drawn: settings of a request, and the same settings as rows for the op `sparsespec::draw_tokens`.
+"""How tokens are drawn: the settings of a request, the same settings as rows, and the draw, also over ranks.
 
 Verification is coupled: the draft for a position and the target's token for it are drawn with the same noise. A draft
 is accepted while it equals the target's token, so the text is the one that plain decoding draws from the same seed.
+
+Where ranks share the vocabulary, each has the logits of some tokens. The token of a row is the one with the highest sum
+of logit and noise, and noise is keyed by the token's number in the whole vocabulary. So ranks exchange the highest sum
+of their part and its token, 8 bytes a row, and all take the highest of these, the lowest token among equal ones: the
+very token that one device draws. Filters, log-probabilities and what processes logits need whole rows. In iterations in
+which some request has them, ranks exchange their logits, and each draws from whole rows what one device draws.
 """
 
 from collections.abc import Callable
@@ -13,7 +19,9 @@ import torch
 from torch import Tensor
 
 from sparsespec_compile.errors import SamplingError
-from sparsespec_compile.kernels.sampling.philox import LOW, philox
+from sparsespec_compile.kernels.ops import all_gather, draw_part, draw_tokens
+from sparsespec_compile.kernels.reference.sampling import LOW, philox
+from sparsespec_compile.passes.ranks import VocabularyPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,11 @@ class DrawParams:
         self._check("top_p", Real, lambda p: 0 < p <= 1, "a number in (0, 1], 1 = off")
         self._check("min_p", Real, lambda m: 0 <= m <= 1, "a number in [0, 1], 0 = off")
         self._check("seed", Integral, lambda s: 0 <= s < 2**63, "an integer in [0, 2**63)")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are kept out, so that a draw needs the logits of all of them."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     def _check(self, name: str, kind: type, allowed: Callable[[Any], bool], text: str) -> None:
         value = getattr(self, name)
@@ -82,3 +95,43 @@ def derive_seed(seed: int, index: int) -> int:
     first, zero, one, low, high = torch.tensor(numbers, dtype=torch.int64, device="cpu").unbind()
     words = philox((first, zero, zero, one), (low, high))
     return (int(words[0]) | int(words[1]) << 32) & (2**63 - 1)
+
+
+_MOST = 2**31 - 1
+"""The largest token."""
+
+
+def whole_rows(logits: Tensor, part: VocabularyPart) -> Tensor:
+    """Logits [R, V] of the whole vocabulary, from each rank's [R, part.length]."""
+    parts = all_gather(logits, part.ranks.group, part.ranks.size)
+    return parts.transpose(0, 1).reshape(logits.shape[0], -1)[:, : part.tokens]
+
+
+def draw_over_ranks(logits: Tensor, settings: SamplingRows, position: Tensor, part: VocabularyPart) -> Tensor:
+    """The token int64 [R] of each row without filters, from each rank's logits [R, part.length]."""
+    own = logits[:, : part.held]  # rows behind the last token are there for equal shapes alone
+    value, token = draw_part(own, settings.temperature, settings.seed, position, part.first)
+    best = all_gather(_key(value, token), part.ranks.group, part.ranks.size).amax(dim=0)
+    return _MOST - (best & _MOST)
+
+
+def draw(logits: Tensor, settings: SamplingRows, position: Tensor, part: VocabularyPart | None, whole: bool) -> Tensor:
+    """A token for each row.
+
+    Args:
+        logits: [R, V], or [R, part.length] where they are not whole.
+        settings: of the rows.
+        position: int64 [R], the position of the token to be drawn.
+        part: what this rank has of the vocabulary; None = all of it.
+        whole: whether the logits are those of whole rows, which filters need.
+    """
+    if part is not None and not whole:
+        return draw_over_ranks(logits, settings, position, part)
+    return draw_tokens(logits, *settings, position)
+
+
+def _key(value: Tensor, token: Tensor) -> Tensor:
+    """int64 keys in the order of the values float32, and of equal values in the falling order of tokens."""
+    bits = (value + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
+    ordered = torch.where(bits < 0, bits ^ _MOST, bits).long()
+    return ordered * 2**32 + (_MOST - token)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsespec_compile.kernels.ops import PROCESSING, PROCESSING_WIDTH
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.device.interface import Device
 
@@ -46,6 +47,7 @@ class State:
         pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers.
         pillar_count: int32 [S], used entries of `pillar_index`.
         recent_start: int32 [S], first position that drafts read densely.
+        processing: int32 [S, PROCESSING_WIDTH], what `process_logits` does to each slot's logits.
         pool: [pages, elements_per_page] in the model's dtype.
         scores: float32 [C, H, N], what the pillars of this iteration's verified requests are chosen by.
     """
@@ -66,6 +68,8 @@ class State:
         self.pillar_index = ints(slots, heads, capacity.pillars)
         self.pillar_count = ints(slots)
         self.recent_start = ints(slots)
+        self.processing = ints(slots, PROCESSING_WIDTH)
+        self.processing[:, PROCESSING.index("repetition")].view(torch.float32).fill_(1.0)  # what leaves logits alone
         self.pool = device.zeros(capacity.pages, layout.elements_per_page, dtype=dtype)
         self.scores = device.zeros(capacity.score_slots, heads, capacity.tokens, dtype=torch.float32)
 
@@ -93,6 +97,7 @@ def state_bytes(layout: KVLayout, capacity: Capacity, dtype: torch.dtype) -> dic
     return {
         POOL: capacity.pages * page_bytes(layout, dtype),
         "attention scores": 4 * capacity.score_slots * heads * capacity.tokens,
+        "logits processing": 4 * capacity.slots * PROCESSING_WIDTH,
         "pillar index": 4 * capacity.slots * heads * capacity.pillars,
         "tokens and page table": 8 * (capacity.slots + 1) * capacity.tokens
         + 4 * len(layout.groups) * (capacity.slots + 1) * request_pages(layout, capacity),

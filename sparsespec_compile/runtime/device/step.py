@@ -4,22 +4,33 @@ Nothing here waits for the device or depends on the values it computes, so a ste
 surrounds the graph is two functions of tensors, which a compiler can fuse: `place_rows` before it, `accept` behind it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsespec_compile.kernels.ops import Mode, draw_tokens, scored_rows_at_most
-from sparsespec_compile.kernels.step_kind import Promise, promised
-from sparsespec_compile.runtime.device.drafters import Drafter
-from sparsespec_compile.runtime.device.inputs import StepInputs
-from sparsespec_compile.runtime.device.sampling import SamplingRows, log_probability
+from sparsespec_compile.kernels.launch import Promise, promised
+from sparsespec_compile.kernels.ops import Mode, process_logits, scored_rows_at_most
+from sparsespec_compile.passes.ranks import VocabularyPart
+from sparsespec_compile.runtime.device.drafters import Cycle, Drafter
+from sparsespec_compile.runtime.device.inputs import StepInputs, Work, promise_of
+from sparsespec_compile.runtime.device.processing import Processing, RowProcessors, process_rows
+from sparsespec_compile.runtime.device.sampling import SamplingRows, draw, log_probability, whole_rows
 from sparsespec_compile.runtime.device.state import State
+from sparsespec_compile.runtime.device.weights import DraftGraph
 
-_VERIFY, _PREFILL = int(Mode.VERIFY), int(Mode.PREFILL)  # torch.compile takes a tensor and an enum for unequal
+_PROMISED_IN_CYCLES = {True: Promise.ONLY_VERIFICATIONS_SCORED, False: Promise.NO_SCORES}
+"""What iterations promise in which requests verify drafts of a drafter that reads scores, or does not."""
+
+# torch.compile takes a tensor and an enum for unequal
+NO_TOKEN = -1
+"""Told in place of a token where processing has forbidden every token."""
+
+_DRAFT, _VERIFY, _PREFILL = (int(mode) for mode in (Mode.DRAFT, Mode.VERIFY, Mode.PREFILL))
 
 Forward = Callable[..., Tensor]
 """The rewritten graph: (input_ids [1, T], position_ids [1, T], logits_to_keep [R], pool, scores, pillar_index,
@@ -42,20 +53,30 @@ class Variant:
         logprobs: some request wants the log-probabilities of its tokens.
         promise: what attention need not do, so that it may take kernels that cannot. `SINGLE_ROWS` also says that no
             pillars are renewed.
+        draft_weights: every row is a draft, so that the graph with 8-bit weights runs.
+        whole_rows: where ranks share the vocabulary, that they exchange logits: some request has filters, has its
+            logits processed, or wants log-probabilities.
+        processed: some request's logits go through `process_logits`.
+        ngrams: some request also forbids n-grams to occur twice.
     """
 
     logprobs: bool = False
     promise: Promise = Promise.NOTHING
+    draft_weights: bool = False
+    whole_rows: bool = False
+    processed: bool = False
+    ngrams: bool = False
 
 
 class Results(NamedTuple):
-    """What a step gives out. Static tensors of the `Step`.
+    """The outputs of a step: static tensors of the `Step`.
 
     Attributes:
         tokens: int32 [S, k + 2]: the number of tokens that became final for each slot (0 for drafts and absent
-            slots), then the tokens, meaningful up to that number. A full cycle ends with accepted + 1 of them.
+            slots), then the tokens, meaningful up to that number, or NO_TOKEN. A full cycle ends with accepted + 1 of
+            them.
         logprobs: float32 [S, k + 1], natural logarithm of the model's own probability of each of these tokens, before
-            temperature and filters; only written by variants with `logprobs`.
+            processing, temperature and filters; only written by variants with `logprobs`.
     """
 
     tokens: Tensor
@@ -96,12 +117,16 @@ class Step:
         forward: the rewritten graph.
         state: what it reads and updates.
         inputs: the iteration's work, in place.
-        drafters: what prepares drafts at the end of an iteration.
+        drafters: what prepares drafts at the end of an iteration. Where some read scores and some do not, iterations
+            that promise no scores run the updates of the latter, those in which verifications are scored of the former.
         draft_tokens: drafts of a full cycle, k.
         compiler: applied to the functions around the graph, such as `torch.compile`.
+        vocabulary: the tokens of which the graph gives logits; None = all.
 
     Attributes:
+        vocabulary: as given.
         any_work: the variant that does whatever an iteration can ask for, but for log-probabilities.
+        drafts: the graph for iterations of nothing but drafts; None = `forward` runs them too.
     """
 
     def __init__(
@@ -112,12 +137,16 @@ class Step:
         drafters: Sequence[Drafter],
         draft_tokens: int,
         compiler: Compiler = as_it_is,
+        vocabulary: VocabularyPart | None = None,
     ) -> None:
         self.forward = forward
         self.state = state
         self.inputs = inputs
+        self.drafts: DraftGraph | None = None
         self.reads_scores = any(drafter.reads_scores for drafter in drafters)
-        self.any_work = Variant(promise=Promise.NOTHING if self.reads_scores else Promise.NO_SCORES)
+        self.vocabulary = vocabulary
+        anything = Promise.NOTHING if self.reads_scores else Promise.NO_SCORES
+        self.any_work = Variant(promise=anything, whole_rows=vocabulary is not None)
         self._score_rows = scored_rows_at_most(state.layout.largest_group) if self.reads_scores else 0
         slots = state.capacity.slots
         self.results = Results(
@@ -126,20 +155,58 @@ class Step:
         )
         self._place_rows = compiler(place_rows)
         self._accept = compiler(accept)
-        self._updates = [compiler(drafter.update) for drafter in drafters if _updates(drafter)]
+        self._updates = [(drafter.reads_scores, compiler(drafter.update)) for drafter in drafters if _updates(drafter)]
+
+    def variant(
+        self,
+        work: Sequence[Work],
+        cycle: Cycle | None = None,
+        *,
+        logprobs: bool = False,
+        filters: bool = False,
+        processing: Iterable[Processing] = (),
+    ) -> Variant:
+        """What an iteration of this work asks for.
+
+        Args:
+            work: of all requests.
+            cycle: of which it is part; None = of any.
+            logprobs: whether anybody reads those of its tokens.
+            filters: whether any of its tokens are drawn from whole rows, as those with filters are.
+            processing: what `process_logits` has to do.
+        """
+        scores = cycle is None or not cycle.drafts or cycle.drafter.reads_scores
+        promise = promise_of(work, self.reads_scores and scores)
+        only_drafts = promise is Promise.SINGLE_ROWS and bool(work) and all(item.mode == Mode.DRAFT for item in work)
+        copies = only_drafts and self.drafts is not None and len(work) <= self.drafts.most_rows
+        variant = Variant(logprobs and not only_drafts, promise, copies)
+        return self.whole_rows_where_needed(with_processing(variant, processing), filters)
+
+    def whole_rows_where_needed(self, variant: Variant, filters: bool) -> Variant:
+        """A variant in which ranks that share the vocabulary exchange what its draws, with or without filters, need."""
+        return replace(
+            variant, whole_rows=self.vocabulary is not None and (filters or variant.logprobs or variant.processed)
+        )
 
     @torch.no_grad()
-    def __call__(self, rows: int, logits: int, variant: Variant) -> None:
-        """Run the first `rows` packed rows and `logits` rows with logits of the inputs; `results` holds the outcome."""
-        with without_autocast(self.state.device):
-            self._run(rows, logits, variant)
+    def __call__(
+        self, rows: int, logits: int, variant: Variant, of_slot: Mapping[int, RowProcessors] | None = None
+    ) -> None:
+        """Run the first `rows` packed rows and `logits` rows with logits of the inputs; `results` holds the outcome.
 
-    def _run(self, rows: int, logits: int, variant: Variant) -> None:
+        `of_slot`: functions that the logits of some slots go through. They wait for the device, so that such a run
+        cannot be captured, and need whole rows.
+        """
+        with without_autocast(self.state.device):
+            self._run(rows, logits, variant, of_slot or {})
+
+    def _run(self, rows: int, logits: int, variant: Variant, of_slot: Mapping[int, RowProcessors]) -> None:
         state, inputs = self.state, self.inputs
         placed = self._place_rows(state, inputs, rows, self._score_rows)
         logit_rows = inputs.logit_rows[:logits]
+        forward = self.drafts.forward if variant.draft_weights and self.drafts is not None else self.forward
         with promised(variant.promise):
-            out = self.forward(
+            out = forward(
                 placed.token[None],
                 placed.position[None],
                 logit_rows.clamp(min=0).long(),
@@ -156,10 +223,31 @@ class Step:
                 state.pillar_count,
                 state.recent_start,
             )[0]
-        self._accept(state, inputs, placed, out, logit_rows, self.results, variant.logprobs)
-        if variant.promise is not Promise.SINGLE_ROWS:
-            for update in self._updates:
+        scores = None
+        if of_slot:
+            if self.vocabulary is not None:
+                out = whole_rows(out, self.vocabulary)
+            scores = self._by_functions(placed, out, logit_rows, of_slot)
+        self._accept(
+            *(state, inputs, placed, out, logit_rows, self.results),
+            *(self.vocabulary if scores is None else None, variant, scores),
+        )
+        for reads_scores, update in self._updates:
+            if variant.promise is Promise.NOTHING or variant.promise is _PROMISED_IN_CYCLES[reads_scores]:
                 update(state, self.results.tokens[:, 0], inputs.score_slot, placed.scored_length)
+
+    def _by_functions(
+        self, placed: Placed, logits: Tensor, logit_rows: Tensor, of_slot: Mapping[int, RowProcessors]
+    ) -> Tensor:
+        row, slot = _with_logits(self.state, placed, logit_rows)
+        final = self.inputs.mode[slot.clamp(max=self.state.capacity.slots - 1)] != _DRAFT
+        return process_rows(logits, self.state.tokens, slot, placed.position[row] + 1, final, of_slot)
+
+
+def with_processing(variant: Variant, processing: Iterable[Processing]) -> Variant:
+    """A variant that does this to logits, for each request that has some."""
+    asked = list(processing)
+    return replace(variant, processed=bool(asked), ngrams=any(one.ngram > 0 for one in asked))
 
 
 def _updates(drafter: Drafter) -> bool:
@@ -167,9 +255,9 @@ def _updates(drafter: Drafter) -> bool:
 
 
 def place_rows(state: State, inputs: StepInputs, rows: int, most_scored: int) -> Placed:
-    """Renew the page table, and look up where each row stands and which token it carries.
+    """Update the page table, and look up each row's position and token.
 
-    `most_scored`: rows of a verification that give out scores, at most; 0 = nobody reads scores.
+    `most_scored`: most rows of a verification that return scores; 0 = no drafter reads scores.
     """
     state.page_table.view(-1).index_put_((inputs.update_at.long(),), inputs.update_page)
     prefill = inputs.mode == _PREFILL
@@ -203,17 +291,31 @@ def accept(
     logits: Tensor,
     logit_rows: Tensor,
     results: Results,
-    logprobs: bool,
+    vocabulary: VocabularyPart | None,
+    variant: Variant,
+    scores: Tensor | None = None,
 ) -> None:
-    """Draw a token behind each row with logits, accept drafts while they equal it, advance the lengths."""
+    """Draw the next token of each row with logits, accept drafts while they equal it, advance the lengths.
+
+    `scores`: what functions have made of the logits, which are whole rows then; None = there are none.
+    """
     slots = state.capacity.slots
-    row = logit_rows.clamp(min=0).long()
-    slot = torch.where(logit_rows >= 0, placed.slot[row], slots)
+    row, slot = _with_logits(state, placed, logit_rows)
     drawn_position = placed.position[row] + 1
     settings: SamplingRows = inputs.sampling(slot.clamp(max=slots - 1))
-    drawn = draw_tokens(logits, *settings, drawn_position)
+    if vocabulary is not None and variant.whole_rows:
+        logits = whole_rows(logits, vocabulary)
+    drawn_from = logits if scores is None else scores
+    if variant.processed:
+        most = results.logprobs.shape[1]
+        where = (state.tokens, slot, drawn_position, state.processing)
+        drawn_from = process_logits(drawn_from, *where, most, variant.ngrams)
+    drawn = draw(drawn_from, settings, drawn_position, vocabulary, variant.whole_rows)
+    told = drawn
+    if variant.processed:
+        told = drawn.masked_fill(drawn_from.amax(dim=-1) == -math.inf, NO_TOKEN)
     as_drafted = drawn == state.tokens[slot, drawn_position]
-    # Verified tokens replace the drafts; what stands behind them is rewritten by the next drafts before it is read.
+    # Verified tokens replace the drafts. Tokens after them are overwritten by the next drafts before they are read.
     state.tokens.index_put_((slot, drawn_position), drawn)
 
     nth = torch.arange(results.logprobs.shape[1], device=drawn.device)
@@ -226,6 +328,12 @@ def accept(
     final = torch.where(verify, verified, torch.where(prefill, prefilled, 0))
     length = torch.where(prefill, placed.cached + placed.rows, state.length + torch.where(verify, verified, 0))
     state.length.copy_(length)
-    results.tokens.copy_(torch.cat([final[:, None], drawn[logit]], dim=1))
-    if logprobs:
+    results.tokens.copy_(torch.cat([final[:, None], told[logit]], dim=1))
+    if variant.logprobs:
         results.logprobs.copy_(log_probability(logits, drawn)[logit])
+
+
+def _with_logits(state: State, placed: Placed, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed row, and slot, of each row with logits, int64 [R]; the slot of padding is the one behind the last."""
+    row = logit_rows.clamp(min=0).long()
+    return row, torch.where(logit_rows >= 0, placed.slot[row], state.capacity.slots)

@@ -1,1 +1,1 @@
-"""The host side: who runs, where keys and values lie, and what every iteration does."""
+"""The host side: scheduling, placement of keys and values, and the work of each iteration."""

@@ -1,11 +1,13 @@
-"""A caller's side of the engine: its requests, and the outputs that wait for it."""
+"""The callers of an engine: their requests, the queues of their outputs, and which of their threads drives it."""
 
 import atexit
 import threading
+import weakref
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from sparsespec_compile.errors import EngineBusyError, EngineFailedError
 from sparsespec_compile.runtime.host.request import Request
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ _EXIT_SECONDS = 30.0
 
 
 class Output(NamedTuple):
-    """What became final of one request in an iteration.
+    """The tokens of one request that became final in an iteration.
 
     Attributes:
         request: whose tokens these are.
@@ -40,12 +42,14 @@ class Client:
     and its outputs were taken; requests submitted later continue it.
 
     Attributes:
+        open_ended: whether the iterator waits for further requests, until the client is closed, instead of ending.
         closed: whether the client was closed, or stopped by `Engine.stop`.
         failure: why the engine dropped this client's requests; None = it did not.
     """
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: "Engine", *, open_ended: bool = False) -> None:
         self._engine = engine
+        self.open_ended = open_ended
         self._outputs: deque[Output] = deque()
         self._live: set[Request] = set()
         self.closed = False
@@ -127,7 +131,7 @@ class Client:
 
 
 class BackgroundDriver:
-    """A daemon thread that keeps an engine going while a client has requests, so that nobody need wait for outputs.
+    """A daemon thread that drives an engine while a client has requests: texts progress without a waiting caller.
 
     Args:
         engine: what to drive.
@@ -138,7 +142,7 @@ class BackgroundDriver:
         self._engine = engine
         self._client = client
         self._thread = threading.Thread(target=self._run, name="sparsespec-engine", daemon=True)
-        # A daemon thread that the interpreter's end meets inside of torch takes the process down.
+        # A daemon thread that is inside torch when the interpreter shuts down crashes the process.
         atexit.register(self._end)
         self._thread.start()
 
@@ -148,7 +152,7 @@ class BackgroundDriver:
                 pass
             self._engine.carry_out_commands()
         except Exception:
-            if self._client.failure is None:  # else whoever waits for the client's outputs is told
+            if self._client.failure is None:  # else the thread that waits for the client's outputs raises it
                 raise
         finally:
             atexit.unregister(self._end)
@@ -156,3 +160,123 @@ class BackgroundDriver:
     def _end(self) -> None:
         self._engine.abandon(self._client)
         self._thread.join(_EXIT_SECONDS)
+
+
+class Turns:
+    """One thread at a time drives: what it does, no other thread does.
+
+    A command of another thread is queued, and the driver carries it out between two iterations. Without a driver, the
+    thread drives for as long as its command takes.
+
+    Args:
+        failed: a method that the driver calls with what interrupted a command. Its object may hold this one.
+
+    Attributes:
+        changed: guards `driver`, and is notified whenever it or the outcome of a command has changed.
+        driver: identifier of the thread that drives; None = none does.
+    """
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        self.changed = threading.Condition()
+        self.driver: int | None = None
+        self._failed = weakref.WeakMethod(failed)
+        self._commands: deque[_Command] = deque()
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread drives."""
+        return self.driver == threading.get_ident()
+
+    @property
+    def commanded(self) -> bool:
+        """Whether commands were not carried out yet."""
+        return bool(self._commands)
+
+    def require_outside(self) -> None:
+        """Raises EngineBusyError in the thread that drives, as in what an iteration calls."""
+        if self.mine:
+            raise EngineBusyError(
+                "This was called from within an iteration, by something that it calls, such as a tokenizer's decode. "
+                "Call it from outside of it."
+            )
+
+    def command(self, action: Callable[[], None]) -> None:
+        """Carry `action` out between two iterations, and raise its error.
+
+        From within an iteration, as by a tokenizer's decode, it is queued and done at the iteration's end.
+        """
+        command, me = _Command(action), threading.get_ident()
+        self._commands.append(command)
+        if self.mine:
+            return
+        try:
+            with self.changed:
+                while not command.done and self.driver is not None:
+                    self.changed.wait()
+                if not command.done:
+                    self.driver = me
+            if self.mine:
+                self._carry_out(me)
+        finally:
+            self.hand_over(me)
+        if command.error is not None:
+            raise command.error
+
+    def leave(self, action: Callable[[], None]) -> None:
+        """Queue `action`, without waiting for it; carry it out if nobody drives. Its error is nobody's."""
+        self._commands.append(_Command(action))
+        me = threading.get_ident()
+        with self.changed:
+            self.changed.notify_all()
+            if self.driver is not None:
+                return  # it is done at the end of the iteration
+            self.driver = me
+        self._carry_out(me)
+
+    def run_commands(self) -> None:
+        """Carry out all commands that have come in. By the driver."""
+        while self._commands:
+            self._commands[0].run()
+            self._commands.popleft()
+            with self.changed:
+                self.changed.notify_all()
+
+    def hand_over(self, me: int) -> None:
+        """Let another thread drive, if this one does."""
+        if self.driver == me:
+            self.driver = None  # without the lock, which an interrupt might keep from being taken
+        with self.changed:
+            self.changed.notify_all()
+
+    def _carry_out(self, me: int) -> None:
+        """Carry out all commands, as the driver, and hand over."""
+        try:
+            self.run_commands()
+        except BaseException as error:
+            failed = self._failed()
+            if failed is not None:
+                failed(error)
+            raise
+        finally:
+            self.hand_over(me)
+
+
+class _Command:
+    """An action to run between two iterations, and its outcome."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self.done = False
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run the action. An `Exception` is kept for the thread that queued the command; anything else propagates."""
+        try:
+            self._action()
+        except Exception as error:
+            self.error = error
+        except BaseException:
+            self.error = EngineFailedError("The thread that carried this call out was interrupted. Call again.")
+            raise
+        finally:
+            self.done = True

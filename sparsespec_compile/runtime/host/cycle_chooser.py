@@ -3,15 +3,20 @@
 Speculation pays where reading the cache takes long, and costs where many requests fill the arithmetic units anyway, or
 where a pass costs much the same whatever it reads. All of this changes as a batch grows, drains and lengthens. So the
 choice follows from how long iterations are predicted and measured to take, and from how many drafts were accepted.
+
+How many n-gram drafts would be accepted is estimated while another drafter, or none, is in use, since a text does not
+depend on its drafter. The host looks n-grams up in texts as they are, and compares what followed with what was written:
+a few tokens of one request at a time, which takes some 0.3 ms.
 """
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.kernels.ops import NGRAM_TOKENS
 from sparsespec_compile.runtime.device.drafters import Cycle, Drafter, cycles_of
 from sparsespec_compile.runtime.host.iteration_times import (
     IterationTime,
@@ -20,9 +25,66 @@ from sparsespec_compile.runtime.host.iteration_times import (
     MeasuredTimes,
     PredictedTimes,
 )
+from sparsespec_compile.runtime.host.request import Request
 
-_FIRST_GUESS = 0.95
-"""Probability that a draft is right, before any was verified: high, so that speculation is tried where it may pay."""
+_TOKENS = 24
+"""Most tokens of a text that one look examines; it examines those that are new since the last one."""
+
+_SEARCHED = 4096
+"""Tokens before them that are searched."""
+
+
+class Foresight:
+    """Tells what `NgramDrafter` would have achieved.
+
+    Args:
+        most: drafts of a cycle.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._turn = 0
+
+    def look(self, requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
+        """(drafts, accepted) of simulated cycles over the latest tokens of the next request in turn."""
+        if not requests:
+            return
+        self._turn = (self._turn + 1) % len(requests)
+        request = requests[self._turn]
+        first = max(request.looked_up, len(request.output) - _TOKENS, 1)
+        request.looked_up = len(request.output)
+        start = max(len(request.prompt) + first - _SEARCHED, 0)
+        text = np.array([*request.prompt[start:], *request.output[max(start - len(request.prompt), 0) :]])
+        newest = len(request.prompt) + first - 1 - start
+        while newest < len(text) - 1:
+            drafts = min(self._most, len(text) - 1 - newest)
+            accepted = right_ngrams(text, newest, drafts)
+            yield drafts, accepted
+            newest += accepted + 1
+
+
+def right_ngrams(text: np.ndarray, newest: int, drafts: int) -> int:
+    """How many tokens after position `newest` equal what `sparsespec::propose_ngrams` proposes there, at most `drafts`.
+
+    Args:
+        text: token ids [n], n > newest + drafts.
+        newest: position of the newest token that the proposal knows.
+        drafts: tokens that are proposed.
+    """
+    places = np.flatnonzero(text[:newest] == text[newest])
+    for back in range(1, NGRAM_TOKENS):
+        further = places[places >= back]
+        further = further[text[further - back] == text[newest - back]]
+        if not len(further):
+            break
+        places = further
+    if not len(places):
+        return 0
+    match = int(places[-1])
+    proposed = text[match + 1 + np.arange(drafts) % (newest - match)]
+    wrong = np.flatnonzero(proposed != text[newest + 1 : newest + 1 + drafts])
+    return int(wrong[0]) if len(wrong) else drafts
+
 
 _GUESS_VERIFIED = 4.0
 """Prior weight, in verified drafts. The pooled acceptance rate is the prior for the first draft of a cycle, as with few
@@ -97,20 +159,21 @@ class CycleChooser:
         most: dict[Drafter, int] = {}
         for cycle in cycles:
             most[cycle.drafter] = max(cycle.drafts, most.get(cycle.drafter, 0))
-        self._acceptance = {drafter: _Acceptance(drafts) for drafter, drafts in most.items()}
+        self._acceptance = {drafter: _Acceptance(drafts, drafter.first_guess) for drafter, drafts in most.items()}
         self._recent: dict[Drafter, deque[float]] = {drafter: deque(maxlen=_RECENT) for drafter in most}
         self._measuring: list[tuple[float, Load]] = []
         self._unsettled = 0
         self._unjudged = 0  # choices that the present cycle is kept for until it was measured
         self._judged = True  # whether it was measured before they ran out
 
-    def verified(self, cycle: Cycle, drafts: int, accepted: int) -> None:
-        """Take note of a verification: of `drafts` drafts, planned in such a cycle, the first `accepted` were right."""
-        self._acceptance[cycle.drafter].verified(drafts, accepted)
+    def verified(self, drafter: Drafter, drafts: int, accepted: int) -> None:
+        """Record a verification: of `drafts` drafts of a drafter the first `accepted` were right."""
+        self._acceptance[drafter].verified(drafts, accepted)
 
     def began(self) -> None:
-        """Other requests: what was measured of a cycle under way is of no use."""
+        """The requests have changed: discard the measurement under way."""
         self._measuring.clear()
+        self._unjudged, self._judged = 0, True
 
     def took(self, seconds: float, lengths: list[int]) -> None:
         """Take note of the time of an iteration in which requests of these cached lengths decoded.
@@ -175,7 +238,8 @@ class CycleChooser:
 class _Acceptance:
     """How many drafts of a drafter are accepted."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, first_guess: float) -> None:
+        self._first_guess = first_guess
         self._hits = np.zeros(most)
         self._tries = np.zeros(most)
 
@@ -187,25 +251,25 @@ class _Acceptance:
         self._tries[:tried] += 1.0
 
     def fade(self) -> None:
-        """Forget a little."""
+        """Decay the counts slightly."""
         self._hits *= _KEPT_UNUSED
         self._tries *= _KEPT_UNUSED
 
     def accepted(self) -> np.ndarray:
         """Expected accepted drafts of 0, 1, ... drafts, and their standard deviation: [2, most + 1]."""
         rates = []
-        right = (self._hits.sum() + _GUESS_VERIFIED * _FIRST_GUESS) / (self._tries.sum() + _GUESS_VERIFIED)
+        right = (self._hits.sum() + _GUESS_VERIFIED * self._first_guess) / (self._tries.sum() + _GUESS_VERIFIED)
         for hits, tries in zip(self._hits.tolist(), self._tries.tolist(), strict=True):
             right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
             rates.append(right)
         rate = np.array(rates)
         expected = np.concatenate([[0.0], np.cumprod(rate).cumsum()])
-        # A rate that is off by a share puts everything behind it off by that share: beta distributions' variances.
+        # A relative error of one rate carries over to every later product. Variances are those of beta distributions.
         share = (1 - rate) / (rate * (self._tries + _GUESS_VERIFIED + 1))
         behind = np.maximum(expected[None, 1:] - expected[:-1, None], 0.0)  # [draft, number of drafts]
         return np.stack([expected, np.concatenate([[0.0], np.sqrt(share @ behind**2)])])
 
 
 def _load(lengths: list[int]) -> Load:
-    """Lengths that are much the same share a prediction, which takes some 0.1 ms."""
+    """The rounded load: similar lengths share a prediction, which takes about 0.1 ms."""
     return Load(round(statistics.fmean(lengths) / _SAME_LENGTH) * _SAME_LENGTH, len(lengths))

@@ -1,4 +1,4 @@
-"""Iterations on their way: what was uploaded for them, and where their results arrive.
+"""Iterations in flight: their uploaded inputs, and the buffers for their results.
 
 The host enqueues an iteration before it knows the results of the one before. So each has its own pinned buffers, which
 are free again once its results were read.
@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from sparsespec_compile.runtime.device.drafters import Cycle
+from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.device.interface import Stream
 from sparsespec_compile.runtime.device.step import Results
-from sparsespec_compile.runtime.device.work import Work
 from sparsespec_compile.runtime.host.request import Request
 
 
@@ -20,15 +20,17 @@ class Frame:
     """One iteration's buffers in host memory.
 
     Attributes:
-        work: the requests that take part, and what they do.
-        cycle: the cycle as of its planning.
+        work: the requests of the iteration, and what each does.
+        cycle: the cycle that was in use when the iteration was planned.
         logprobs: whether its results hold log-probabilities.
+        draft_weights: whether it ran with 8-bit weights.
     """
 
     def __init__(self, stream: Stream, inputs: Tensor, results: Results) -> None:
         self.work: list[tuple[Request, Work]] = []
         self.cycle: Cycle
         self.logprobs = False
+        self.draft_weights = False
         self._stream = stream
         self._upload, self._tokens, self._logprobs = (
             stream.device.host_buffer(tuple(tensor.shape), tensor.dtype)
@@ -83,6 +85,6 @@ class Flight:
         return self._enqueued.popleft()
 
     def give_back(self, frame: Frame) -> None:
-        """Make a frame free."""
+        """Return a frame to the free ones."""
         frame.work = []
         self._free.append(frame)

@@ -28,7 +28,7 @@ _COPIES_AT_ONCE = 64
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
-    """Host memory that can be had without swapping, page cache included, within the limit of the control group.
+    """Host memory available without swapping, page cache included, within the limit of the control group.
 
     Where the system does not say how much is free, as macOS, all memory that there is.
 
@@ -49,6 +49,10 @@ def available_host_bytes(root: Path = Path("/")) -> int:
     return max(available, 0)
 
 
+_SEEN = 8
+"""Iterations after which a transfer is waited for, where ranks must agree on it."""
+
+
 class Transfer:
     """Pages on their way, in one direction.
 
@@ -61,6 +65,7 @@ class Transfer:
         self.device_pages = device_pages
         self.host_pages = host_pages
         self.to_host = to_host
+        self.seen = 0  # times that completion was polled
         self._sent = 0
         self._fence = fence
         self._end: Event | None = None
@@ -78,13 +83,16 @@ class HostTier:
         steps: the stream of the steps that read and write the pool.
         pool: [pages, elements], what moves together in a row.
         pages: pages of host memory at most; 0 = there is no host tier.
+        together: whether ranks that share a model must see the same pages arrive in the same iteration. Then transfers
+            are complete so many calls of `advance` after they began, and host memory is waited for.
 
     Attributes:
         capacity: pages that host memory can hold; falls to what is there when the system gives no more.
     """
 
-    def __init__(self, steps: Stream, pool: Tensor, pages: int) -> None:
+    def __init__(self, steps: Stream, pool: Tensor, pages: int, *, together: bool = False) -> None:
         self.capacity = pages
+        self._together = together
         self._steps = steps
         self._copies = steps.device.stream()
         self._pool = pool
@@ -123,10 +131,11 @@ class HostTier:
         self._free.release(host_pages)
 
     def advance(self) -> Iterator[Transfer]:
-        """Enqueue some more copies; yields the transfers that are complete, in the order in which they began."""
+        """Enqueue further copies; yields the completed transfers, in the order in which they began."""
         if self._steps.device.asynchronous:
-            self._grow(self._longest)  # for who leaves next
-        room = _COPIES_AT_ONCE if self._steps.device.asynchronous else sum(len(t.device_pages) for t in self._moving)
+            self._grow(self._longest)  # ahead of the next offload
+        some = self._steps.device.asynchronous and not self._together
+        room = _COPIES_AT_ONCE if some else sum(len(t.device_pages) for t in self._moving)
         for transfer in self._moving:
             if room and not transfer.enqueued:
                 room -= self._copy(transfer, room)
@@ -147,7 +156,7 @@ class HostTier:
 
     def _begin(self, device_pages: list[int], host_pages: list[int], *, to_host: bool) -> Transfer:
         # Steps under way still write: a leaving request's own tokens, or, into pages that a request which has just
-        # ended gave back, tokens that nobody will read.
+        # ended gave back, tokens that are never read.
         transfer = Transfer(device_pages, host_pages, self._steps.record(), to_host=to_host)
         self._moving.append(transfer)
         return transfer
@@ -165,6 +174,12 @@ class HostTier:
         return last - first
 
     def _complete(self, transfer: Transfer) -> bool:
+        if self._together:
+            transfer.seen += 1
+            if transfer.seen < _SEEN:
+                return False
+            if transfer._end is not None:
+                transfer._end.wait()
         # A request that holds no page yet leaves with nothing to copy.
         return transfer.enqueued and (transfer._end is None or transfer._end.done)
 
@@ -178,11 +193,11 @@ class HostTier:
 
     def _grow(self, count: int) -> None:
         """Take host memory until `count` pages are free: at once, or, by a thread, the next block of it."""
-        self._add_block(wait=False)
+        self._add_block(wait=self._together)
         while self._coming is None and self._free.free < count and self._free.pages < self.capacity:
             pages = min(self._block_pages, self.capacity - self._free.pages)
             self._coming = self._steps.device.host_block((pages, self._pool.shape[1]), self._pool.dtype)
-            self._add_block(wait=False)
+            self._add_block(wait=self._together)
 
     def _add_block(self, *, wait: bool) -> None:
         if self._coming is None or not (wait or self._coming.done()):

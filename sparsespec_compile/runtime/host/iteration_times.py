@@ -1,4 +1,4 @@
-"""How long an iteration takes, by what was predicted and what was measured, or by what was measured alone.
+"""How long an iteration takes, from predictions corrected by measurements, or from measurements alone.
 
 Both ways are Gaussian processes (Rasmussen and Williams 2006, chapter 2): what was measured counts in full where it was
 measured, and fades with the distance from there, in kinds of cycles, lengths and numbers of requests.
@@ -7,7 +7,6 @@ measured, and fades with the distance from there, in kinds of cycles, lengths an
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,7 +51,7 @@ class IterationTimes(ABC):
 
     @abstractmethod
     def expected(self, cycle: Cycle, load: Load) -> float | None:
-        """Seconds that a measurement should not exceed by far; None where nothing is known."""
+        """The expected seconds, to tell outliers by; None where nothing is known."""
 
     @abstractmethod
     def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +63,7 @@ class PredictedTimes(IterationTimes):
     """Corrects a prediction by measurements.
 
     A prediction from bytes and FLOPs is off by a factor, where something else bounds a device, and by some percent
-    besides: by much the same for cycles, lengths and batches that are much the same, and by who knows what for others.
+    besides: by similar factors for similar cycles, lengths and batches, and by unknown factors for others.
     So the logarithm of measured over predicted time is taken for a Gaussian process over them, on top of an unknown
     constant.
 
@@ -88,21 +87,27 @@ class PredictedTimes(IterationTimes):
     NOISE = 0.01
     """That of one measurement."""
 
+    AVERAGED = 4
+    """Measurements of one cycle at much the same load that are averaged, in effect."""
+
     KEPT = 64
-    """Measurements that are kept. What was tried before them is tried again if it may pay."""
+    """Cycles and loads whose measurements are kept. What was tried before them is tried again if it may pay."""
 
     REMEMBERED = 256
     """Predictions that are kept; one takes some 0.1 ms."""
 
     def __init__(self, predicted: IterationTime) -> None:
         self._predicted = lru_cache(self.REMEMBERED)(predicted)
-        self._places: deque[_Place] = deque(maxlen=self.KEPT)
-        self._errors: deque[float] = deque(maxlen=self.KEPT)
+        self._known: dict[tuple[Cycle, int, int], tuple[_Place, float, int]] = {}  # with error and count
 
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
-        self._places.append(_place(cycle, load))
-        self._errors.append(math.log(seconds / self.expected(cycle, load)))
+        key, error = _key(cycle, load), math.log(seconds / self.expected(cycle, load))
+        _, mean, count = self._known.pop(key, (None, error, 0))
+        count = min(count + 1, self.AVERAGED)
+        self._known[key] = _place(cycle, load), mean + (error - mean) / count, count
+        if len(self._known) > self.KEPT:
+            del self._known[next(iter(self._known))]
 
     def expected(self, cycle: Cycle, load: Load) -> float:
         """The prediction."""
@@ -111,29 +116,30 @@ class PredictedTimes(IterationTimes):
     def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a mean iteration of each cycle [n], and the standard deviation of their logarithm [n]."""
         predicted = np.array([self.expected(cycle, load) for cycle in cycles])
-        if not self._places:
+        if not self._known:
             return predicted, np.full(len(cycles), self.ERROR)
-        factor = (statistics.fmean(self._errors) ** 2 / self.FACTOR) ** 2
+        places, errors, counts = zip(*self._known.values(), strict=True)
+        factor = (statistics.fmean(errors) ** 2 / self.FACTOR) ** 2
 
         def likeness(one: _Places, other: _Places) -> np.ndarray:
             shared = factor * np.where(one.same_drafter(other), 1.0, self.SHARED)
             return shared + self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
 
-        asked, known = _Places([_place(cycle, load) for cycle in cycles]), _Places(self._places)
-        noise = np.full(len(self._places), self.NOISE**2)
-        error, deviation = _regress(likeness, known, np.array(self._errors), noise, asked, factor + self.ERROR**2)
+        asked, known = _Places([_place(cycle, load) for cycle in cycles]), _Places(places)
+        noise = self.NOISE**2 / np.array(counts)
+        error, deviation = _regress(likeness, known, np.array(errors), noise, asked, factor + self.ERROR**2)
         return predicted * np.exp(error), deviation
 
 
 class MeasuredTimes(IterationTimes):
-    """Knows nothing but measurements, and that draft iterations may save what they do not read.
+    """Estimates from measurements alone, with a prior that drafts may save the reads that they leave out.
 
     The logarithm of seconds is what all cycles have in common at a load, of which nothing is known beforehand, plus,
-    for cycles with drafts, what verifying adds and what draft iterations save. That is in proportion to their share of
-    a cycle, so that one number of drafts tells of all others, and at most in proportion to the positions that they
-    leave out, so that nothing is tried where the cache is short. How much it is, must be measured: nothing where a
-    pass takes as long whatever it reads, as that of a small model on a CPU. The device's own speed drifts, as others
-    use it too: cycles are compared by what was measured at much the same time.
+    for cycles with drafts, what verifying adds, what draft iterations save and what rows cost where all verify. What is
+    saved is in proportion to the share of a cycle that drafts, so that one number of drafts tells of all others, and at
+    most in proportion to the positions that are left out, so that nothing is tried where the cache is short. How much
+    it is, must be measured: nothing where a pass takes as long whatever it reads, as that of a small model on a CPU.
+    The device's own speed drifts, as others use it too: cycles are compared by what was measured at much the same time.
     """
 
     COMMON = 2.0
@@ -144,6 +150,10 @@ class MeasuredTimes(IterationTimes):
 
     SAVING = 0.5
     """Standard deviation of what draft iterations that read nothing would take off the logarithm, or add to it."""
+
+    ROWS = 0.2
+    """Expected addition to the logarithm for each factor of two in the rows of an iteration without draft iterations,
+    and its standard deviation: about 0 on a GPU, 0.5 on a CPU."""
 
     ERROR = 0.05
     """Standard deviation of everything else."""
@@ -176,7 +186,7 @@ class MeasuredTimes(IterationTimes):
 
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
-        key = self._key(cycle, load)
+        key = _key(cycle, load)
         self._now += 1
         _, mean, count = self._known.pop(key, (None, math.log(seconds), 0))
         count = min(count + 1, self.AVERAGED)
@@ -189,7 +199,7 @@ class MeasuredTimes(IterationTimes):
 
     def expected(self, cycle: Cycle, load: Load) -> float | None:
         """What was measured of this cycle at much the same load; None where nothing was."""
-        known = self._known.get(self._key(cycle, load))
+        known = self._known.get(_key(cycle, load))
         return None if known is None else math.exp(known[1])
 
     def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +209,7 @@ class MeasuredTimes(IterationTimes):
         The deviation is 0 where nothing shall be tried to find out: before anything was measured, and for more than
         `STRIDE` times as many drafts as were, whose trial would take long.
         """
-        _, length, requests = self._key(cycles[0], load)
+        _, length, requests = _key(cycles[0], load)
         if (length, requests) not in self._estimates:
             self._estimates[length, requests] = self._new_estimate(cycles, load)
         return self._estimates[length, requests]
@@ -212,26 +222,27 @@ class MeasuredTimes(IterationTimes):
         within = [bool(self._known) and cycle.drafts <= self.STRIDE * tried[cycle.drafter] for cycle in cycles]
         return np.exp(mean), deviation * within
 
-    @staticmethod
-    def _key(cycle: Cycle, load: Load) -> tuple[Cycle, int, int]:
-        return cycle, round(8 * math.log2(load.length + _SHORT)), load.requests
-
     def _posterior(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
         asked = _Places([_place(cycle, load)._replace(time=self._now) for cycle in cycles])
         prior = self._variance(asked)
         if not self._known:
-            return self.VERIFYING * asked.drafting, np.sqrt(prior)
+            return self._expected_above(asked), np.sqrt(prior)
         places, seconds, counts = zip(*self._known.values(), strict=True)
         known, level = _Places(places), statistics.fmean(seconds)
         noise = self.NOISE**2 / np.array(counts)
-        above = np.array(seconds) - level - self.VERIFYING * known.drafting
+        above = np.array(seconds) - level - self._expected_above(known)
         mean, deviation = _regress(self._likeness, known, above, noise, asked, prior)
-        return level + self.VERIFYING * asked.drafting + mean, deviation
+        return level + self._expected_above(asked) + mean, deviation
+
+    def _expected_above(self, places: "_Places") -> np.ndarray:
+        """Logarithm of seconds over plain decoding's, before anything is known."""
+        return self.VERIFYING * places.drafting + self.ROWS * places.rows
 
     def _likeness(self, one: "_Places", other: "_Places") -> np.ndarray:
         near = np.exp(-0.5 * (one.load_distance(other) / _OCTAVES) ** 2)  # times change smoothly with the load
         alike = one.same_drafter(other) * np.outer(one.drafting, other.drafting)
         spent = self.VERIFYING**2 + self.SAVING**2 * np.outer(one.saving, other.saving)
+        spent = spent + self.ROWS**2 * np.outer(one.rows, other.rows)
         apart = np.abs(one.time[:, None] - other.time[None])
         drift = self.DRIFT**2 * np.exp(-apart / self.DRIFTING)
         spent = spent * np.exp(-apart / self.LASTING)
@@ -239,18 +250,33 @@ class MeasuredTimes(IterationTimes):
         return (self.COMMON**2 + alike * spent) * near + drift + error
 
     def _variance(self, places: "_Places") -> np.ndarray:
-        spent = places.drafting * (self.VERIFYING**2 + self.SAVING**2 * places.saving**2)
+        spent = self.VERIFYING**2 + self.SAVING**2 * places.saving**2 + self.ROWS**2 * places.rows**2
+        spent = places.drafting * spent
         return self.COMMON**2 + spent + self.DRIFT**2 + self.ERROR**2
 
 
+def _key(cycle: Cycle, load: Load) -> tuple[Cycle, int, int]:
+    """What measurements that are averaged have in common: the cycle, the length to an eighth of an octave, requests."""
+    return cycle, round(8 * math.log2(load.length + _SHORT)), load.requests
+
+
 class _Place(NamedTuple):
-    """Where a measurement stands among all that there could be."""
+    """The coordinates of a measurement.
+
+    Attributes:
+        drafter: its name.
+        drafts, length, requests: as factors of two; of drafts + 1.
+        saving: share of the positions that a cycle leaves out.
+        rows: factors of two in the rows of an iteration, where cycles have no draft iterations.
+        time: number of the measurement.
+    """
 
     drafter: str
     drafts: float
     length: float
     requests: float
     saving: float
+    rows: float
     time: float = 0.0
 
 
@@ -263,6 +289,7 @@ def _place(cycle: Cycle, load: Load) -> _Place:
         math.log2(load.length + _SHORT),
         math.log2(load.requests),
         left_out * cycle.passes / (cycle.passes + 1),
+        math.log2(cycle.proposed + 1),
     )
 
 
@@ -273,7 +300,7 @@ class _Places:
         names, *columns = zip(*places, strict=True)
         self.drafter = np.array(names)
         self.drafting = (self.drafter != NoDrafter.name).astype(float)
-        self._drafts, length, requests, self.saving, self.time = np.array(columns)
+        self._drafts, length, requests, self.saving, self.rows, self.time = np.array(columns)
         self._load = np.stack([length, requests])
 
     def same_drafter(self, other: "_Places") -> np.ndarray:

@@ -1,8 +1,8 @@
 """The KV cache: which request holds which pages, on the device and in host memory.
 
-A page of the pool belongs to one group of layers (`KVLayout.groups`) and is counted: several requests may hold it. A
-request has a page table for each group. It takes pages as its text grows, and in groups with a sliding window it gives
-back the pages that no later row can see.
+A page of the pool belongs to one group of layers (`KVLayout.groups`) and is counted: requests whose texts begin alike
+hold the same pages (`PrefixCache`). A request has a page table for each group. It takes pages as its text grows, and in
+groups with a sliding window it gives back the pages that no later row can see.
 
 Without a host tier a request is admitted when the pool could hold it and all others at their largest. With one, many
 more are admitted; when the pool runs low, the youngest request leaves for host memory whole, and requests return first
@@ -13,14 +13,17 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from sparsespec_compile.passes.layout import KVLayout, LayerGroup
-from sparsespec_compile.runtime.device.work import PageUpdate
+from sparsespec_compile.runtime.device.inputs import PageUpdate
 from sparsespec_compile.runtime.host.host_tier import HostTier, Transfer
-from sparsespec_compile.runtime.host.page_pool import PagePool
+from sparsespec_compile.runtime.host.page_pool import PagePool, PrefixCache
 from sparsespec_compile.runtime.host.request import PageTable, Place, Request
 
 _UNREAD_CYCLES = 4
 """Cycles of tokens by which a row may stand beyond what the host knows to be verified: of two iterations under way, of
 the one that is planned, and of drafts."""
+
+_DIGESTED_TOKENS = 2**15
+"""Prompt tokens whose pages get keys in one iteration, one prompt more or less: some 3 ms."""
 
 _RESERVED_CYCLES = 3
 """Cycles of tokens that a request on the device may add while another one leaves."""
@@ -36,19 +39,30 @@ class KVCacheManager:
         updates: page-table entries that one iteration can change.
         cycle_tokens: tokens that a cycle can add to a request, k + 1.
         prefill_chunk: prompt tokens that one iteration can add to a request.
+        prefix_caching: whether requests whose texts begin alike share pages.
 
     Attributes:
         pool: the pool's pages, counted.
         updates: page-table entries that the iteration under way changes.
+        taken: requests that were given the K/V of their first `prefilled` prompt tokens in the iteration under way.
         pages_offloaded: pages that were sent to host memory.
     """
 
     def __init__(
-        self, layout: KVLayout, pages: int, tier: HostTier, *, updates: int, cycle_tokens: int, prefill_chunk: int
+        self,
+        layout: KVLayout,
+        pages: int,
+        tier: HostTier,
+        *,
+        updates: int,
+        cycle_tokens: int,
+        prefill_chunk: int,
+        prefix_caching: bool = True,
     ) -> None:
         self.pool = PagePool(pages)
         self.tier = tier
         self.updates: list[PageUpdate] = []
+        self.taken: list[Request] = []
         self.pages_offloaded = 0
         self._layout = layout
         self._most_updates = updates
@@ -56,6 +70,9 @@ class KVCacheManager:
         self._prefill_chunk = prefill_chunk
         self._moving: dict[Transfer, Request] = {}
         self._offloaded: deque[Request] = deque()
+        self._prefixes = PrefixCache(layout, self.pool) if prefix_caching else None
+        self._weights = 0  # number of changes
+        self._digested = 0  # prompt tokens whose pages got keys in the iteration under way
 
     @property
     def moving(self) -> bool:
@@ -71,7 +88,7 @@ class KVCacheManager:
         return sum(self._at_most(request, group, request.max_length) for group in self._layout.groups)
 
     def admit(self, request: Request, residents: Iterable[Request]) -> bool:
-        """Admit a request if there is room for one more beside `residents`; whether it was."""
+        """Admit a request if there is room for one more beside `residents`; returns whether it was admitted."""
         if self.tier.capacity == 0:
             admitted = sum(map(self.largest, residents)) + self.largest(request) <= self.pool.pages
         else:
@@ -79,6 +96,7 @@ class KVCacheManager:
         if admitted:
             request.place = Place.DEVICE
             request.page_tables = tuple(PageTable() for _ in self._layout.groups)
+            request.weights = self._weights
         return admitted
 
     def begin_iteration(self, residents: list[Request]) -> None:
@@ -87,7 +105,7 @@ class KVCacheManager:
         Args:
             residents: requests with a slot, the oldest first.
         """
-        self.updates = []
+        self.updates, self.taken, self._digested = [], [], 0
         for transfer in self.tier.advance():
             self._arrive(transfer)
         if self.tier.capacity == 0:
@@ -102,6 +120,58 @@ class KVCacheManager:
                 break
             leaving += youngest.pages_held
             reserve -= self._missing(youngest)
+
+    def take_prefix(self, request: Request, coming: set[bytes]) -> bool:
+        """Give a request whose prompt was not begun the pages that hold the beginning of it already.
+
+        The last k + 1 tokens are always computed, so that pillars are chosen by the scores of these rows.
+
+        Args:
+            request: on the device; its prompt is still to be sent, or in part.
+            coming: keys of the pages that prompts before it are about to compute; this one's are added.
+
+        Returns:
+            False when another prompt is about to compute its next page: the request must wait to share it. Or the pages
+            of so many prompts got keys in this iteration that it must wait for its own.
+        """
+        if self._prefixes is None:
+            return True
+        keys = request.page_keys
+        if request.awaited in coming:
+            return False
+        if not keys and self._digested >= _DIGESTED_TOKENS:
+            return False
+        known = len(keys)
+        self._prefixes.extend_keys(keys, request.prompt)
+        self._digested += (len(keys) - known) * self._layout.page_size
+        if not request.prefilled:
+            most = max(0, len(request.prompt) - self._cycle_tokens) // self._layout.page_size
+            found = self._prefixes.find(keys, most)
+            if found < most and keys[found] in coming:
+                request.awaited = keys[found]
+                return False
+            if found:
+                request.page_tables = self._prefixes.take(keys, found)
+                request.prefilled = request.stats.cached_tokens = found * self._layout.page_size
+                self.taken.append(request)
+        coming.update(keys[request.prefilled // self._layout.page_size :])
+        return True
+
+    def keep_prefix(self, request: Request, tokens: int) -> None:
+        """Publish the pages of a request's first `tokens` tokens, whose K/V are exact from the next iteration on."""
+        if self._prefixes is None or request.weights != self._weights:
+            return
+        pages = tokens // self._layout.page_size
+        if len(request.page_keys) < pages:
+            self._prefixes.extend_keys(request.page_keys, (request.prompt + request.output)[:tokens])
+        self._prefixes.keep(request.page_keys, request.page_tables, request.kept_pages, pages)
+        request.kept_pages = pages
+
+    def forget_prefixes(self) -> None:
+        """Make all pages computed so far unfindable, as after a change of the weights."""
+        self._weights += 1
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
     def cover(self, request: Request, tokens: int) -> bool:
         """Give `request` pages for the positions below `tokens` that its rows may read or write, and table them.
@@ -122,7 +192,8 @@ class KVCacheManager:
         if request in self._offloaded:
             self._offloaded.remove(request)
         if request.place is Place.DEVICE:
-            self.pool.release(request.all_pages())
+            self.keep_prefix(request, request.cached)
+            self.pool.release(reversed(request.all_pages()))  # the end of a text is evicted before its beginning
         elif request.place is Place.HOST:
             self.tier.release(request.all_pages())
         elif request.place is not Place.NOWHERE:
@@ -142,7 +213,7 @@ class KVCacheManager:
     def _extend(self, request: Request, number: int, table: PageTable, group: LayerGroup, needed: int) -> bool:
         """Hold and table the pages of one group up to `needed`, as far as pages and entries suffice."""
         if group.window:
-            # Rows stand at `request.cached` or later, and see this far back.
+            # Rows are at position `request.cached` or later, and attend this far back.
             self.pool.release(table.drop_before((request.cached - group.window + 1) // self._layout.page_size))
         missing = needed - table.end
         if missing > 0:
@@ -216,8 +287,11 @@ class KVCacheManager:
             self.tier.release(transfer.host_pages)
             request.place, pages = Place.DEVICE, transfer.device_pages
         _lay_out(request.page_tables, pages)
+        request.kept_pages = 0  # other pages hold its text now, of which nobody knows
         if request.slot < 0:  # it ended, or was cancelled, on the way
             self.release(request)
+        elif request.place is Place.DEVICE:
+            self.keep_prefix(request, request.cached)
 
 
 def most_pages(layout: KVLayout, length: int, cycle_tokens: int, prefill_chunk: int) -> int:
@@ -228,7 +302,7 @@ def most_pages(layout: KVLayout, length: int, cycle_tokens: int, prefill_chunk: 
 
 
 def _lay_out(tables: Sequence[PageTable], pages: list[int]) -> None:
-    """Give tables other pages, as many as they have, in the order of `Request.all_pages`; they are tabled anew."""
+    """Replace the pages of a request's tables, in the order of `Request.all_pages`, and mark them for upload."""
     at = 0
     for table in tables:
         count = len(table.pages)
@@ -238,4 +312,4 @@ def _lay_out(tables: Sequence[PageTable], pages: list[int]) -> None:
 
 
 def _forget(request: Request) -> None:
-    request.place, request.page_tables = Place.NOWHERE, ()
+    request.place, request.page_tables, request.kept_pages = Place.NOWHERE, (), 0

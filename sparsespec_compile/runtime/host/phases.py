@@ -160,11 +160,11 @@ class Phases:
         open_phases = open_phases or list(used)
         if self.schedule == "random":
             return self._random.choice(open_phases)
-        # Among equals the one that leaves the longest first cycle.
+        # Break ties in favour of the longest first cycle.
         return min(open_phases, key=lambda phase: (loads[phase], -((phase - self.at(now) - 1) % self.count)))
 
     def _most(self, requests: int) -> int:
-        """Requests of a phase, of so many in all: unequal lengths must not make one that exceeds the rows."""
+        """Most requests of a phase, of all of them: unequal lengths must not make a phase exceed the rows."""
         if self.schedule != "grouped" or self.count == 1:
             return self.most
         return min(self.most, max(_group(self.count - 1, requests), -(-requests // self.count)))

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from sparsespec_compile.runtime.device.drafters import Drafter
+from sparsespec_compile.runtime.device.processing import Processing, RowProcessors
 from sparsespec_compile.runtime.device.sampling import DrawParams
 
 StopCheck = Callable[[list[int]], bool]
@@ -37,7 +39,7 @@ class PageTable:
 
     @property
     def end(self) -> int:
-        """Logical page behind the last one held."""
+        """The logical page after the last one held."""
         return self.first + len(self.pages)
 
     def drop_before(self, page: int) -> list[int]:
@@ -72,12 +74,16 @@ class RequestStats:
         target_passes: full-attention passes that it took part in; plain decoding needs one a token.
         cycles: verifications of k drafts; shorter cycles are not counted.
         accepted: drafts accepted in these cycles.
-        first_token_seconds, seconds: from its submission to its first token and to its end; NaN before.
+        cached_tokens: prompt tokens that were not computed, because the pool held their K/V already.
+        admitted_seconds, first_token_seconds, seconds: from its submission to its first iteration, its first token and
+            its end; NaN before.
     """
 
     target_passes: int = 0
     cycles: int = 0
     accepted: int = 0
+    cached_tokens: int = 0
+    admitted_seconds: float = math.nan
     first_token_seconds: float = math.nan
     seconds: float = math.nan
 
@@ -98,6 +104,8 @@ class Request:
         stop_tokens: the text ends with the first of these, which is part of it.
         stop_check: asked after each token; None = stop tokens and length alone end the text.
         logprobs: whether `output_logprobs` is wanted.
+        processing: what is done to its logits on the device; None = nothing.
+        processors: functions that its logits go through one row at a time; None = there are none.
         output: the tokens that are final so far.
         output_logprobs: natural log-probabilities of `output` under the model itself.
         finish_reason: why `output` is complete; None = it is not.
@@ -106,10 +114,16 @@ class Request:
         place: where its K/V are.
         page_tables: for each group of layers, the pages of the pool that it holds, or those that hold it in host
             memory.
-        prefilled: prompt tokens that were sent to the device.
+        prefilled: prompt tokens that were sent to the device, or whose K/V were there.
+        page_keys: `PrefixCache` keys of the first full pages of its text.
+        kept_pages: full pages of its text that others can find.
+        awaited: key of the page that another prompt was about to compute when it was last held back for it.
+        weights: how often weights had changed when it was admitted: what it has computed before a change is not kept.
         phase: it verifies in the iterations for which `Phases.at` gives this; None before.
         drafted: drafts of the cycle under way.
+        drafter: the drafter of the planned drafts; None before the first.
         fresh: whether its pillars are from its last verification.
+        looked_up: tokens of `output` in which n-grams were looked up (`Foresight`).
         unread: rows of its verifications whose results were not read yet.
         pillars, recent_start: as far as results have been read, how many pillars its drafts read, and the position from
             which on they read everything.
@@ -122,6 +136,8 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     stop_check: StopCheck | None = None
     logprobs: bool = False
+    processing: Processing | None = None
+    processors: RowProcessors | None = None
     output: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -130,9 +146,15 @@ class Request:
     place: Place = Place.NOWHERE
     page_tables: tuple[PageTable, ...] = ()
     prefilled: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
+    kept_pages: int = 0
+    awaited: bytes | None = None
+    weights: int = 0
     phase: int | None = None
     drafted: int = 0
+    drafter: Drafter | None = None
     fresh: bool = False
+    looked_up: int = 0
     unread: int = 0
     pillars: int = 0
     recent_start: int = 0
@@ -142,6 +164,19 @@ class Request:
     def finished(self) -> bool:
         """Whether `output` is complete."""
         return self.finish_reason is not None
+
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """What it asks for, but for its seed."""
+        stops = sorted(self.stop_tokens)
+        own = () if self.processors is None else [type(one).__name__ for one in self.processors.processors]
+        asked = self.prompt, self.max_new_tokens, replace(self.params, seed=0), stops, self.logprobs
+        return *asked, self.processing, own
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether its tokens are drawn from the logits of all tokens, and not from the best of each part."""
+        return self.params.filtered or self.processing is not None or self.processors is not None
 
     @property
     def max_length(self) -> int:
@@ -187,12 +222,12 @@ class Request:
         return self.output[before:]
 
     def cancel(self) -> None:
-        """End it where it stands, unless it has ended."""
+        """End the text at its present length, unless it has ended."""
         if not self.finished:
             self.finish_reason = FinishReason.CANCELLED
 
     def fail(self, error: Exception) -> None:
-        """End it where it stands, because of `error`."""
+        """End the text at its present length, because of `error`."""
         self.error = error
         self.finish_reason = FinishReason.ERROR
 

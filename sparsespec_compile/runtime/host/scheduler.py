@@ -1,4 +1,4 @@
-"""Who runs, and who does what in an iteration.
+"""Which requests run, and what each does in an iteration.
 
 Drafting, verifying and prefilling requests share a batch (paper, unified batch scheduling). What a request does follows
 from its admission and its phase alone, never from what was accepted: an iteration is planned while earlier ones run.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.device.drafters import Cycle
-from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.host.phases import Phases
 from sparsespec_compile.runtime.host.request import FinishReason, Place, Request
@@ -85,7 +85,7 @@ class Scheduler:
         return work
 
     def set_cycle(self, cycle: Cycle) -> None:
-        """Give requests other cycles; those under way end sooner or later than they would have."""
+        """Change the cycle of all requests; cycles under way become shorter or longer."""
         if cycle != self.cycle:
             self.cycle = cycle
             decoding = [request for request in self.running if request.phase is not None]
@@ -97,7 +97,7 @@ class Scheduler:
         self.phases.rebalance(self.running)
 
     def cancel(self, request: Request) -> None:
-        """Take a request that has ended back, wherever it is."""
+        """Remove a request that has ended, whether it was running or waiting."""
         if request in self.running:
             self.release(request)
         elif request in self.waiting:
@@ -139,22 +139,29 @@ class Scheduler:
         full = scores and self._scored >= self.limits.scored - self._kept
         if due and full and drafts < longest and not stale:
             due = False
-        rows = max(drafts, cycle.proposed) + 1
+        rows = (drafts or cycle.proposed) + 1
         if not self.kv_cache.cover(request, min(request.max_length, request.reach + rows)):
             return None
         if not due:
-            request.drafted += 1
+            request.drafted, request.drafter = drafts + 1, cycle.drafter
             return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
         # Where the score buffer is full, the old pillars serve for one cycle more.
         scored = self._take_scores(rows) if scores and not full else 0
-        request.drafted, request.unread = 0, request.unread + rows
-        whole = rows - 1 == cycle.drafts > 0
+        # In the first cycle of a drafter that proposes, the tokens after the newest one are not drafts yet.
+        drafter = request.drafter if drafts or request.drafter == cycle.drafter else None
+        whole = drafter == cycle.drafter and rows - 1 == cycle.drafts > 0
+        request.drafted, request.drafter, request.unread = 0, cycle.drafter, request.unread + rows
         request.fresh = scored > 0 or (scores and request.fresh)
-        return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, whole_cycle=whole)
+        return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, drafter=drafter, whole_cycle=whole)
 
     def _prefill(self, prompts: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk
+        coming: set[bytes] = set()
         for request in prompts:
+            if not left:  # what others have computed is looked for when it is this one's turn
+                return
+            if not self.kv_cache.take_prefix(request, coming):
+                continue
             first = request.prefilled
             rows = min(left, len(request.prompt) - first)
             last = first + rows == len(request.prompt)
@@ -165,6 +172,7 @@ class Scheduler:
                 continue
             left -= rows
             request.prefilled = first + rows
+            self.kv_cache.keep_prefix(request, request.prefilled)
             tokens = request.prompt[first : first + rows]
             if not last:
                 yield request, Work(request.slot, Mode.PREFILL, rows=rows, offset=first, tokens=tokens)
@@ -172,7 +180,7 @@ class Scheduler:
             request.phase = self.phases.choose(self.running, self.iteration)
             self.phases.rebalance(self.running)
             scored = self._take_scores(min(self.cycle.drafts + 1, rows)) if self.cycle.drafter.keeps_index else 0
-            request.fresh = scored > 0
+            request.fresh, request.drafter = scored > 0, self.cycle.drafter
             yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
 
     def _take_scores(self, rows: int) -> int:

@@ -8,28 +8,34 @@ accepted.
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import EngineStalledError, PoolTooSmallError
+from sparsespec_compile.kernels.launch import Promise
 from sparsespec_compile.kernels.ops import Mode
-from sparsespec_compile.runtime.device.drafters import Drafter, cycles_of
+from sparsespec_compile.runtime.device.drafters import Drafter, NgramDrafter, cycles_of
 from sparsespec_compile.runtime.device.graphs import StepRunner
-from sparsespec_compile.runtime.device.inputs import InputPacker
+from sparsespec_compile.runtime.device.inputs import InputPacker, Work
 from sparsespec_compile.runtime.device.interface import Stream
+from sparsespec_compile.runtime.device.processing import NOTHING, no_token_left
 from sparsespec_compile.runtime.device.state import State
-from sparsespec_compile.runtime.device.step import Variant
-from sparsespec_compile.runtime.device.work import Work, promise_of
+from sparsespec_compile.runtime.device.step import NO_TOKEN, Step
+from sparsespec_compile.runtime.device.weights import WeightsRecord
 from sparsespec_compile.runtime.host.client import Output
-from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser, Foresight
 from sparsespec_compile.runtime.host.frames import Flight
 from sparsespec_compile.runtime.host.host_tier import HostTier
 from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.host.phases import GROUPED_ROWS, Phases
+from sparsespec_compile.runtime.host.ranks import AgreedChooser, Agreement
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
-from sparsespec_compile.runtime.host.stats import Stats, StatsRecorder
+from sparsespec_compile.runtime.host.stats import Occupancy, Stats, StatsRecorder
 
 _CHOICE_EVERY = 16
 """Iterations between two choices of the cycle."""
@@ -47,7 +53,9 @@ class Session:
         stream: what it runs on.
         tier: where requests go when the pool is full.
         drafters: whose state the step keeps up.
+        weights: notices that K/V computed before are no longer the model's.
         chooser: chooses the cycle as requests run; None = it stays as it is.
+        agreement: with the ranks that share the model; None = it is whole.
     """
 
     def __init__(
@@ -57,14 +65,20 @@ class Session:
         stream: Stream,
         tier: HostTier,
         drafters: Sequence[Drafter],
-        chooser: CycleChooser | None = None,
+        weights: WeightsRecord,
+        chooser: CycleChooser | AgreedChooser | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self._config = config
         self._runner = runner
         self._stream = stream
         self._tier = tier
         self._drafters = tuple(drafters)
+        self._weights = weights
         self._chooser = chooser
+        self._agreement = agreement
+        self._ngrams = next((drafter for drafter in drafters if isinstance(drafter, NgramDrafter)), None)
+        self._foresight = Foresight(config.most_draft_tokens)
         self._inputs = runner.step.inputs
         self._packer = InputPacker(self._inputs.sizes)
         self._recorder = StatsRecorder(runner.step.state.layout, config)
@@ -73,6 +87,7 @@ class Session:
         self._landed_at = math.nan
         self._idle_iterations = 0
         self._added: dict[Request, float] = {}
+        self._processed_slots: set[int] = set()
 
     @property
     def busy(self) -> bool:
@@ -80,13 +95,20 @@ class Session:
         return self._scheduler.busy or len(self._flight) > 0
 
     @property
-    def pool_share(self) -> float:
-        """Share of the pool's pages in use."""
-        pool = self._scheduler.kv_cache.pool
-        return 1 - pool.free / max(pool.pages, 1)
+    def occupancy(self) -> Occupancy:
+        """What there is at present; may be read while another thread drives."""
+        scheduler, page = self._scheduler, self.state.pool
+        pool, cycle = scheduler.kv_cache.pool, scheduler.cycle
+        return Occupancy(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pool_share=1 - pool.free / max(pool.pages, 1),
+            host_bytes=self._tier.held * page.shape[1] * page.itemsize,
+            cycle=(cycle.drafter.name, cycle.drafts),
+        )
 
     def restart(self) -> Stats:
-        """Count anew, for requests to come; nothing is running. Returns the new counts, which go on changing."""
+        """Begin new counts, while nothing is running. Returns them; they go on changing."""
         self._recorder = StatsRecorder(self.state.layout, self._config)
         self._landed_at, self._idle_iterations = math.nan, 0
         self._scheduler.kv_cache.pages_offloaded = 0
@@ -117,16 +139,22 @@ class Session:
                 "or pool_tokens. (A text beyond the model's positions may start while no other is running.)"
             )
 
-    def prepare(self, requests: int) -> None:
-        """Capture the steps that so many more requests will need, where steps are captured.
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Prepare for further requests: capture the steps that they will need, where steps are captured.
 
         Raises:
             PoolTooSmallError: there is no memory for them.
         """
+        drafts = self._runner.step.drafts
+        if drafts is not None and not self._scheduler.busy:  # parameters are changed between generations
+            drafts.copies.outdate()
+        self._forget_what_weights_have_changed()
         waiting = len(self._scheduler.running) + len(self._scheduler.waiting)
-        slots = min(self._scheduler.limits.slots, waiting + requests)
-        with self._stream.active():  # captures clear the steps' inputs, behind the steps under way
-            self._runner.prepare(slots, decoding_rows(slots, self._config))
+        slots = min(self._scheduler.limits.slots, waiting + len(requests))
+        with self._stream.active():  # captures clear the steps' inputs, after the steps under way
+            filters = any(request.needs_whole_rows for request in requests)
+            processing = [request.processing for request in requests if request.processing is not None]
+            self._runner.prepare(decoding_rows(slots, self._config), filters=filters, processing=processing)
 
     def add(self, request: Request) -> None:
         """Queue a request for which there is room."""
@@ -144,12 +172,15 @@ class Session:
         """Enqueue one iteration and read the results of the one that has been under way longest, if it is time.
 
         Raises:
-            EngineStalledError: nothing has come forward for too many iterations.
+            EngineStalledError: too many iterations have made no progress.
         """
         started = time.perf_counter()
         for request in self._scheduler.admit():
             self._packer.admit(request.slot, request.max_length, request.params)
+            self._place_processing(request)
+            request.stats.admitted_seconds = started - self._added[request]
         work = self._scheduler.plan()
+        self._place_taken()
         outputs: list[Output] = []
         if work or self._scheduler.kv_cache.updates:
             outputs += self._enqueue(work)
@@ -161,6 +192,11 @@ class Session:
             outputs += self._unblock()
         self._watch(work, outputs)
         return outputs
+
+    @property
+    def step(self) -> Step:
+        """What its iterations run."""
+        return self._runner.step
 
     @property
     def state(self) -> State:
@@ -189,6 +225,10 @@ class Session:
         self._scheduler = self._new_scheduler()
         self._added.clear()
 
+    def forget_prefixes(self) -> None:
+        """Let no page be found by later requests."""
+        self._scheduler.kv_cache.forget_prefixes()
+
     def shut_down(self) -> None:
         """Wait for everything that was enqueued, before the memory of state and host tier is given back."""
         self._stream.record().wait()
@@ -208,6 +248,7 @@ class Session:
             updates=self._inputs.sizes.updates,
             cycle_tokens=config.most_draft_tokens + 1,
             prefill_chunk=config.prefill_chunk,
+            prefix_caching=config.prefix_caching,
         )
         phases = Phases(limits.cycle.passes, config.schedule, scored)
         scheduler = Scheduler(limits, kv_cache, phases)
@@ -228,26 +269,72 @@ class Session:
                 "report it with the settings. The model can be used again."
             )
 
+    def _forget_what_weights_have_changed(self) -> None:
+        """Make pages of other weights unfindable. While requests run, only versions of tensors are compared."""
+        if not self._config.prefix_caching:
+            return
+        running = self._scheduler.busy
+        with nullcontext() if running else self._stream.active():
+            changed = self._weights.changed(look_inside=not running)
+        if self._agreement is not None:  # weights of which one rank alone holds what has changed
+            changed = self._agreement.least(int(not changed)) == [0]
+        if changed:
+            self.forget_prefixes()
+
+    def _place_taken(self) -> None:
+        """Place the prompt tokens whose K/V are there already; the others come with their rows."""
+        for request in self._scheduler.kv_cache.taken:
+            count = request.stats.cached_tokens
+            tokens = self._stream.device.host_buffer((count,), torch.int64)
+            tokens.copy_(torch.tensor(request.prompt[:count], device="cpu"))
+            self._stream.copy((self.state.tokens[request.slot, :count], tokens))
+            self._recorder.stats.cached_tokens += count
+
+    def _place_processing(self, request: Request) -> None:
+        """Place what is done to its logits; a slot whose former owner asked for something must do nothing again."""
+        if request.processing is None and request.slot not in self._processed_slots:
+            return
+        row = (request.processing or NOTHING).row()
+        values = self._stream.device.host_buffer(row.shape, torch.int32)
+        values.numpy()[:] = row
+        self._stream.copy((self.state.processing[request.slot], values))
+        (self._processed_slots.discard if request.processing is None else self._processed_slots.add)(request.slot)
+
     def _enqueue(self, work: list[tuple[Request, Work]]) -> list[Output]:
-        promise = promise_of((item for _, item in work), self._runner.step.reads_scores)
+        cycle = self._scheduler.cycle
         wants_logprobs = any(request.logprobs for request, _ in work)
-        variant = Variant(wants_logprobs, promise)
+        variant = self._runner.step.variant(
+            [item for _, item in work],
+            cycle,
+            logprobs=wants_logprobs,
+            filters=any(request.needs_whole_rows for request, _ in work),
+            processing=[request.processing for request, _ in work if request.processing is not None],
+        )
+        of_slot = {item.slot: request.processors for request, item in work if request.processors is not None}
         rows, logits = self._packer.pack([item for _, item in work], self._scheduler.kv_cache.updates)
+        if self._agreement is not None:
+            self._agreement.planned(self._packer.flat)
         frame = self._flight.take()
-        frame.work, frame.cycle = work, self._scheduler.cycle
+        frame.work, frame.cycle = work, cycle
         frame.upload(self._packer.flat, self._inputs.flat)
+        drafts = self._runner.step.drafts
+        if variant.draft_weights and drafts is not None:
+            drafts.copies.follow(self._stream)
         failed: list[Output] = []
         try:
-            self._stream.run(partial(self._runner, rows, logits, variant))
+            self._stream.run(partial(self._runner, rows, logits, variant, of_slot))
         except PoolTooSmallError as error:
-            if not wants_logprobs:
+            more = variant.logprobs or variant.processed
+            if not more or self._agreement is not None:  # other ranks may have had the memory
                 raise
-            # There is no memory for a step that gives log-probabilities: only the requests that want them end.
-            failed = [self._fail(request, error) for request, _ in work if request.logprobs and not request.finished]
-            variant = replace(variant, logprobs=False)
-            self._stream.run(partial(self._runner, rows, logits, variant))
+            # There is no memory for a step that gives log-probabilities or processes logits: the requests that want it
+            # end, and no others.
+            wanting = [request for request, _ in work if request.logprobs or request.processing is not None]
+            failed = [self._fail(request, error) for request in wanting if not request.finished]
+            variant = replace(variant, logprobs=False, processed=False, ngrams=False)
+            self._stream.run(partial(self._runner, rows, logits, variant, of_slot))
         frame.download(self._runner.step.results, logprobs=variant.logprobs)
-        frame.logprobs = variant.logprobs
+        frame.logprobs, frame.draft_weights = variant.logprobs, variant.draft_weights
         return failed
 
     def _fail(self, request: Request, error: Exception) -> Output:
@@ -261,7 +348,8 @@ class Session:
         asked = time.perf_counter()
         tokens, all_logprobs = frame.read(logprobs=frame.logprobs)
         answered = time.perf_counter()
-        self._recorder.begin_iteration(sum(item.rows for _, item in frame.work), frame.cycle)
+        rows = sum(item.rows for _, item in frame.work)
+        self._recorder.begin_iteration(rows, frame.cycle, draft_weights=frame.draft_weights)
         outputs: list[Output] = []
         for request, item in frame.work:
             if request.finished:
@@ -271,13 +359,17 @@ class Session:
                 continue
             count, *drawn = tokens[item.slot]
             cached = request.cached
-            added = request.append(drawn[:count], all_logprobs[item.slot] if request.logprobs else [])
+            failed = _undrawn(request, drawn[:count])
+            sound = drawn[: count if failed is None else failed[0]]
+            added = request.append(sound, all_logprobs[item.slot] if request.logprobs else [])
+            if failed is not None and not request.finished:
+                request.fail(failed[1])
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
-                if self._chooser is not None and count:
+                if self._chooser is not None and count and item.drafter is not None:
                     # The end of a text cuts its last cycle off; nothing says that the next draft was wrong.
                     right = min(count - 1, len(added))
-                    self._chooser.verified(frame.cycle, right if request.finished else item.rows - 1, right)
+                    self._chooser.verified(item.drafter, right if request.finished else item.rows - 1, right)
             self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
             self._clock(request, first=len(request.output) == len(added))
             if request.finished:
@@ -291,7 +383,7 @@ class Session:
         return outputs
 
     def _choose_drafts(self, work: list[tuple[Request, Work]]) -> None:
-        """Tell the chooser how long the iteration took, and let it choose, every so often."""
+        """Report the iteration's time to the chooser, and every `_CHOICE_EVERY` iterations apply its choice."""
         if self._chooser is None:
             return
         now = time.perf_counter()
@@ -301,7 +393,16 @@ class Session:
         if steady and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
             self._chooser.took(seconds, decoding)
         if self._recorder.stats.iterations % _CHOICE_EVERY == 1:
+            self._foresee()
             self._scheduler.set_cycle(self._chooser.choose(decoding))
+
+    def _foresee(self) -> None:
+        """Report to the chooser how many n-gram drafts would be accepted, while another drafter is in use."""
+        if self._chooser is None or self._ngrams is None or self._scheduler.cycle.drafter == self._ngrams:
+            return
+        decoding = [request for request in self._scheduler.running if request.output]
+        for drafts, accepted in self._foresight.look(decoding):
+            self._chooser.verified(self._ngrams, drafts, accepted)
 
     def _clock(self, request: Request, *, first: bool) -> None:
         if first and request.output:
@@ -310,7 +411,7 @@ class Session:
             request.stats.seconds = time.perf_counter() - self._added.pop(request)
 
     def _unblock(self) -> list[Output]:
-        """Nothing can be planned and nothing is under way: wait for pages to move, or end a request."""
+        """Resolve a standstill, with nothing planned or in flight: wait for pages to move, or end a request."""
         kv_cache = self._scheduler.kv_cache
         if kv_cache.moving:
             kv_cache.tier.wait()
@@ -322,12 +423,37 @@ class Session:
         return []
 
 
-def decoding_rows(slots: int, config: SpecConfig) -> int:
-    """Rows of an iteration in which every slot decodes, and as many as may verify; half while their number changes."""
-    most = config.most_draft_tokens
-    if not cycles_of(config)[-1].passes:
-        return slots * (most + 1)  # without draft iterations all verify
-    together = slots if config.schedule == "in_phase" else -(-slots // (most + 1))
-    if config.schedule == "grouped":
-        together = min(slots, max(together, GROUPED_ROWS // (most + 1)))
-    return slots + most * (max(together, slots // 2) if config.draft_tokens == "auto" else together)
+def _undrawn(request: Request, tokens: Sequence[int]) -> tuple[int, Exception] | None:
+    """The first of these final tokens of a request that could not be drawn, and why; None = all could."""
+    first = len(request.prompt) + len(request.output)
+    if request.processors is not None:
+        failed = request.processors.failed(first, first + len(tokens))
+        return None if failed is None else (failed[0] - first, failed[1])
+    if request.processing is not None and NO_TOKEN in tokens:
+        place = list(tokens).index(NO_TOKEN)
+        return place, no_token_left(first + place, -math.inf)
+    return None
+
+
+def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]]:
+    """Numbers of rows that iterations may have in which up to `slots` requests decode, by what they promise.
+
+    As many verify as their phases hold, half of the slots while their number changes. Where all verify, "auto" counts
+    the iterations that take hardly longer than those of one row each, with all slots in use: others may never occur.
+    """
+    rows: dict[Promise, Sequence[int]] = {}
+    auto = config.draft_tokens == "auto"
+    for cycle in cycles_of(config):
+        drafts, promise = cycle.drafts, Promise.NO_SCORES
+        if cycle.drafter.reads_scores:
+            promise = Promise.ONLY_VERIFICATIONS_SCORED
+        if cycle.passes:
+            together = slots if config.schedule == "in_phase" else -(-slots // (drafts + 1))
+            if config.schedule == "grouped":
+                together = min(slots, max(together, GROUPED_ROWS // (drafts + 1)))
+            rows[promise] = range(1, slots + drafts * (max(together, slots // 2) if auto else together) + 1)
+        elif drafts and not auto:
+            rows[promise] = range(1, slots * (drafts + 1) + 1)
+        elif drafts and slots * (drafts + 1) <= GROUPED_ROWS:
+            rows[promise] = [*rows.get(promise, ()), slots * (drafts + 1)]
+    return {**rows, Promise.SINGLE_ROWS: range(1, slots + 1)}

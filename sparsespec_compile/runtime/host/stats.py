@@ -1,14 +1,23 @@
 """What speculation achieved: counted from each iteration's work and its result."""
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rich.console import Group
+from rich.jupyter import JupyterMixin
+from rich.table import Table
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.device.drafters import Cycle
-from sparsespec_compile.runtime.device.work import Work
+from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.host.request import Request
+
+_SHOWN = 5
+"""Kinds of cycles that are shown by name."""
 
 LATEST = 8192
 """Iterations of which single figures are kept."""
@@ -16,6 +25,24 @@ LATEST = 8192
 
 def _latest() -> deque:
     return deque(maxlen=LATEST)
+
+
+class Occupancy(NamedTuple):
+    """What an engine holds at a moment.
+
+    Attributes:
+        running: requests that decode or are prefilled, those that have moved to host memory included.
+        waiting: requests that have not begun.
+        pool_share: share of the KV pool's pages in use, 0.0 to 1.0.
+        host_bytes: KV that has moved to host memory.
+        cycle: (drafter, drafts of a cycle) at present; ("none", 0) is plain decoding. None = before the first request.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pool_share: float = 0.0
+    host_bytes: int = 0
+    cycle: tuple[str, int] | None = None
 
 
 @dataclass
@@ -32,44 +59,56 @@ class CycleStats:
 
 
 @dataclass
-class Stats:
+class Stats(JupyterMixin):
     """Counts of one generation: a call of `generate`, or a stream from beginning to end.
 
-    Generations that run at the same time share their counts, from the first one's beginning.
+    Generations that run at the same time share their counts, from the first one's beginning. Counts go on changing
+    while a generation runs, and may be read from any thread. The next generation begins new ones; these stay as they
+    are for as long as you keep them. `plot` draws them, `print` gives a line, rich and notebooks a table.
 
     Attributes:
         draft_tokens: drafts of the longest cycle, k.
         tokens: tokens that became part of a text.
         iterations: passes of the graph, whatever they held.
+        draft_weight_iterations: those of them that held drafts alone and ran with 8-bit weights.
         target_passes: verifications and prompts, one for each request they served: what plain decoding needs a token.
         by_cycle: what became of drafts, by (drafter, drafts of a cycle); more than one only with "auto". Shorter cycles
             (a request's first, and the one in which its text ends) are not counted here.
+        cached_tokens: prompt tokens that were not computed, because the pool held their K/V already.
         kv_read: key and value elements that drafts and verifications read from the pool.
         kv_read_plain: elements that plain decoding would have read for the same tokens.
         pages_offloaded: pages that moved to host memory.
         pages_held: pages, of pool and host memory, in use when the call ended: 0 when every text came to its end.
         host_seconds: time the host took to plan iterations, enqueue them and read what they gave, waiting left out.
         waited_seconds: time the host waited for results.
+        iterations_by_cycle: iterations that were planned in cycles of each (drafter, drafts); what "auto" chose.
         cycle_by_iteration: (drafter, drafts of a cycle) as of the planning of each of the latest 8,192 iterations;
             changes only with "auto". ("none", 0) is plain decoding.
         rows_by_iteration: packed rows of these iterations: what their GEMMs work on.
         kv_read_by_iteration: key and value elements that their drafts and verifications read.
+        tokens_by_iteration: tokens that these iterations added to texts.
+        seconds_by_iteration: when their results were read, in seconds since the counts began.
     """
 
     draft_tokens: int
     tokens: int = 0
     iterations: int = 0
+    draft_weight_iterations: int = 0
     target_passes: int = 0
     by_cycle: dict[tuple[str, int], CycleStats] = field(default_factory=dict)
+    cached_tokens: int = 0
     kv_read: int = 0
     kv_read_plain: int = 0
     pages_offloaded: int = 0
     pages_held: int = 0
     host_seconds: float = 0.0
     waited_seconds: float = 0.0
-    cycle_by_iteration: deque[tuple[str, int]] = field(default_factory=_latest)
-    rows_by_iteration: deque[int] = field(default_factory=_latest)
-    kv_read_by_iteration: deque[int] = field(default_factory=_latest)
+    iterations_by_cycle: Counter[tuple[str, int]] = field(default_factory=Counter)
+    cycle_by_iteration: deque[tuple[str, int]] = field(default_factory=_latest, repr=False)
+    rows_by_iteration: deque[int] = field(default_factory=_latest, repr=False)
+    kv_read_by_iteration: deque[int] = field(default_factory=_latest, repr=False)
+    tokens_by_iteration: deque[int] = field(default_factory=_latest, repr=False)
+    seconds_by_iteration: deque[float] = field(default_factory=_latest, repr=False)
 
     @property
     def cycles(self) -> int:
@@ -109,13 +148,48 @@ class Stats:
         """Bytes of KV cache read, over what plain decoding reads for the same tokens (prompts left out of both)."""
         return self.kv_read / self.kv_read_plain if self.kv_read_plain else float("nan")
 
+    def __rich__(self) -> Group:
+        """Two tables: the counts, and what became of the drafts of each kind of cycle."""
+        counts = Table(title="generation", show_header=False)
+        counts.add_column()
+        counts.add_column(justify="right")
+        counts.add_row("tokens", f"{self.tokens:,}")
+        counts.add_row("iterations", f"{self.iterations:,}")
+        counts.add_row("tokens for each target pass", f"{self.tokens_per_target_pass:.2f}")
+        counts.add_row("accepted of drafted, a cycle", f"{self.accepted_per_cycle:.2f} of {self.drafts_per_cycle:.3g}")
+        counts.add_row("KV read, of plain decoding's", f"{self.kv_bytes_share:.1%}")
+        counts.add_row("prompt tokens found in the pool", f"{self.cached_tokens:,}")
+        counts.add_row("pages moved to host memory", f"{self.pages_offloaded:,}")
+        counts.add_row("iterations with 8-bit weights", f"{self.draft_weight_iterations:,}")
+        counts.add_row("host busy, host waiting", f"{self.host_seconds:.2f} s, {self.waited_seconds:.2f} s")
+        kinds = Table("drafter", "drafts", "of iterations", "cycles", "accepted", title="cycles")
+        for (drafter, drafts), iterations in self.iterations_by_cycle.most_common():
+            kind = self.by_cycle.get((drafter, drafts))
+            accepted = f"{sum(kind.accepted_at) / kind.cycles:.2f}" if kind and kind.cycles else "-"
+            share = f"{iterations / self.iterations:.0%}"
+            kinds.add_row(drafter, str(drafts), share, f"{kind.cycles:,}" if kind else "-", accepted)
+        return Group(counts, kinds)
+
     def __str__(self) -> str:
         parts = [f"{self.tokens} tokens in {self.target_passes} target passes"]
         if self.cycles:
             parts.append(f"{self.accepted_per_cycle:.2f} of {self.drafts_per_cycle:.3g} drafts accepted")
         if self.kv_read_plain:
             parts.append(f"{self.kv_bytes_share:.1%} of plain decoding's KV bytes read")
+        if self.draft_weight_iterations:
+            parts.append(f"{self.draft_weight_iterations} of {self.iterations} iterations with 8-bit weights")
+        if len(self.iterations_by_cycle) > 1:
+            parts.append(f"drafts: {self._chosen()}")
         return ", ".join(parts)
+
+    def _chosen(self) -> str:
+        """What was chosen most often, and in which share of iterations."""
+        shares = [
+            f"{f'{drafts} {drafter}' if drafts else 'none'} {count / self.iterations:.0%}"
+            for (drafter, drafts), count in self.iterations_by_cycle.most_common(_SHOWN)
+        ]
+        others = len(self.iterations_by_cycle) - _SHOWN
+        return ", ".join([*shares, f"{others} more"] if others > 0 else shares)
 
 
 class StatsRecorder:
@@ -132,14 +206,19 @@ class StatsRecorder:
         for layer in layout.layers:
             by_window[layer.window] += layer.elements_per_token()
         self._elements_by_window = tuple(by_window.items())
+        self._began = time.perf_counter()
 
-    def begin_iteration(self, rows: int, cycle: Cycle) -> None:
+    def begin_iteration(self, rows: int, cycle: Cycle, *, draft_weights: bool) -> None:
         """Count an iteration of `rows` packed rows in cycles of this kind; what is recorded next belongs to it."""
         self._kind = (cycle.drafter.name, cycle.drafts)
         self.stats.cycle_by_iteration.append(self._kind)
+        self.stats.iterations_by_cycle[self._kind] += 1
         self.stats.iterations += 1
+        self.stats.draft_weight_iterations += draft_weights
         self.stats.rows_by_iteration.append(rows)
         self.stats.kv_read_by_iteration.append(0)
+        self.stats.tokens_by_iteration.append(0)
+        self.stats.seconds_by_iteration.append(time.perf_counter() - self._began)
 
     def record_draft(self, request: Request, work: Work) -> None:
         """Count a draft: it reads pillars, and everything behind them."""
@@ -158,6 +237,7 @@ class StatsRecorder:
             cut: whether the text ended before all verified tokens were used.
         """
         self.stats.tokens += final
+        self.stats.tokens_by_iteration[-1] += final
         first = work.offset + (0 if work.mode == Mode.PREFILL else cached)
         rows = max(0, min(work.rows, request.max_length - 1 - first))
         if rows == 0:

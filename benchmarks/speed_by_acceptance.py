@@ -1,0 +1,156 @@
+"""Draws speed as a function of acceptance: times plain decoding against the rate of right drafts, for each workload.
+
+    python benchmarks/speed_by_acceptance.py
+
+reads benchmarks/results/h200-throughput.json, which `throughput.py` has written with a workload at several shares of
+right drafts (64x8192 64x8192@0.95 ...), and writes the chart beside it. What a rate is says `wrong_drafts.py`; it is
+the one that was measured with drafts by the model, of the row's fastest settings with a fixed number of them. A line
+is what default settings reach, a dot above or below it the best fixed ones.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from report import OURS, RESULTS, ReportError, matplotlib_module, read_rows
+from wrong_drafts import rate_for
+
+from sparsespec_compile import SpecConfig
+
+COLORS = (OURS, "#c2571a", "#2b5c8a", "#8a6d2b", "#6b4c8a")
+
+PAPER = 6.16
+"""Drafts of 8 that the paper's models accept."""
+
+
+class Point(NamedTuple):
+    """A workload at a share of right drafts.
+
+    Attributes:
+        rate: of right drafts.
+        default: tokens a second with default settings over those of plain decoding; None = not measured.
+        fixed: the same for the fastest other settings.
+        settings: which these are.
+    """
+
+    rate: float
+    default: float | None
+    fixed: float | None
+    settings: str
+
+
+def points(rows: list[dict[str, Any]]) -> dict[str, list[Point]]:
+    """Of every workload with plain decoding and drafts, its points, lowest rate first.
+
+    Raises:
+        ReportError: there is none.
+    """
+    plain = {row["workload"]: row["tokens_per_second"] for row in rows if row["engine"] == "plain"}
+    measured: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["engine"] == "sparsespec" and row["workload"] in plain:
+            measured[row["workload"], row.get("right", 1.0)].append(row)
+    found: dict[str, list[Point]] = defaultdict(list)
+    for (workload, _), group in measured.items():
+        rate = right_by_model(group)
+        if rate is not None:
+            found[workload].append(_point(rate, group, plain[workload]))
+    if not found:
+        raise ReportError("no workload has both plain decoding and a fixed number of drafts by the model.")
+    return {workload: sorted(some) for workload, some in found.items()}
+
+
+def right_by_model(group: list[dict[str, Any]]) -> float | None:
+    """The rate of right drafts by the model, of rows of a workload at one share; None where no row has only such.
+
+    Drafts that come from the text have a rate of their own, and auto a mixture.
+    """
+    by_model = [
+        row
+        for row in group
+        if row.get("drafts_right") is not None
+        and isinstance(row["settings"].get("draft_tokens"), int)
+        and row["settings"].get("drafter", "pillar") != "ngram"
+    ]
+    return max(by_model, key=lambda row: row["tokens_per_second"])["drafts_right"] if by_model else None
+
+
+def _point(rate: float, group: list[dict[str, Any]], plain: float) -> Point:
+    speeds = {settings_name(row["settings"]): row["tokens_per_second"] / plain for row in group}
+    default = speeds.pop("default", None)
+    best = max(speeds, key=lambda name: speeds[name], default="")
+    return Point(rate, default, speeds.get(best), best)
+
+
+def is_default(settings: dict[str, Any]) -> bool:
+    """Whether settings are those of `SpecConfig()`."""
+    return SpecConfig(**settings) == SpecConfig()
+
+
+def settings_name(settings: dict[str, Any]) -> str:
+    """Settings in words: "8 drafts" by pillars, "3 drafts, ngram", or "default"."""
+    if is_default(settings):
+        return "default"
+    shown = {name: value for name, value in settings.items() if getattr(SpecConfig(), name) != value}
+    drafts = shown.pop("draft_tokens", "auto")
+    shown.pop("drafter", None) if settings.get("drafter") == "pillar" else None
+    words = ["no drafts" if drafts == 0 else f"{drafts} drafts"]
+    words += [str(value) if isinstance(value, str) else f"{name}={value}" for name, value in shown.items()]
+    return ", ".join(words)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes the chart as PNG.
+
+    Raises:
+        ReportError: rows that do not suffice, or matplotlib is not installed.
+    """
+    by_workload = points(rows)
+    figure = matplotlib_module("figure").Figure(figsize=(8, 4.5), layout="constrained")
+    matplotlib_module("backends.backend_agg").FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for color, (workload, some) in zip(COLORS * len(by_workload), by_workload.items(), strict=False):
+        default = [(point.rate, point.default) for point in some if point.default is not None]
+        fixed = [(point.rate, point.fixed) for point in some if point.fixed is not None]
+        axis.plot([], color=color, marker="o", label=workload)
+        for both, style in (
+            (default, {"marker": "o"}),
+            (fixed, {"marker": "_", "linestyle": "none", "markersize": 10}),
+        ):
+            axis.plot([rate for rate, _ in both], [times for _, times in both], color=color, **style)
+    axis.axhline(1, color="#9aa5b1", linewidth=1)
+    axis.axvline(rate_for(PAPER, 8), color="#9aa5b1", linewidth=1, linestyle=":")
+    axis.annotate("paper", (rate_for(PAPER, 8), 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="#667788")
+    axis.set_xlabel("share of drafts that are right, of those whose predecessors are", fontsize=9)
+    axis.set_ylabel("times plain decoding", fontsize=9)
+    above = axis.secondary_xaxis("top")
+    low, high = axis.get_xlim()
+    ticks = [accepted for accepted in range(1, 9) if low <= rate_for(accepted, 8) <= high]
+    above.set_xticks([rate_for(accepted, 8) for accepted in ticks], [str(accepted) for accepted in ticks])
+    above.set_xlabel("accepted of 8", fontsize=9)
+    axis.legend(
+        fontsize=8, frameon=False, title="dots: default settings, dashes: the best fixed ones", title_fontsize=8
+    )
+    axis.tick_params(labelsize=8)
+    axis.spines["right"].set_visible(False)
+    axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=150)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS, help="the results")
+    parser.add_argument("--png", type=Path, help="where to write the chart; NAME-acceptance.png unless given")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    target = arguments.png or arguments.json.with_name(f"{arguments.json.stem}-acceptance.png")
+    draw(read_rows(arguments.json), target)
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()

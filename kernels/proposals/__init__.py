@@ -1,1 +1,0 @@
-"""Drafts that are found in a request's own text, on CUDA."""

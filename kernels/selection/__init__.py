@@ -1,1 +1,0 @@
-"""The selection of the pillars on CUDA, in Triton."""

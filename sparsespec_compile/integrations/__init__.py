@@ -1,0 +1,1 @@
+"""Compiled models inside of other tools. Each module needs what its tool installs."""

@@ -4,8 +4,8 @@
         --settings default draft_tokens=12 drafter=ngram,draft_tokens=3
 
 The weights are the trained Countdown model's, inflated to the shape without changing its function (`inflate.py`): texts
-and acceptance are a trained model's, bytes and operations the large one's. `workloads.py` says how workloads are
-written; 64x8192 decodes 64 requests that have 8,192 tokens of real reasoning each. Prompts and warm-up are outside the
+and acceptance are a trained model's, bytes and operations the large one's. Mixtures have random weights
+(`random_shapes.py`): only their times count. `workloads.py` says how workloads are written; 64x8192 decodes 64 requests that have 8,192 tokens of real reasoning each. Prompts and warm-up are outside the
 clock, which runs while all of them decode, or, where a batch drains, to the end of the last.
 
 The Countdown model's drafts are nearly always right. `--right 0.95`, or @0.95 behind a workload, spoils all but that
@@ -45,6 +45,7 @@ from rich.table import Table
 from texts import common_share
 from throughput_ours import Group, Ours, release_memory
 from throughput_peers import PEERS, EngineMissingError, PeerFailedError, checkpoint_exists, hf_batch_settings, versions
+from random_shapes import SHAPES, random_model
 from traces import recorded_traces
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workloads import Load, Measured, Workload, workload
@@ -57,7 +58,7 @@ PLAIN = {"draft_tokens": 0}
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
+    parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS, *SHAPES])
     parser.add_argument("--workload", nargs="+", default=["64x8192"], help="requests x cached tokens, see workloads.py")
     parser.add_argument("--engine", nargs="+", default=["plain", "sparsespec"], choices=["plain", "sparsespec", *PEERS])
     parser.add_argument(
@@ -136,12 +137,18 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
 
 
 def load_model(shape: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The Countdown model, inflated to a shape if that is another one, which takes a GPU."""
+    """The Countdown model, or one of another shape, which takes a GPU: it inflated, or random weights."""
     if shape != "countdown" and not device.startswith("cuda"):
         raise SystemExit(f"--shape {shape} takes a GPU, got --device {device}: there, use --shape countdown.")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model, tokenizer = load_countdown(device, dtype)
-    return (model if shape == "countdown" else inflated_model(preset(shape), device, dtype)), tokenizer
+    if shape == "countdown":
+        return model, tokenizer
+    return (random_model if shape in SHAPES else _inflated)(shape, device, dtype), tokenizer
+
+
+def _inflated(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    return inflated_model(preset(shape), device, dtype)
 
 
 def loads(

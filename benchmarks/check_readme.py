@@ -74,10 +74,10 @@ def throughput() -> str:
     return table(titles, lines)
 
 
-def throughput_rows() -> str:
-    """Every row."""
+def throughput_rows(file: str, *, shape: bool = False) -> str:
+    """Every row of a file, with the shape of the model where a file has several."""
     lines = []
-    rows = load(THROUGHPUT.name)
+    rows = load(file)
     plain = {row["workload"]: row["tokens_per_second"] for row in rows if row["engine"] == "plain"}
     for row in rows:
         times = row["tokens_per_second"] / plain[row["workload"]] if row["workload"] in plain else None
@@ -88,6 +88,7 @@ def throughput_rows() -> str:
         choice = row.get("choice")
         lines.append(
             [
+                *([row["workload"].split()[0]] if shape else []),
                 in_words(row["workload"]),
                 row["engine"] if row["engine"] != "sparsespec" else settings_name(row["settings"]),
                 _number(row.get("right"), ".3g"),
@@ -104,6 +105,7 @@ def throughput_rows() -> str:
         )
     return table(
         (
+            *(["shape"] if shape else []),
             "requests x tokens",
             "settings",
             "left alone",
@@ -133,6 +135,16 @@ def throughput_before(file: str) -> str:
         cells = f"{row['tokens_per_second']:,.0f}", f"{times:.2f}", f"{row['ms_per_iteration']:.2f}"
         lines.append([in_words(row["workload"]), engine, *cells, _number(row["accepted_per_cycle"], ".2f")])
     return table(("requests x tokens", "engine", "tokens/s", "times plain", "ms", "accepted"), lines)
+
+
+def experts() -> str:
+    """A line for each shape and number of rows."""
+    lines = []
+    for case in load("h200-experts.json")["experts"]:
+        ours, theirs = case["us"]["ours"], case["us"]["grouped_mm"]
+        cells = f"{ours:.0f}", f"{case['floor_us'] / ours:.0%}", f"{theirs:.0f}"
+        lines.append([case["shape"], str(case["rows"]), str(case["read"]), *cells])
+    return table(("layer of", "rows", "experts read", "us", "of 4.3 TB/s", "grouped_mm, us"), lines)
 
 
 def cpu_overhead() -> str:
@@ -266,7 +278,9 @@ def escaped(text: str) -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
-    "throughput rows": throughput_rows,
+    "throughput rows": lambda: throughput_rows(THROUGHPUT.name),
+    "mixtures": lambda: throughput_rows("h200-mixtures.json", shape=True),
+    "experts": experts,
     "throughput, 77ea47f": lambda: throughput_before("h200-throughput-77ea47f.json"),
     "startup": startup,
     "cpu overhead": cpu_overhead,

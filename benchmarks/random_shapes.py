@@ -1,14 +1,23 @@
 """Published shapes with random weights: what an iteration costs, for models to which no trained model is inflated.
 
-Sizes are those of the published configurations. Weights are drawn as transformers initialises them, so texts are
-noise, and the share of drafts that is right says nothing about the published model: rows carry it, as all rows do.
+Sizes are those of the published configurations. Weights are drawn as transformers initialises them, but embeddings are
+larger. Otherwise the states of all rows become alike from layer to layer, so that 64 rows choose half of the experts,
+and an iteration reads half of what a trained model's would. With larger embeddings a row's state stays that of its
+token, and rows choose evenly. Texts are noise, and the share of drafts that is right says nothing about the published
+model.
 """
 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, PreTrainedConfig, PreTrainedModel
-from transformers import Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GptOssConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "Qwen3-30B-A3B": (
@@ -49,6 +58,9 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 """Configurations by name."""
 
+EMBEDDINGS = 100.0
+"""Times transformers' own."""
+
 
 def random_model(
     name: str, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0, **smaller: Any
@@ -66,5 +78,7 @@ def random_model(
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(EMBEDDINGS)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     return model.requires_grad_(False).eval()

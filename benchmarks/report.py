@@ -2,8 +2,8 @@
 
     python benchmarks/report.py
 
-reads benchmarks/results/h200-throughput.json and writes the chart beside it. The file is a list of rows, one for each
-engine with its settings on each workload, with the fields in `FIELDS`. matplotlib comes with the extra `bench`.
+reads benchmarks/results/h200-throughput.json and writes docs/charts/throughput.png. The file is a list of rows, one for
+each engine with its settings on each workload, with the fields in `FIELDS`. matplotlib comes with the extra `bench`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 from sparsespec_compile import SparseSpecError
 
 RESULTS = Path(__file__).parent / "results" / "h200-throughput.json"
+CHARTS = Path(__file__).parents[1] / "docs" / "charts"
 
 FIELDS = (
     "workload",
@@ -148,15 +149,14 @@ def matplotlib_module(name: str) -> ModuleType:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS, help="the results")
-    parser.add_argument("--png", type=Path, help="where to write the chart; beside the results unless given")
+    parser.add_argument("--png", type=Path, default=CHARTS / "throughput.png", help="where to write the chart")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    target = arguments.png or arguments.json.with_suffix(".png")
-    draw(read_rows(arguments.json), target)
-    print(f"wrote {target}")
+    draw(read_rows(arguments.json), arguments.png)
+    print(f"wrote {arguments.png}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/speed_by_acceptance.py
 
 reads benchmarks/results/h200-throughput.json, which `throughput.py` has written with a workload at several shares of
-right drafts (64x8192 64x8192@0.95 ...), and writes the chart beside it. What a rate is says `wrong_drafts.py`; it is
-the one that was measured with drafts by the model, of the row's fastest settings with a fixed number of them. A line
-is what default settings reach, a dot above or below it the best fixed ones.
+right drafts (64x8192 64x8192@0.95 ...), and writes docs/charts/speed-by-acceptance.png. What a rate is says
+`wrong_drafts.py`; it is the one that was measured with drafts by the model, of the row's fastest settings with a fixed
+number of them. A line is what default settings reach, a dot above or below it the best fixed ones.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from report import OURS, RESULTS, ReportError, matplotlib_module, read_rows
+from report import CHARTS, OURS, RESULTS, ReportError, matplotlib_module, read_rows
 from wrong_drafts import rate_for
 
 from sparsespec_compile import SpecConfig
 
-COLORS = (OURS, "#c2571a", "#2b5c8a", "#8a6d2b", "#6b4c8a")
+COLORS = (OURS, "#c2571a", "#2b5c8a", "#8a6d2b", "#6b4c8a", "#b03a5b", "#3a9a9a", "#555555")
 
 PAPER = 6.16
 """Drafts of 8 that the paper's models accept."""
@@ -141,15 +141,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS, help="the results")
-    parser.add_argument("--png", type=Path, help="where to write the chart; NAME-acceptance.png unless given")
+    parser.add_argument("--png", type=Path, default=CHARTS / "speed-by-acceptance.png", help="where to write the chart")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    target = arguments.png or arguments.json.with_name(f"{arguments.json.stem}-acceptance.png")
-    draw(read_rows(arguments.json), target)
-    print(f"wrote {target}")
+    draw(read_rows(arguments.json), arguments.png)
+    print(f"wrote {arguments.png}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 The weights are the trained Countdown model's, inflated to the shape without changing its function (`inflate.py`): texts
 and acceptance are a trained model's, bytes and operations the large one's. Mixtures have random weights
-(`random_shapes.py`): only their times count. `workloads.py` says how workloads are written; 64x8192 decodes 64 requests that have 8,192 tokens of real reasoning each. Prompts and warm-up are outside the
-clock, which runs while all of them decode, or, where a batch drains, to the end of the last.
+(`random_shapes.py`): only their times count. `workloads.py` says how workloads are written; 64x8192 decodes 64 requests
+that have 8,192 tokens of real reasoning each. Prompts and warm-up are outside the clock, which runs while all of them
+decode, or, where a batch drains, to the end of the last.
 
 The Countdown model's drafts are nearly always right. `--right 0.95`, or @0.95 behind a workload, spoils all but that
 share of the drafts that the model makes, so that tables show speed as a function of acceptance. The text stays the
@@ -39,13 +40,13 @@ from environment import environment, usable_device
 from inflate import inflated_model
 from inflated_shape import PRESETS, preset
 from kept_prompts import KeptPrompts
+from random_shapes import SHAPES, random_model
 from report import label
 from rich.console import Console
 from rich.table import Table
 from texts import common_share
 from throughput_ours import Group, Ours, release_memory
 from throughput_peers import PEERS, EngineMissingError, PeerFailedError, checkpoint_exists, hf_batch_settings, versions
-from random_shapes import SHAPES, random_model
 from traces import recorded_traces
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workloads import Load, Measured, Workload, workload

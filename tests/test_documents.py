@@ -18,5 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
-    missing = [target for target in targets if target and not (ROOT / document).parent.joinpath(target).exists()]
-    assert not missing
+    places = {target: (ROOT / document).parent / target for target in targets if target}
+    assert not [target for target, place in places.items() if not place.exists()]
+    pictures = [place for target, place in places.items() if target.endswith(".png")]
+    assert not [place for place in pictures if not place.read_bytes().startswith(b"\x89PNG")]

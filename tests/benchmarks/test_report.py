@@ -51,10 +51,9 @@ def results(tmp_path):
 @pytest.mark.slow
 def test_writes_a_chart(results):
     path = results(ROWS)
-    run = subprocess.run(
-        [sys.executable, report.__file__, "--json", str(path)], capture_output=True, text=True, check=True
-    )
     chart = path.with_suffix(".png")
+    command = [sys.executable, report.__file__, "--json", str(path), "--png", str(chart)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert str(chart) in run.stdout
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert chart.stat().st_size > 10_000

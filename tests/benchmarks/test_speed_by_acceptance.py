@@ -47,8 +47,8 @@ def test_points_are_over_plain_decoding_at_the_rate_of_the_models_drafts():
 def test_writes_a_chart(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(ROWS))
-    command = [sys.executable, speed_by_acceptance.__file__, "--json", str(path)]
+    chart = tmp_path / "chart.png"
+    command = [sys.executable, speed_by_acceptance.__file__, "--json", str(path), "--png", str(chart)]
     subprocess.run(command, check=True)
-    chart = tmp_path / "results-acceptance.png"
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert chart.stat().st_size > 10_000

@@ -18,7 +18,7 @@ from typing import Any
 
 from drafters import markdown as drafters_table
 from report import RESULTS as THROUGHPUT
-from speed_by_acceptance import is_default, right_by_model, settings_name
+from speed_charts import is_default, right_by_model, settings_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,4 +1,4 @@
-"""The chart of speed as a function of acceptance, from rows that are made up."""
+"""The charts of speed, from rows that are made up."""
 
 import json
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import speed_by_acceptance
+import speed_charts
 from report import FIELDS, ReportError
-from speed_by_acceptance import Point, points
+from speed_charts import Point, cached_tokens, points
 
 
 def row(engine, speed, right=1.0, drafts_right=None, workload="Qwen3-8B 64x8192", **settings):
@@ -43,12 +43,17 @@ def test_points_are_over_plain_decoding_at_the_rate_of_the_models_drafts():
         points(ROWS[:2])
 
 
+def test_cached_tokens_are_those_in_the_middle_of_texts():
+    assert cached_tokens("Qwen3-8B 64x50+2950") == 64 * (50 + 1475)
+    assert cached_tokens("of no lengths") is None
+
+
 @pytest.mark.slow
 def test_writes_a_chart(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(ROWS))
     chart = tmp_path / "chart.png"
-    command = [sys.executable, speed_by_acceptance.__file__, "--json", str(path), "--png", str(chart)]
+    command = [sys.executable, speed_charts.__file__, "--json", str(path), "--png", str(chart)]
     subprocess.run(command, check=True)
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert chart.stat().st_size > 10_000

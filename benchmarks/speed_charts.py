@@ -1,11 +1,12 @@
-"""Draws speed as a function of acceptance: times plain decoding against the rate of right drafts, for each workload.
+"""Draws times plain decoding against the rate of right drafts, and against the tokens in the KV cache.
 
-    python benchmarks/speed_by_acceptance.py
+    python benchmarks/speed_charts.py
 
-reads benchmarks/results/h200-throughput.json, which `throughput.py` has written with a workload at several shares of
-right drafts (64x8192 64x8192@0.95 ...), and writes docs/charts/speed-by-acceptance.png. What a rate is says
-`wrong_drafts.py`; it is the one that was measured with drafts by the model, of the row's fastest settings with a fixed
-number of them. A line is what default settings reach, a dot above or below it the best fixed ones.
+reads benchmarks/results/h200-throughput.json, which `throughput.py` has written, and writes docs/charts/speed.png. On
+the left is every workload at its rates (64x8192 64x8192@0.95 ...). What a rate is says `wrong_drafts.py`; it is the one
+that was measured with drafts by the model, of the row's fastest settings with a fixed number of them. On the right are
+the workloads of drafts as the model makes them: what sparse attention saves grows with the KV cache, and other costs do
+not. A dot is what default settings reach, a dash the best fixed ones.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from report import CHARTS, OURS, RESULTS, ReportError, matplotlib_module, read_rows
+from workloads import workload as parsed
 from wrong_drafts import rate_for
 
 from sparsespec_compile import SpecConfig
@@ -100,6 +102,18 @@ def settings_name(settings: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def cached_tokens(workload: str) -> int | None:
+    """Tokens in the KV cache of all requests, in the middle of their texts; None = the name says no lengths.
+
+    A batch that drains counts as if all of its texts were as long as the longest.
+    """
+    try:
+        one = parsed(workload.split()[-1])
+    except SystemExit:
+        return None
+    return one.requests * (one.length + one.new_tokens // 2)
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes the chart as PNG.
 
@@ -107,41 +121,55 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ReportError: rows that do not suffice, or matplotlib is not installed.
     """
     by_workload = points(rows)
-    figure = matplotlib_module("figure").Figure(figsize=(8, 4.5), layout="constrained")
+    unspoiled = {row["workload"] for row in rows if row["engine"] == "sparsespec" and row.get("right", 1.0) == 1}
+    figure = matplotlib_module("figure").Figure(figsize=(11, 4.5), layout="constrained")
     matplotlib_module("backends.backend_agg").FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    by_rate, by_cache = figure.subplots(1, 2, sharey=True)
     for color, (workload, some) in zip(COLORS * len(by_workload), by_workload.items(), strict=False):
-        default = [(point.rate, point.default) for point in some if point.default is not None]
-        fixed = [(point.rate, point.fixed) for point in some if point.fixed is not None]
-        axis.plot([], color=color, marker="o", label=workload)
-        for both, style in (
-            (default, {"marker": "o"}),
-            (fixed, {"marker": "_", "linestyle": "none", "markersize": 10}),
-        ):
-            axis.plot([rate for rate, _ in both], [times for _, times in both], color=color, **style)
-    axis.axhline(1, color="#9aa5b1", linewidth=1)
+        by_cache.plot([], color=color, marker="o", label=workload)
+        _plot(by_rate, color, some, [point.rate for point in some])
+        tokens = cached_tokens(workload)
+        if tokens is not None and workload in unspoiled:
+            _plot(by_cache, color, some[-1:], [tokens])
+    for axis in (by_rate, by_cache):
+        axis.axhline(1, color="#9aa5b1", linewidth=1)
+        axis.tick_params(labelsize=8)
+        axis.spines["right"].set_visible(False)
+        axis.set_ylim(bottom=0)
+    by_cache.spines["top"].set_visible(False)
+    by_cache.set_xscale("log")
+    by_cache.set_xlabel("tokens in the KV cache, of all requests; drafts as the model makes them", fontsize=9)
+    by_rate.set_ylabel("times plain decoding", fontsize=9)
+    _rates(by_rate)
+    title = "dots: default settings, dashes: the best fixed ones"
+    by_cache.legend(loc="upper left", fontsize=8, frameon=False, title=title, title_fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _plot(axis: Any, color: str, some: list[Point], places: list[float]) -> None:
+    """Default settings as dots on a line, fixed ones as dashes."""
+    dash = {"marker": "_", "linestyle": "none", "markersize": 10}
+    for name, style in (("default", {"marker": "o"}), ("fixed", dash)):
+        shown = [(x, y) for x, point in zip(places, some, strict=True) if (y := getattr(point, name)) is not None]
+        axis.plot([x for x, _ in shown], [y for _, y in shown], color=color, **style)
+
+
+def _rates(axis: Any) -> None:
+    """The axis of rates, with the paper's and the number of accepted drafts that a rate yields."""
     axis.axvline(rate_for(PAPER, 8), color="#9aa5b1", linewidth=1, linestyle=":")
     axis.annotate("paper", (rate_for(PAPER, 8), 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="#667788")
     axis.set_xlabel("share of drafts that are right, of those whose predecessors are", fontsize=9)
-    axis.set_ylabel("times plain decoding", fontsize=9)
     above = axis.secondary_xaxis("top")
     low, high = axis.get_xlim()
     ticks = [accepted for accepted in range(1, 9) if low <= rate_for(accepted, 8) <= high]
     above.set_xticks([rate_for(accepted, 8) for accepted in ticks], [str(accepted) for accepted in ticks])
     above.set_xlabel("accepted of 8", fontsize=9)
-    axis.legend(
-        fontsize=8, frameon=False, title="dots: default settings, dashes: the best fixed ones", title_fontsize=8
-    )
-    axis.tick_params(labelsize=8)
-    axis.spines["right"].set_visible(False)
-    axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=150)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS, help="the results")
-    parser.add_argument("--png", type=Path, default=CHARTS / "speed-by-acceptance.png", help="where to write the chart")
+    parser.add_argument("--png", type=Path, default=CHARTS / "speed.png", help="where to write the chart")
     return parser.parse_args()
 
 

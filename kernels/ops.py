@@ -60,11 +60,13 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
 
 ``sparsespec::propose_ngrams(tokens, length, wanted, most) -> ()``
     tokens [at least B, N] int64, a text in each row, is written; length [B] int32, the position of a text's newest
-    token; wanted [B] int32, how many tokens to propose, 0 to leave a row alone; most, an upper bound of it. For a row
-    with wanted[b] > 0 the longest suffix of tokens[b, :length[b] + 1], of NGRAM_TOKENS tokens at most, that occurs
-    earlier in it is looked up, and the latest such occurrence counts, which may overlap the suffix. The tokens that
-    followed it are written to positions length[b] + 1 and on, wanted[b] of them, as far as the row goes; behind the end
-    of the text the last length[b] - match tokens repeat. A row without such an occurrence is left as it is.
+    token, 0 where there is no text; wanted [B] int32, how many tokens to propose, 0 to leave a row alone; most, an
+    upper bound of it. For a row with wanted[b] > 0 the longest suffix of tokens[b, :length[b] + 1], of NGRAM_TOKENS
+    tokens at most, that occurs before its own end, or before the newest token of one of the other B texts, is looked
+    up. Of several places those in the text itself come first, then the latest position, then the first text. An
+    occurrence may overlap the suffix. The tokens that followed it are written to positions length[b] + 1 and on,
+    wanted[b] of them, as far as the row goes; behind the end of a text its last length - match tokens repeat. A row
+    without such an occurrence is left as it is.
 
 ``sparsespec::halved_product(x, weight) -> [2, ..., N]``
     x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to
@@ -413,7 +415,7 @@ MEASURING_PILLARS = 8
 positions together, but so many pillars at least."""
 
 
-NGRAM_TOKENS = 4
+NGRAM_TOKENS = 16
 """Tokens of the longest suffix that is looked up in a text."""
 
 

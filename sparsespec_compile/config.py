@@ -65,8 +65,8 @@ class SpecConfig(Settings, error=ConfigError):
             and "ngram" pays more at the time. Most are passes of the model that read, besides the tokens since the last
             verification, "pillar": the positions with the highest attention in that verification (paper, PillarAttn);
             "window": the first 4 and the latest ones (StreamingLLM), as many as "pillar" would read; "full":
-            everything. "ngram" takes no pass: what followed the latest earlier occurrence of the text's last 1 to 4
-            tokens is proposed, and every iteration verifies.
+            everything. "ngram" takes no pass: what followed the text's last 1 to 16 tokens where they occur before, in
+            the text itself or in another one of the batch, is proposed, and every iteration verifies.
         local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
             verification instead of on the highest scores. 0 is the paper's choice.
         draft_weights: what drafts read of the weights. "int8" and "fp8": copies in 8 bits with a scale for each output,

@@ -8,35 +8,38 @@ from ..ops import NGRAM_TOKENS
 
 
 def propose_ngrams(tokens: Tensor, length: Tensor, wanted: Tensor, most: int) -> None:
-    """Write what followed the latest earlier occurrence of each text's suffix behind the text; see ``kernels.ops``."""
+    """Write what followed the longest earlier occurrence of each text's suffix behind the text; see ``kernels.ops``."""
     check_proposals(tokens, length, wanted, most)
-    width = tokens.shape[1]
-    for b, (newest, count) in enumerate(zip(length.tolist(), wanted.tolist(), strict=True)):
-        count = min(count, most, width - newest - 1)
-        if count <= 0 or newest <= 0:
-            continue
-        text = tokens[b, : newest + 1]
-        match = _latest_match(text)
-        if match is not None:
-            nth = torch.arange(count, device=tokens.device) % (newest - match)
-            tokens[b, newest + 1 : newest + 1 + count] = text[match + 1 + nth]
+    texts, lengths = tokens[: length.shape[0]], length.tolist()
+    for b, (newest, count) in enumerate(zip(lengths, wanted.tolist(), strict=True)):
+        count = min(count, most, tokens.shape[1] - newest - 1)
+        found = _longest_match(texts, length, b, newest) if count > 0 else None
+        if found is not None:
+            source, match = found
+            nth = torch.arange(count, device=tokens.device) % (lengths[source] - match)
+            texts[b, newest + 1 : newest + 1 + count] = texts[source, match + 1 + nth]
 
 
-def _latest_match(text: Tensor) -> int | None:
-    """Position at which the latest earlier occurrence of the text's longest repeated suffix ends; None without one.
+def _longest_match(texts: Tensor, length: Tensor, b: int, newest: int) -> tuple[int, int] | None:
+    """Text and position at which the best earlier occurrence of a text's suffix ends; None without one.
 
-    Suffixes of up to ``NGRAM_TOKENS`` tokens count; an occurrence may overlap the suffix itself.
+    Suffixes of up to ``NGRAM_TOKENS`` tokens count; an occurrence in the text itself may overlap the suffix.
     """
-    newest = text.shape[0] - 1
-    equal = text[:newest] == text[newest]
-    matched = equal.int()
+    end = int(length.max())
+    known = torch.arange(end, device=texts.device) < length[:, None]
+    source, place = ((texts[:, :end] == texts[b, newest]) & known).nonzero(as_tuple=True)
+    if not len(source):
+        return None
     for back in range(1, min(NGRAM_TOKENS, newest + 1)):
-        shifted = torch.zeros_like(equal)
-        shifted[back:] = text[: newest - back] == text[newest - back]
-        equal = equal & shifted
-        matched += equal
-    longest = int(matched.max())
-    return int((matched == longest).nonzero()[-1]) if longest else None
+        longer = (place >= back) & (texts[source, place - back] == texts[b, newest - back])
+        if not longer.any():
+            break
+        source, place = source[longer], place[longer]
+    own = source == b
+    if own.any():
+        return b, int(place[own].max())
+    best = int(place.max())
+    return int(source[place == best].min()), best
 
 
 def select_pillars(

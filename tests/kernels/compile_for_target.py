@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsespec_compile.config import MOST_REQUESTS
 from sparsespec_compile.kernels.attention import launcher
-from sparsespec_compile.kernels.drafting import pillars
+from sparsespec_compile.kernels.drafting import ngrams, pillars
 from sparsespec_compile.kernels.launch import DeviceLimits, Promise, promised
 from sparsespec_compile.kernels.ops import QUANTISED_DTYPES, ExpertsCall, ExpertsSettings
 from sparsespec_compile.kernels.products import experts, quantised
@@ -72,7 +72,7 @@ TARGETS = {
 }
 """Layers to compile, by compute capability."""
 
-SELECTION, DRAWING, PRODUCT, EXPERTS = "selection", "drawing ", "product ", "experts "
+SELECTION, PROPOSALS, DRAWING, PRODUCT, EXPERTS = "selection", "proposals", "drawing ", "product ", "experts "
 MIXTURES = {
     "Qwen3-30B-A3B": (128, 8, 2048, 768, torch.bfloat16, False, ExpertsSettings("silu")),
     "gpt-oss-20b": (32, 4, 2880, 2880, torch.bfloat16, True, ExpertsSettings("swish", 1.702, 7.0, 1.0, True)),
@@ -88,6 +88,7 @@ OTHERS = (
     *(f"{PRODUCT}of {rows} rows with {kind}" for rows, kind in ((2, "int8"), (64, "int8"), (64, "fp8"))),
     SELECTION,
     f"{SELECTION}, {MOST_SLOTS}",
+    f"{PROPOSALS}, {MOST_SLOTS}",
     *(f"{DRAWING}{str(dtype).removeprefix('torch.')}" for dtype in draw.DROPPED),
 )
 """What is compiled besides layers, for the oldest and the newest of these capabilities."""
@@ -139,6 +140,9 @@ def _launch(layer: str) -> None:
             _launch_attention(slots, *LAYERS[layer], SINKS in layer)
     elif layer.startswith(SELECTION):
         _launch_select(slots)
+    elif layer.startswith(PROPOSALS):
+        slot = torch.zeros(slots, dtype=torch.int32)
+        ngrams.propose_ngrams(torch.zeros(slots + 1, 1024, dtype=torch.int64), slot, slot, 12)
     elif layer.startswith(EXPERTS):
         _launch_experts(int(layer.split()[2]), *MIXTURES[layer.partition(", ")[2]])
     elif layer.startswith(PRODUCT):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .compile_for_target import EXPERTS, LAYERS, OTHERS, PRODUCT, PROMISES, SELECTION, SHARED_KIB, TARGETS
+from .compile_for_target import EXPERTS, LAYERS, OTHERS, PRODUCT, PROMISES, PROPOSALS, SELECTION, SHARED_KIB, TARGETS
 
 STACK_BYTES = 2048
 """A program parks what it knows of its unit of work outside registers while it attends, a few loads for each block of
@@ -98,8 +98,9 @@ def check(capability: int, layer: str, kernels: list[list]) -> None:
                 f"{what}: two programs of a multiprocessor keep memory busy"
             )
             assert copies or "float32" in layer, f"{what} does not fetch weights ahead, 16 bytes at a time"
-        if name == "product_kernel":
+        if name in ("product_kernel", "search_kernel", "write_kernel"):
             assert stack == 0, what
+        if name == "product_kernel":
             assert copies, f"{what} does not fetch weights ahead, 16 bytes at a time"
         if capability == 90 and layer.startswith("Qwen3-8B"):
             assert programs == PROGRAMS[layer], what
@@ -113,4 +114,6 @@ def expected_kernels(layer: str) -> list[str]:
         return ["quantise_kernel", "product_kernel"]
     if layer.startswith(EXPERTS):
         return ["plan_kernel", "up_kernel", "down_kernel", "sum_kernel"]
+    if layer.startswith(PROPOSALS):
+        return ["search_kernel", "write_kernel"]
     return ["select_kernel"] if layer.startswith(SELECTION) else DRAWING_KERNELS

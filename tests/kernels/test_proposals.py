@@ -1,4 +1,4 @@
-"""Drafts from the text itself: reference and Triton kernel against a search in Python, exactly."""
+"""Drafts from the texts themselves: reference and Triton kernel against a search in Python, exactly."""
 
 import pytest
 import torch
@@ -9,16 +9,22 @@ from sparsespec_compile.kernels.errors import KernelInputError
 WIDTH, SENTINEL = 2100, -7
 
 
-def expected_of(text, count, room):
-    """What followed the latest earlier occurrence of the longest suffix, or None where there is none."""
+def expected_of(texts, b, count, room):
+    """What followed the best earlier occurrence of text b's longest suffix, or None where there is none."""
+    text = texts[b]
     for n in range(min(ops.NGRAM_TOKENS, len(text)), 0, -1):
-        suffix = text[-n:]
-        for end in range(len(text) - 2, n - 2, -1):
-            if text[end - n + 1 : end + 1] == suffix:
-                longer = list(text)
-                for nth in range(min(count, room)):
-                    longer.append(longer[end + 1 + nth])
-                return longer[len(text) :]
+        places = [
+            (source == b, end, -source)
+            for source, other in enumerate(texts)
+            for end in range(n - 1, len(other) - 1)
+            if other[end - n + 1 : end + 1] == text[-n:]
+        ]
+        if places:
+            _, end, source = max(places)
+            longer = list(texts[-source])
+            for nth in range(min(count, room)):
+                longer.append(longer[end + 1 + nth])
+            return longer[end + 1 : end + 1 + min(count, room)]
     return None
 
 
@@ -36,6 +42,12 @@ def texts():
         ([1, 2, 3, 1, 2, 3], 7),
         ([9, 1, 2, 3, 4, 8, 2, 3, 4, 7, 1, 2, 3, 4], 3),
         ([4, 8, 4, 7, 3, 4], 2),
+        ([], 0),
+        ([50, 51], 3),  # of no token that occurs before: the next text has it
+        ([60, 50, 51, 61, 62, 63], 4),
+        ([61, 62, 99, 62, 63, 64, 62], 3),  # a longer suffix counts in the text below
+        ([70, 71, 64, 62, 80], 3),  # whose end is near: its last period repeats
+        ([80] * 3 + [81] + [80] * 2, 5),
         (random(1500, 2), 8),
         (random(1025, 3), 5),
         (random(1024, 40), 12),
@@ -56,10 +68,12 @@ def run(propose, device):
     expected = tokens.clone()
     for row, (text, wanted) in enumerate(cases):
         tokens[row, : len(text)] = expected[row, : len(text)] = torch.tensor(text)
-        proposed = expected_of(text, min(wanted, most), WIDTH - len(text))
+        proposed = (
+            expected_of([text for text, _ in cases], row, min(wanted, most), WIDTH - len(text)) if wanted else None
+        )
         for nth, token in enumerate(proposed or []):
             expected[row, len(text) + nth] = token
-    length = torch.tensor([len(text) - 1 for text, _ in cases], dtype=torch.int32, device=device)
+    length = torch.tensor([max(len(text) - 1, 0) for text, _ in cases], dtype=torch.int32, device=device)
     wanted = torch.tensor([wanted for _, wanted in cases], dtype=torch.int32, device=device)
     got = tokens.to(device)
     propose(got, length, wanted, most)

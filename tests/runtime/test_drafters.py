@@ -8,7 +8,7 @@ import torch
 
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.kernels.launch import Promise
-from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.ops import Mode, propose_ngrams
 from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 from sparsespec_compile.runtime.device import drafters
 from sparsespec_compile.runtime.device.devices import CpuDevice
@@ -16,7 +16,7 @@ from sparsespec_compile.runtime.device.drafters import SINK_TOKENS, NgramDrafter
 from sparsespec_compile.runtime.device.graphs import StepRunner
 from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.device.state import Capacity, State
-from sparsespec_compile.runtime.host.cycle_chooser import Foresight, right_ngrams
+from sparsespec_compile.runtime.host.cycle_chooser import Foresight, Texts
 from sparsespec_compile.runtime.host.request import Request
 
 from ..support.toy import Toy, requests_of, run
@@ -228,22 +228,58 @@ def test_nobody_scores_while_drafts_come_from_the_text(monkeypatch):
     assert all(promised[at] is scored for at in changes), "pillars are renewed at once"
 
 
+def test_a_text_is_drafted_from_another_that_has_it():
+    """The second prompt is the first one with the beginning of its text, which is drawn, so that it repeats little."""
+    toy = Toy()
+    (first,) = requests_of((30,), 60, temperature=1.0)
+    text = toy.decode(first)
+    accepted = []
+    for slots in (1, 2):  # in one slot the second text replaces the first
+        request, other = Request(first.prompt, 40, first.params), Request([*first.prompt, *text], 1)
+        engine = toy.engine(draft_tokens=4, drafter="ngram", max_requests=slots)
+        assert run(engine, [request, other])[0] == text[:40]
+        accepted.append(request.stats.accepted)
+    assert accepted[1] >= 28, "of 32"
+    assert accepted[0] < 20
+
+
 def test_what_drafts_from_the_text_would_achieve_is_what_they_achieve():
     """Looked up on the host in whole texts, and on the device as they are written."""
     toy, requests = Toy(), requests_of((7, 30), 200)
-    engine = toy.engine(draft_tokens=4, drafter="ngram", max_requests=2)
-    run(engine, requests)
+    run(toy.engine(draft_tokens=4, drafter="ngram", max_requests=1), requests)  # whose next text replaces the last
     for request in requests:
         text, at, cycles = np.array([*request.prompt, *request.output]), len(request.prompt), []
         while at + 4 < len(text) - 1:
-            cycles.append(right_ngrams(text, at, 4))
+            cycles.append(Texts([text]).right_ngrams(0, at, 4))
             at += cycles[-1] + 1
         assert sum(cycles) == pytest.approx(request.stats.accepted, abs=4)
         assert len(cycles) == pytest.approx(request.stats.cycles, abs=1)
     assert sum(request.stats.accepted for request in requests) > 20
 
 
-def test_foresight_looks_at_each_new_token_once_and_searches_the_prompt():
+@pytest.mark.parametrize("vocabulary", [2, 5, 40])
+def test_the_host_looks_up_what_the_device_does(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    lengths, drafts = (40, 1, 33, 64, 12), 3
+    tokens = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=generator)
+    tokens[3, 10:30] = tokens[0, 5:25]
+    texts = Texts([row[:count].numpy() for row, count in zip(tokens, lengths, strict=True)])
+    right = []
+    for own, count in enumerate(lengths):
+        for newest in range(count - drafts):
+            known, wanted = torch.tensor(lengths, dtype=torch.int32) - 1, torch.zeros(len(lengths), dtype=torch.int32)
+            known[own], wanted[own] = newest, drafts
+            proposed = tokens.clone()
+            proposed[own, newest + 1 :] = -1
+            propose_ngrams(proposed, known, wanted, drafts)
+            ahead = slice(newest + 1, newest + 1 + drafts)
+            expected = int((proposed[own, ahead] == tokens[own, ahead]).int().cumprod(0).sum())
+            assert texts.right_ngrams(own, newest, drafts) == expected
+            right.append(expected)
+    assert {0, drafts} <= set(right)
+
+
+def test_foresight_looks_at_each_new_token_once_and_searches_the_prompt_and_other_texts():
     request = Request([1, 2, 3, 4, 5], 100)
     foresight = Foresight(4)
     request.output = [1, 2, 3, 4, 5, 1]  # behind the first token, of which nothing was known
@@ -254,3 +290,7 @@ def test_foresight_looks_at_each_new_token_once_and_searches_the_prompt():
     other = Request([1], 100, output=[1] * 50)
     seen = [list(foresight.look([request, other])) for _ in range(2)]
     assert sorted(map(len, seen)) == [0, 5], "requests take turns; of a long text the end counts"
+    other.output += [7, 2, 3, 9]
+    request.output += [8]
+    seen = [list(foresight.look([request, other])) for _ in range(2)]
+    assert [(4, 0), (3, 0), (2, 2)] in seen, "what the first text goes on with after 2"

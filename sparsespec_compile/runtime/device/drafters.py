@@ -113,10 +113,12 @@ class WindowDrafter(Drafter):
 
 
 class NgramDrafter(Drafter):
-    """Proposes what followed the latest earlier occurrence of the text's last tokens, prompt included.
+    """Proposes what followed the text's last tokens where they occur before, in it or in another slot's text.
 
-    It runs no pass of the model: every iteration verifies, and yields one token at least. (Prompt lookup decoding,
-    Saxena 2023; here on the device, so that the host need not know the text.)
+    Prompts are searched too, and texts that have ended until their slot has a new one. It runs no pass of the model:
+    every iteration verifies, and yields one token at least. (Prompt lookup decoding, Saxena 2023, and SuffixDecoding,
+    arXiv 2411.04975, which also searches other requests' outputs; here on the device, so that the host need not know
+    the text, and without an index.)
     """
 
     name = "ngram"

@@ -26,10 +26,11 @@ def shared_by(ranks):
     return {"tensor_parallel": ranks, "rank_timeout": 600.0}
 
 
-def texts(ranks, family, settings, drafts):
+def texts(ranks, family, settings, drafts, drafter="pillar"):
     """Greedy and sampled text, and acceptance, of a model that `ranks` ranks share; 1 for a whole one."""
     input_ids, mask = left_padded(*LENGTHS)
-    config = ss.SpecConfig(draft_tokens=drafts, min_budget=12, budget_ratio=0.01, **shared_by(ranks))
+    budget = {"min_budget": 12, "budget_ratio": 0.01}
+    config = ss.SpecConfig(draft_tokens=drafts, drafter=drafter, **budget, **shared_by(ranks))
     fast = ss.optimize(tiny(family, **settings), config)
     request = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS}
     greedy = fast.generate(input_ids, do_sample=False, **request)
@@ -89,7 +90,7 @@ def check(size, *cases):
 
 
 def test_two_ranks_write_the_text_of_one():
-    check(2, ("llama", EVEN, 4))
+    check(2, ("llama", EVEN, 4), ("llama", EVEN, 4, "ngram"))
 
 
 def test_two_ranks_draft_with_8_bit_weights_and_their_text_does_not_depend_on_them():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,7 @@ def measured() -> list[tuple[int, int, int, float]]:
     for row in [*before, *exact]:
         shape, size = row["workload"].split()
         drafts = row["settings"].get("draft_tokens", 0 if row["engine"] == "plain" else "auto")
-        steady = shape == "Qwen3-8B" and "-" not in size and row["engine"] in ("plain", "sparsespec")
+        steady = shape == "Qwen3-8B" and re.fullmatch(r"\d+x\d+", size) and row["engine"] in ("plain", "sparsespec")
         if steady and drafts != "auto" and row["settings"].get("schedule", "grouped") == "grouped":
             requests, length = map(int, size.split("x"))
             points.append((requests, length, drafts, row["ms_per_iteration"]))

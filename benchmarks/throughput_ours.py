@@ -236,8 +236,8 @@ def draft_weights(settings: Sequence[Mapping[str, Any]]) -> str:
 def drafts_right(stats: ss.Stats) -> float | None:
     """Of the drafts of full cycles whose predecessors were right, the share that was; None where none was judged."""
     kinds = list(stats.by_cycle.values())
-    judged = sum(kind.cycles + sum(kind.accepted_at[:-1]) for kind in kinds if kind.accepted_at)
-    return sum(sum(kind.accepted_at) for kind in kinds) / judged if judged else None
+    tried = sum(kind.tried for kind in kinds)
+    return sum(sum(kind.accepted_at) for kind in kinds) / tried if tried else None
 
 
 def release_memory() -> None:

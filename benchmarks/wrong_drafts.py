@@ -85,10 +85,11 @@ def spoil(
     seed: int,
 ) -> Tensor:
     """Logits [1, R, V] of rows `kept` int64 [R], those of some drafts moved to the next token; the others [S]."""
+    place = kept[:, None] - row_start
+    drafting = (mode == _DRAFT) & (place >= 0) & (place < row_count)  # [R, S]
     slot = torch.arange(mode.shape[0], device=mode.device)
-    wrong = (mode == _DRAFT) & (row_count > 0) & (words(slot, cached.long(), seed) >= threshold)
-    rows = ((row_start == kept[:, None]) & wrong).any(dim=1)
-    return torch.where(rows[None, :, None], logits.roll(1, dims=-1), logits)
+    wrong = (drafting & (words(slot, cached + place, seed) >= threshold)).any(dim=1)
+    return torch.where(wrong[None, :, None], logits.roll(1, dims=-1), logits)
 
 
 def words(slot: Tensor, position: Tensor, seed: int) -> Tensor:

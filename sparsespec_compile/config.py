@@ -67,11 +67,15 @@ class SpecConfig(Settings, error=ConfigError):
             "window": the first 4 and the latest ones (StreamingLLM), as many as "pillar" would read; "full":
             everything. "ngram" takes no pass: what followed the text's last 1 to 16 tokens where they occur before, in
             the text itself or in another one of the batch, is proposed, and every iteration verifies.
+        draft_proposals: tokens, 0 to 8, that are proposed as by "ngram" behind the newest draft, and that each draft
+            iteration judges besides: those that it would have drafted itself are drafts at once. So a cycle of
+            `draft_tokens` drafts has fewer draft iterations. Neither with "ngram" nor with `draft_tokens="auto"`, which
+            does not choose among numbers of proposals.
         local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
             verification instead of on the highest scores. 0 is the paper's choice.
         draft_weights: what drafts read of the weights. "int8" and "fp8": copies in 8 bits with a scale for each output,
-            for iterations of 64 ("int8") or 256 ("fp8") drafts at most; everything else reads the weights, so the text
-            does not depend on it.
+            for iterations of 64 ("int8") or 256 ("fp8") rows of drafts at most; everything else reads the weights, so
+            the text does not depend on it.
             The copies take about half the memory of the weights (`OptimizedModel.memory_plan`) and follow changes in
             place before each generation. "fp8" needs a GPU of compute capability 8.9. "exact": the weights. "auto" is
             "fp8" on such GPUs and "int8" on others where memory allows it, else "exact"; `OptimizedModel.report` says
@@ -127,6 +131,7 @@ class SpecConfig(Settings, error=ConfigError):
     min_budget: int = 128
     drafter: Drafter = "auto"
     local_ratio: float = 0.25
+    draft_proposals: int = 0
     draft_weights: DraftWeights = "auto"
     page_size: int = 16
     pool_tokens: int | None = None
@@ -169,12 +174,29 @@ class SpecConfig(Settings, error=ConfigError):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_choice("drafter", get_args(Drafter))
+        self._check_proposals()
         self._check_choice("draft_weights", get_args(DraftWeights))
         self._check_choice("schedule", get_args(Schedule))
         self._check_choice("backend", get_args(Backend))
         self._check_ratio("memory_fraction", zero=False)
         self._check_ratio("budget_ratio", zero=False)
         self._check_ratio("local_ratio", zero=True)
+
+    def _check_proposals(self) -> None:
+        self._check_int("draft_proposals", 0, 8)
+        if not self.draft_proposals:
+            return
+        if self.draft_tokens == "auto" or self.drafter == "ngram":
+            raise ConfigError(
+                f"draft_proposals is {self.draft_proposals} with draft_tokens={self.draft_tokens!r} and "
+                f"drafter={self.drafter!r}. It takes a number of draft_tokens, and a drafter that runs the model. Set "
+                "both, or draft_proposals=0."
+            )
+        if self.draft_proposals >= self.draft_tokens:
+            raise ConfigError(
+                f"draft_proposals must be below draft_tokens, {self.draft_tokens}, as an iteration makes one draft at "
+                f"least; got {self.draft_proposals}."
+            )
 
     def _check_int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

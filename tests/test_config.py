@@ -23,6 +23,7 @@ from sparsespec_compile.errors import ConfigError, SparseSpecError
         ("local_ratio", 1.01, r"\[0, 1\]"),
         ("min_budget", 0, "from 1 to 1048576"),
         ("drafter", "eagle", "'auto', 'pillar', 'window', 'full', 'ngram'"),
+        ("draft_proposals", 9, "from 0 to 8"),
         ("page_size", 0, "from 1 to 4096"),
         ("pool_tokens", 8, "from 16 to"),
         ("max_requests", 0, "from 1 to 1024"),
@@ -36,6 +37,20 @@ from sparsespec_compile.errors import ConfigError, SparseSpecError
 def test_bad_values(name, value, allowed):
     with pytest.raises(ConfigError, match=rf"{name} must be .*{allowed}.*got {value!r}"):
         SpecConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "draft_tokens='auto'"),
+        ({"draft_tokens": 4, "drafter": "ngram"}, "drafter='ngram'"),
+        ({"draft_tokens": 2}, "below draft_tokens, 2"),
+        ({"draft_tokens": 0}, "below draft_tokens, 0"),
+    ],
+)
+def test_proposals_go_with_more_drafts_by_the_model(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SpecConfig(draft_proposals=2, **settings)
 
 
 def test_unknown_and_positional_settings_are_refused_with_the_allowed_names():

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import sparsespec_compile as ss
 from sparsespec_compile.runtime.host.engine import Engine
 
-from .support.adversary import AdversarialDevice
+from .support.adversary import AdversarialDevice, random_proposals
 
 VOCABULARY = 67
 NEAR_TIE = 1e-3
@@ -68,12 +68,15 @@ def random_settings(chance: random.Random, page_size: int, longest: int) -> ss.S
         pages = max(2, math.ceil(longest * chance.choice([1.0, 1.1, 1.5, 2.5]) / page_size))
         host = chance.choice([0, longest, 2 * longest + 3 * page_size, 100 * longest])
         tight = {"pool_tokens": pages * page_size, "host_pool_tokens": host}
+    draft_tokens = chance.choice([0, 1, 2, 3, 4, 7, 12, 16, "auto", "auto"])
+    drafter = chance.choice(["auto", "auto", "pillar", "window", "full", "ngram"])
     return ss.SpecConfig(
-        draft_tokens=chance.choice([0, 1, 2, 3, 4, 7, 12, 16, "auto", "auto"]),
+        draft_tokens=draft_tokens,
+        draft_proposals=random_proposals(chance, draft_tokens, drafter),
         max_draft_tokens=chance.choice([1, 3, 6]),
         budget_ratio=chance.choice([0.01, 0.05, 0.3, 1.0]),
         min_budget=chance.choice([1, 2, 5, 11, 300]),
-        drafter=chance.choice(["auto", "auto", "pillar", "window", "full", "ngram"]),
+        drafter=drafter,
         local_ratio=chance.choice([0.0, 0.25, 0.5, 1.0]),
         page_size=page_size,
         prefill_chunk=chance.choice([1, 2, 3, 7, 20, 2048]),

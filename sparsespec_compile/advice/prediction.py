@@ -205,6 +205,7 @@ def cycle(
     budget: float,
     schedule: Schedule = "grouped",
     passes: int | None = None,
+    pass_rows: int = 1,
 ) -> list[tuple[float, Iteration]]:
     """The iterations of a cycle in the steady state: `batch` requests, as evenly over the phases in use as can be.
 
@@ -217,6 +218,7 @@ def cycle(
         budget: cached positions that a draft iteration reads.
         schedule: as in `SpecConfig`.
         passes: draft iterations of a cycle; None = one for each draft.
+        pass_rows: rows of a request in each of them.
 
     Returns:
         kinds of iterations and their share, which add up to 1.
@@ -230,7 +232,11 @@ def cycle(
         ((phases - larger) / iterations, few),
         (larger / iterations, few + 1),
     ]
-    return [(share, _iteration(batch, verifying, draft_tokens, length, budget)) for share, verifying in kinds if share]
+    return [
+        (share, _iteration(batch, verifying, draft_tokens, pass_rows, length, budget))
+        for share, verifying in kinds
+        if share
+    ]
 
 
 def predict_cycle(
@@ -245,7 +251,7 @@ def predict_cycle(
 ) -> Prediction:
     """The mean time of an iteration in cycles of this kind; `padded` gives the rows that are computed for some rows."""
     budget = kind.drafter.positions(length)
-    mix = cycle(batch, kind.drafts, length, budget, schedule, kind.passes)
+    mix = cycle(batch, kind.drafts, length, budget, schedule, kind.passes, kind.drafter.pass_rows)
     if padded is not None:
         mix = [(share, replace(one, rows=padded(one.rows), kept=padded(one.kept))) for share, one in mix]
     if kind.drafter.reads_scores:
@@ -270,8 +276,10 @@ def iteration_time(
     return seconds
 
 
-def _iteration(batch: int, verifying: int, draft_tokens: int, length: float, budget: float) -> Iteration:
-    rows = batch + verifying * draft_tokens
+def _iteration(
+    batch: int, verifying: int, draft_tokens: int, pass_rows: int, length: float, budget: float
+) -> Iteration:
+    rows = (batch - verifying) * pass_rows + verifying * (draft_tokens + 1)
     return Iteration(rows, rows, batch - verifying, verifying, length, draft_tokens, budget)
 
 

@@ -173,6 +173,7 @@ def build_runner(
                 config.most_draft_tokens,
                 target.compiler,
                 target.vocabulary,
+                config.draft_proposals,
             )
         with refused():  # steps are run, in which ranks wait for each other
             graphs = device.graphs() if config.cuda_graphs else None

@@ -296,7 +296,7 @@ def _check(name: str, one: Written, others: Written, judge: "_Judge") -> Check:
     drafts = accepted = None
     if name.endswith("plain decoding") and one.stats is not None:
         kinds = list(one.stats.by_cycle.values())
-        drafts = sum(kind.cycles * len(kind.accepted_at) for kind in kinds)
+        drafts = sum(kind.drafts for kind in kinds)
         accepted = sum(sum(kind.accepted_at) for kind in kinds)
     partings = judge.partings(one, others)
     return Check(name, len(one.texts), sum(map(len, one.texts)), drafts, accepted, tuple(partings))

@@ -222,7 +222,7 @@ def bench(
         undrafted,
         drafted,
         kinds,
-        sum(kind.cycles * len(kind.accepted_at) for kind in by_kind.values()),
+        sum(kind.drafts for kind in by_kind.values()),
         sum(sum(kind.accepted_at) for kind in by_kind.values()),
         read / of if of else float("nan"),
         sum(equal) / len(equal),
@@ -260,7 +260,8 @@ def _kinds(written: Sequence[Written]) -> tuple[tuple[Kind, ...], dict[tuple[str
         for name, more in one.stats.by_cycle.items():
             known = by_kind.get(name, CycleStats(0, [0] * len(more.accepted_at)))
             places = [a + b for a, b in zip(known.accepted_at, more.accepted_at, strict=True)]
-            by_kind[name] = CycleStats(known.cycles + more.cycles, places)
+            counts = known.drafts + more.drafts, known.tried + more.tried
+            by_kind[name] = CycleStats(known.cycles + more.cycles, places, *counts)
     kinds = []
     for (drafter, drafts), count in iterations.most_common():
         found = by_kind.get((drafter, drafts))
@@ -316,5 +317,5 @@ def _acceptance(by_kind: dict[tuple[str, int], CycleStats], *, ngrams: bool) -> 
     for (drafter, _), kind in by_kind.items():
         if (drafter == "ngram") == ngrams:
             right += sum(kind.accepted_at)
-            tried += sum([kind.cycles, *kind.accepted_at][: len(kind.accepted_at)])
+            tried += kind.tried
     return right / tried if tried else None

@@ -40,13 +40,14 @@ def plain():
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.parametrize("proposals", [0, 2])
 @pytest.mark.parametrize("share", [0.9, *(pytest.param(share, marks=SLOW) for share in (1.0, 0.5, 0.0))])
-def test_the_rate_is_the_share_and_the_text_stays(plain, share):
+def test_the_rate_is_the_share_and_the_text_stays(plain, share, proposals):
     """Drafts that read everything are always right, so what is spoiled is all that is wrong."""
-    engine = engine_with(share, drafter="full")
+    engine = engine_with(share, drafter="full", draft_tokens=8, draft_proposals=proposals)
     assert run(engine, requests_of(LENGTHS, NEW_TOKENS, temperature=0.0)) == plain[0.0]
     kinds = engine.stats.by_cycle["full", 8]
-    judged = kinds.cycles + sum(kinds.accepted_at[:-1])
+    judged = kinds.tried
     assert judged > 150
     deviation = math.sqrt(share * (1 - share) / judged)
     assert drafts_right(engine.stats) == pytest.approx(share, abs=4 * deviation)

@@ -19,7 +19,7 @@ from sparsespec_compile.runtime.host.host_tier import HostTier
 from sparsespec_compile.runtime.host.page_pool import PagePool
 from sparsespec_compile.runtime.host.request import FinishReason, Request
 
-from ..support.adversary import AdversarialDevice, AdversarialStream
+from ..support.adversary import AdversarialDevice, AdversarialStream, random_proposals
 from ..support.toy import VOCABULARY, Toy, prompts
 
 LONGEST = 24
@@ -101,12 +101,15 @@ class Play:
         room = chance.choice([1.0, 1.7, 2.5] if crowded else [1.0, 1.2, 2.0, 8.0])
         self.device = AdversarialDevice(seed, captures=not crowded and chance.random() < 0.2)
         self.live = Toy(self.weights[0].windows)
+        draft_tokens = chance.choice([0, 1, 2, 4, 7, "auto"])
+        drafter = chance.choice(["pillar", "pillar", "window", "full", "ngram"])
         self.engine = engine = self.live.engine(
             self.device,
-            draft_tokens=chance.choice([0, 1, 2, 4, 7, "auto"]),
+            draft_tokens=draft_tokens,
+            draft_proposals=random_proposals(random.Random(seed), draft_tokens, drafter),
             max_draft_tokens=chance.choice([1, 3, 5]),
             min_budget=chance.choice([1, 4, 50]),
-            drafter=chance.choice(["pillar", "pillar", "window", "full", "ngram"]),
+            drafter=drafter,
             draft_weights=chance.choice(["exact", "int8"]),
             page_size=page,
             prefill_chunk=chance.choice([2, 5, 64]),

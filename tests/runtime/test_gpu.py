@@ -58,7 +58,11 @@ def every_third(ids, scores):
     return scores
 
 
-@pytest.mark.parametrize("settings", [{}, {"backend": "eager"}, {"drafter": "ngram"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"backend": "eager"}, {"drafter": "ngram"}, {"draft_tokens": 6, "draft_proposals": 2}],
+    ids=str,
+)
 def test_processed_logits_in_captured_steps_write_the_same_texts(model, prompts, sampling, settings):
     """Some requests by the op, which is captured, some by a function, which is not, some by neither."""
     asked = [

@@ -68,10 +68,10 @@ def test_a_new_number_of_drafts_leaves_most_cycles_whole(number, former, drafts)
     """Requests in the middle of cycles: as many drafts follow as the former or the new number leaves."""
     requests = [resident(100, 0) for _ in range(number)]
     for place, request in enumerate(requests):
-        request.drafted = place % (former + 1)
+        request.passes = place % (former + 1)
     phases = Phases(former, "balanced", most=8)
     phases.spread(drafts, requests, now=40)
-    ends = [request.drafted + (request.phase - phases.at(40)) % (drafts + 1) for request in requests]
+    ends = [request.passes + (request.phase - phases.at(40)) % (drafts + 1) for request in requests]
     counts = [sum(request.phase == phase for request in requests) for phase in range(drafts + 1)]
     whole = [min(former, drafts) <= end <= max(former, drafts) for end in ends]
     assert sum(whole) >= 0.6 * number
@@ -134,12 +134,12 @@ def test_a_full_phase_does_not_keep_left_over_requests_from_moving():
 def test_one_request_off_the_beat_does_not_cut_the_others_cycles():
     requests = [resident(100, 0) for _ in range(64)]
     for place, request in enumerate(requests):
-        request.drafted = 4 + place % 4
-    requests[-1].drafted = 11
+        request.passes = 4 + place % 4
+    requests[-1].passes = 11
     phases = Phases(12, "grouped", most=32)
     phases.spread(11, requests, now=40)
     assert all(request.phase < phases_in_use("grouped", 11, 64) for request in requests)
-    ends = [request.drafted + (request.phase - phases.at(40)) % 12 for request in requests[:-1]]
+    ends = [request.passes + (request.phase - phases.at(40)) % 12 for request in requests[:-1]]
     assert sum(11 <= end <= 12 for end in ends) >= 60
 
 
@@ -152,10 +152,10 @@ def test_a_new_number_of_drafts_begins_with_the_first_group_to_finish():
     requests = [resident(100, 0) for _ in range(64)]
     phases = Phases(12, "grouped", most=32)
     for place, request in enumerate(requests):
-        request.drafted = 5 + place % 4
+        request.passes = 5 + place % 4
     phases.spread(11, requests, now=40)
     assert phases.at(44) == 0  # the eighth draft is read in iteration 40, the twelfth in 44
-    ends = [request.drafted + (request.phase - phases.at(40)) % 12 for request in requests]
+    ends = [request.passes + (request.phase - phases.at(40)) % 12 for request in requests]
     assert sum(11 <= end <= 12 for end in ends) >= 48
 
 

@@ -39,7 +39,8 @@ def decoding(made, drafted, phase):
     for _ in requests:  # at least one prompt an iteration
         made.plan()
     for request, drafts in zip(requests, drafted, strict=True):
-        request.output, request.unread, request.drafted, request.phase = [1], 0, drafts, phase
+        request.output, request.unread, request.phase = [1], 0, phase
+        request.passes = request.drafted = drafts
     return requests
 
 

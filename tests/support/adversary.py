@@ -210,3 +210,10 @@ class _Later(Future[Tensor]):
         if not super().done():
             self.set_result(self._make())
         return super().result(timeout)
+
+
+def random_proposals(chance: random.Random, draft_tokens: int | str, drafter: str) -> int:
+    """`SpecConfig.draft_proposals` that go with these settings; often 0."""
+    if isinstance(draft_tokens, str) or draft_tokens < 2 or drafter == "ngram":
+        return 0
+    return min(chance.choice([0, 0, 1, 2, 5]), draft_tokens - 1)

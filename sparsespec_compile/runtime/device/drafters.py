@@ -4,9 +4,12 @@ Every drafter writes its drafts into `State.tokens`, each at its position behind
 verification reads them there, so the text never depends on the drafter. Drafters that run the model draft one token in
 each draft iteration, and differ in which cached positions these read: the step leaves their drafts in `State.tokens`.
 Others propose all drafts of a cycle at once, at the end of the iteration before (`Drafter.update`); prompts stand in
-`State.tokens` too, so that they can be searched.
+`State.tokens` too, so that they can be searched. Both together: with `SpecConfig.draft_proposals` a draft iteration has
+rows for proposals as well, and keeps those that it would have drafted itself, so that the number of drafts is known to
+the device alone (`State.drafted`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +19,9 @@ from torch import Tensor
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.runtime.device.state import State
+
+PROPOSALS_RIGHT = (0.45, 0.6)
+"""Expected share of first proposals that are right, and of further ones if those before them are."""
 
 SINK_TOKENS = 4
 """First positions that the window drafter always reads (StreamingLLM's attention sinks)."""
@@ -46,9 +52,19 @@ class Drafter:
     def __hash__(self) -> int:
         return hash(self.name)  # cycles are looked up all the time, and a hash of all settings takes long
 
+    @property
+    def pass_rows(self) -> int:
+        """Rows of a request in a draft iteration: its newest token and what was proposed behind it."""
+        return 1 + self.config.draft_proposals
+
     def passes(self, drafts: int) -> int:
-        """Draft iterations of a cycle of `drafts` drafts, before the iteration that verifies them."""
-        return drafts
+        """Draft iterations of a cycle of `drafts` drafts, before the iteration that verifies them.
+
+        With proposals they are as many as make so many drafts if proposals are right as often as expected. If they are
+        right less often, the cycle has fewer drafts.
+        """
+        proposed = range(self.config.draft_proposals)
+        return math.ceil(drafts / (1 + sum(PROPOSALS_RIGHT[0] * PROPOSALS_RIGHT[1] ** nth for nth in proposed)))
 
     def positions(self, length: float) -> float:
         """Of `length` cached positions those that a draft iteration reads, for predictions of its time."""
@@ -170,7 +186,7 @@ class Cycle:
     @property
     def proposed(self) -> int:
         """Drafts that are in `State.tokens` when the cycle begins."""
-        return self.drafts - self.passes
+        return 0 if self.passes else self.drafts
 
 
 _AUTO = (NgramDrafter.name, PillarDrafter.name)

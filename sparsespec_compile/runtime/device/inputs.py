@@ -24,15 +24,19 @@ class Work(NamedTuple):
     Attributes:
         slot: the request's row in the state tensors.
         mode: draft, verify or prefill.
-        rows: packed rows. 1 for a draft, drafts + 1 for a verification, the chunk's tokens for a prefill.
-        offset: drafts: position of the row, counted from the request's verified length (its drafts so far).
-            Verifications: 0. Prefills: position of the first row; all positions before it hold the text already.
+        rows: packed rows at most. For a draft 1, or more with proposals; drafts + 1 for a verification, the chunk's
+            tokens for a prefill.
+        offset: drafts: position of the first row, counted from the request's verified length (its drafts so far).
+            Verifications: 0. With -1 `State.drafted` tells: a draft begins behind the drafts there are, and a
+            verification has no more rows than there are drafts, and one. Prefills: position of the first row; all
+            positions before it hold the text already.
         tokens: prefills: the chunk's token ids, `rows` of them. Others take theirs from the device.
         logits: trailing rows whose logits are needed: all of a draft or verification, the last one of a prompt.
         scored: trailing rows whose attention chooses the next pillars among earlier positions; 0 = keep the present
             pillars. Of more rows in a verification, the last `kernels.ops.scored_rows_at_most` count.
         drafter: the drafter of the drafts that are verified, None = no drafts; for statistics, not read on the device.
-        whole_cycle: whether they are as many as cycles have at the time; likewise.
+        whole_cycle: whether they are of as many draft iterations as cycles have at the time; likewise.
+        most: drafts with offset -1: drafts of the cycle at most, those there are included.
     """
 
     slot: int
@@ -44,6 +48,7 @@ class Work(NamedTuple):
     scored: int = 0
     drafter: Drafter | None = None
     whole_cycle: bool = False
+    most: int = 0
 
 
 class PageUpdate(NamedTuple):
@@ -64,14 +69,15 @@ class PageUpdate(NamedTuple):
 
 def promise_of(work: Iterable[Work], reads_scores: bool) -> Promise:
     """What attention need not do for an iteration; `reads_scores`: whether anybody reads the scores of scored rows."""
-    rows, scored, prompts_scored = 0, False, False
+    rows, scored, prompts_scored, only_drafts = 0, False, False, True
     for item in work:
+        only_drafts = only_drafts and item.mode == Mode.DRAFT
         rows = max(rows, item.rows)
         scored = scored or item.scored > 0
         prompts_scored = prompts_scored or (item.scored > 0 and item.mode == Mode.PREFILL)
     if rows <= 1 and not scored:
         return Promise.SINGLE_ROWS
-    if not reads_scores:
+    if not reads_scores or (only_drafts and not scored):
         return Promise.NO_SCORES
     return Promise.NOTHING if prompts_scored else Promise.ONLY_VERIFICATIONS_SCORED
 
@@ -88,6 +94,7 @@ _SLOT_FIELDS = (
     "score_slot",
     "logit_start",
     "logit_count",
+    "most",
     "max_length",
     "top_k",
     "temperature",
@@ -96,8 +103,8 @@ _SLOT_FIELDS = (
     "seed_low",
     "seed_high",
 )
-_WORK_FIELDS = 8  # the first ones are anew in every iteration, the others stay while a request keeps its slot
-_WORK_NUMBERS = ("slot", "mode", "rows", "offset", "logits", "scored")  # of `Work`
+_WORK_FIELDS = 9  # the first ones are anew in every iteration, the others stay while a request keeps its slot
+_WORK_NUMBERS = ("slot", "mode", "rows", "offset", "logits", "scored", "most")  # of `Work`
 _ROW_FIELDS = ("row_slot", "row_place", "row_token")
 _ALIGNED = 4
 """Alignment of fields, in values (16 bytes): every compiled region would copy an input that is less aligned."""
@@ -145,6 +152,7 @@ class StepInputs:
         scored: int32 [S], trailing rows that choose the next pillars, as in `Work`.
         score_slot: int32 [S], row of the score buffer that they are written to.
         logit_start, logit_count: int32 [S], which of the rows with logits belong to a slot.
+        most: int32 [S], as in `Work`.
         max_length: int32 [S], prompt and new tokens together at most.
         temperature, top_p, min_p: float32 [S]; top_k: int32 [S]; as in `DrawParams`.
         seed_low, seed_high: int32 [S], the bits of the seed.
@@ -162,7 +170,7 @@ class StepInputs:
         views = {name: self.flat[span] for name, span in sizes.spans().items()}
         self.mode, self.row_start, self.rows, self.offset = (views[name] for name in _SLOT_FIELDS[:4])
         self.scored, self.score_slot, self.logit_start, self.logit_count = (views[name] for name in _SLOT_FIELDS[4:8])
-        self.max_length = views["max_length"]
+        self.most, self.max_length = views["most"], views["max_length"]
         self.row_slot, self.row_place, self.row_token = (views[name] for name in _ROW_FIELDS)
         self.logit_rows = views["logit_rows"]
         self.update_at, self.update_page = views["update_at"], views["update_page"]
@@ -239,7 +247,7 @@ class InputPacker:
         row_start, logit_start = row_end - rows, logit_end - logits
         score_slot = np.where(scored > 0, np.cumsum(scored > 0) - 1, 0)
         self._work[:, slot] = (
-            *(given["mode"], row_start, rows, given["offset"], scored, score_slot, logit_start, logits),
+            *(given["mode"], row_start, rows, given["offset"], scored, score_slot, logit_start, logits, given["most"]),
         )
         views["row_slot"][:row] = np.repeat(slot, rows)
         views["row_place"][:row] = np.arange(row) - np.repeat(row_start, rows)

@@ -42,6 +42,7 @@ class State:
         tokens: int64 [S + 1, N]. Tokens of prompts, and drawn ones, accepted and drafted, each at its position. Row S
             takes the writes of rows that belong to no request.
         length: int32 [S], positions whose K/V in the pool are exact: written by a prefill or by a verification.
+        drafted: int32 [S], drafts of the cycle under way: they stand in `tokens` behind position `length`.
         page_table: int32 [G, S + 1, P], for each group of layers (`KVLayout.groups`), the page of the pool that holds a
             logical page of the slot's request. Row S is never read.
         pillar_index: int32 [S, H, M], positions that drafts read, for the KV heads of all layers.
@@ -64,6 +65,7 @@ class State:
         self._memory = device
         self.tokens = device.zeros(slots + 1, capacity.tokens, dtype=torch.int64)
         self.length = ints(slots)
+        self.drafted = ints(slots)
         self.page_table = ints(len(layout.groups), slots + 1, request_pages(layout, capacity))
         self.pillar_index = ints(slots, heads, capacity.pillars)
         self.pillar_count = ints(slots)

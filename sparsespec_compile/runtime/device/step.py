@@ -75,11 +75,14 @@ class Results(NamedTuple):
         tokens: int32 [S, k + 2]: the number of tokens that became final for each slot (0 for drafts and absent
             slots), then the tokens, meaningful up to that number, or NO_TOKEN. A full cycle ends with accepted + 1 of
             them.
+        drafted: int32 [S]: of slots that drafted, the drafts of the cycle so far; of those that verified, the drafts
+            that were judged.
         logprobs: float32 [S, k + 1], natural logarithm of the model's own probability of each of these tokens, before
             processing, temperature and filters; only written by variants with `logprobs`.
     """
 
     tokens: Tensor
+    drafted: Tensor
     logprobs: Tensor
 
 
@@ -122,9 +125,10 @@ class Step:
         draft_tokens: drafts of a full cycle, k.
         compiler: applied to the functions around the graph, such as `torch.compile`.
         vocabulary: the tokens of which the graph gives logits; None = all.
+        proposals: tokens that are proposed behind the newest draft, for the next draft iteration to judge.
 
     Attributes:
-        vocabulary: as given.
+        vocabulary, proposals: as given.
         any_work: the variant that does whatever an iteration can ask for, but for log-probabilities.
         drafts: the graph for iterations of nothing but drafts; None = `forward` runs them too.
     """
@@ -138,6 +142,7 @@ class Step:
         draft_tokens: int,
         compiler: Compiler = as_it_is,
         vocabulary: VocabularyPart | None = None,
+        proposals: int = 0,
     ) -> None:
         self.forward = forward
         self.state = state
@@ -145,16 +150,19 @@ class Step:
         self.drafts: DraftGraph | None = None
         self.reads_scores = any(drafter.reads_scores for drafter in drafters)
         self.vocabulary = vocabulary
+        self.proposals = proposals
         anything = Promise.NOTHING if self.reads_scores else Promise.NO_SCORES
         self.any_work = Variant(promise=anything, whole_rows=vocabulary is not None)
         self._score_rows = scored_rows_at_most(state.layout.largest_group) if self.reads_scores else 0
         slots = state.capacity.slots
         self.results = Results(
             tokens=torch.zeros(slots, draft_tokens + 2, dtype=torch.int32, device=state.device),
+            drafted=torch.zeros(slots, dtype=torch.int32, device=state.device),
             logprobs=torch.zeros(slots, draft_tokens + 1, dtype=torch.float32, device=state.device),
         )
         self._place_rows = compiler(place_rows)
         self._accept = compiler(accept)
+        self._propose = compiler(propose)
         self._updates = [(drafter.reads_scores, compiler(drafter.update)) for drafter in drafters if _updates(drafter)]
 
     def variant(
@@ -177,8 +185,8 @@ class Step:
         """
         scores = cycle is None or not cycle.drafts or cycle.drafter.reads_scores
         promise = promise_of(work, self.reads_scores and scores)
-        only_drafts = promise is Promise.SINGLE_ROWS and bool(work) and all(item.mode == Mode.DRAFT for item in work)
-        copies = only_drafts and self.drafts is not None and len(work) <= self.drafts.most_rows
+        only_drafts = bool(work) and all(item.mode == Mode.DRAFT and not item.scored for item in work)
+        copies = only_drafts and self.drafts is not None and sum(item.rows for item in work) <= self.drafts.most_rows
         variant = Variant(logprobs and not only_drafts, promise, copies)
         return self.whole_rows_where_needed(with_processing(variant, processing), filters)
 
@@ -235,6 +243,8 @@ class Step:
         for reads_scores, update in self._updates:
             if variant.promise is Promise.NOTHING or variant.promise is _PROMISED_IN_CYCLES[reads_scores]:
                 update(state, self.results.tokens[:, 0], inputs.score_slot, placed.scored_length)
+        if self.proposals:
+            self._propose(state, inputs, self.results.tokens[:, 0], self.proposals)
 
     def _by_functions(
         self, placed: Placed, logits: Tensor, logit_rows: Tensor, of_slot: Mapping[int, RowProcessors]
@@ -261,12 +271,17 @@ def place_rows(state: State, inputs: StepInputs, rows: int, most_scored: int) ->
     """
     state.page_table.view(-1).index_put_((inputs.update_at.long(),), inputs.update_page)
     prefill = inputs.mode == _PREFILL
-    cached = torch.where(prefill, inputs.offset, state.length + inputs.offset)
+    told, draft = inputs.offset >= 0, inputs.mode == _DRAFT
+    ahead = torch.where(told, inputs.offset, torch.where(draft, state.drafted, 0))
+    cached = torch.where(prefill, inputs.offset, state.length + ahead)
     # A slot's new owner must not meet its old owner's pillars.
     for renewed in (state.pillar_count, state.recent_start):
         renewed.masked_fill_(prefill, 0)
     # Rows that only tokens past the request's last one would need are dropped here, on the device.
     count = torch.minimum(inputs.rows, (inputs.max_length - 1 - cached).clamp(min=0))
+    # Nor are there rows for more drafts than a cycle may have, and to verify drafts that were not made.
+    known = torch.where(draft, (inputs.most - state.drafted).clamp(min=0), state.drafted + 1)
+    count = torch.where(told, count, torch.minimum(count, known))
     slot, place = inputs.row_slot[:rows].long(), inputs.row_place[:rows].long()
     owner = slot.clamp(min=0)
     real = (slot >= 0) & (place < count[owner])
@@ -295,7 +310,7 @@ def accept(
     variant: Variant,
     scores: Tensor | None = None,
 ) -> None:
-    """Draw the next token of each row with logits, accept drafts while they equal it, advance the lengths.
+    """Draw the next token of each row with logits, accept drafts while they equal it, advance lengths and drafts.
 
     `scores`: what functions have made of the logits, which are whole rows then; None = there are none.
     """
@@ -324,13 +339,24 @@ def accept(
     accepted = (as_drafted[logit] & is_draft).int().cumprod(dim=1).sum(dim=1)
     verified = torch.minimum(accepted + 1, placed.rows)
     prefilled = torch.minimum(inputs.logit_count, placed.rows)
-    verify, prefill = inputs.mode == _VERIFY, inputs.mode == _PREFILL
+    verify, prefill, draft = (inputs.mode == mode for mode in (_VERIFY, _PREFILL, _DRAFT))
+    # A row's own token is the next draft; proposals that it would have drafted were right, and their rows count too.
+    made = torch.where(placed.rows > 0, accepted + 1, 0)
+    drafted = torch.where(draft, placed.cached - state.length + made, torch.where(verify | prefill, 0, state.drafted))
+    results.drafted.copy_(torch.where(draft, drafted, (placed.rows - 1).clamp(min=0)))
+    state.drafted.copy_(drafted)
     final = torch.where(verify, verified, torch.where(prefill, prefilled, 0))
     length = torch.where(prefill, placed.cached + placed.rows, state.length + torch.where(verify, verified, 0))
     state.length.copy_(length)
     results.tokens.copy_(torch.cat([final[:, None], told[logit]], dim=1))
     if variant.logprobs:
         results.logprobs.copy_(log_probability(logits, drawn)[logit])
+
+
+def propose(state: State, inputs: StepInputs, final: Tensor, most: int) -> None:
+    """Propose `most` tokens behind the newest token or draft of each slot that drafts next. final: int32 [S]."""
+    wanted = torch.where((final > 0) | (inputs.mode == _DRAFT), most, 0).int()
+    torch.ops.sparsespec.propose_ngrams(state.tokens, state.length + state.drafted, wanted, most)
 
 
 def _with_logits(state: State, placed: Placed, logit_rows: Tensor) -> tuple[Tensor, Tensor]:

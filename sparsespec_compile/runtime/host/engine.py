@@ -242,10 +242,9 @@ class Engine:
 
         def action() -> None:  # between iterations, as it measures what a step takes
             with torch.inference_mode(False), stream.active(), self._among_ranks():
+                config = replace(self.config, draft_proposals=0)  # each draft of a loop outside is a row of its own
                 built.append(
-                    build_runner(
-                        self.target, self.config, self._drafters, capacity, self._device, pages, self._agreement
-                    )
+                    build_runner(self.target, config, self._drafters, capacity, self._device, pages, self._agreement)
                 )
 
         self._turns.command(action)

@@ -36,6 +36,7 @@ class Frame:
             stream.device.host_buffer(tuple(tensor.shape), tensor.dtype)
             for tensor in (inputs, results.tokens, results.logprobs)
         )
+        self._drafted = stream.device.host_buffer(tuple(results.drafted.shape), results.drafted.dtype)
         self._arrived = stream.record()
 
     def upload(self, packed: np.ndarray, inputs: Tensor) -> None:
@@ -43,13 +44,19 @@ class Frame:
         self._upload.numpy()[:] = packed
         self._stream.copy((inputs, self._upload))
 
-    def download(self, results: Results, *, logprobs: bool) -> None:
+    def download(self, results: Results, *, logprobs: bool, drafted: bool) -> None:
         """Enqueue the copy of the results to the host."""
         pairs = [(self._tokens, results.tokens)]
+        if drafted:
+            pairs.append((self._drafted, results.drafted))
         if logprobs:
             pairs.append((self._logprobs, results.logprobs))
         self._stream.copy(*pairs)
         self._arrived = self._stream.record()
+
+    def drafted(self) -> list[int]:
+        """`Results.drafted`, once the results were read; meaningless unless it was downloaded."""
+        return self._drafted.tolist()
 
     def read(self, *, logprobs: bool) -> tuple[list[list[int]], list[list[float]]]:
         """Wait for the results; a row of tokens and one of log-probabilities (empty unless wanted) for each slot."""

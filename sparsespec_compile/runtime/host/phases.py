@@ -84,8 +84,8 @@ class Phases:
         left, due = {}, [0] * self.count
         for request in requests:
             request.phase = None
-            meant = former - request.drafted
-            left[request] = meant if 0 <= meant <= draft_tokens else max(draft_tokens - request.drafted, 0)
+            meant = former - request.passes
+            left[request] = meant if 0 <= meant <= draft_tokens else max(draft_tokens - request.passes, 0)
             due[left[request]] += request.reach
         used = self._used(len(requests))
         first = max(

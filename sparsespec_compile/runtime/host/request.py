@@ -120,7 +120,9 @@ class Request:
         awaited: key of the page that another prompt was about to compute when it was last held back for it.
         weights: how often weights had changed when it was admitted: what it has computed before a change is not kept.
         phase: it verifies in the iterations for which `Phases.at` gives this; None before.
-        drafted: drafts of the cycle under way.
+        passes: draft iterations of the cycle under way.
+        drafted: drafts of it at most; with proposals the device knows how many there are.
+        told_drafted: drafts of it as far as results have been read.
         drafter: the drafter of the planned drafts; None before the first.
         fresh: whether its pillars are from its last verification.
         looked_up: tokens of `output` in which n-grams were looked up (`Foresight`).
@@ -151,7 +153,9 @@ class Request:
     awaited: bytes | None = None
     weights: int = 0
     phase: int | None = None
+    passes: int = 0
     drafted: int = 0
+    told_drafted: int = 0
     drafter: Drafter | None = None
     fresh: bool = False
     looked_up: int = 0

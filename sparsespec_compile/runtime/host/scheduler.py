@@ -130,29 +130,35 @@ class Scheduler:
         self.kv_cache.release(request)
 
     def _decode(self, request: Request, phase: int) -> Work | None:
-        cycle, drafts = self.cycle, request.drafted
+        cycle, passes, drafts = self.cycle, request.passes, request.drafted
         scores = cycle.drafter.keeps_index
         stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
         # A cycle begun when there were more drafts may finish as it was meant to.
-        longest = self.limits.cycle.drafts
-        due = phase == request.phase or drafts >= longest or stale
+        longest = max(self.limits.cycle.passes, cycle.passes)
+        due = phase == request.phase or passes >= longest or stale
         full = scores and self._scored >= self.limits.scored - self._kept
-        if due and full and drafts < longest and not stale:
+        if due and full and passes < longest and not stale:
             due = False
-        rows = (drafts or cycle.proposed) + 1
-        if not self.kv_cache.cover(request, min(request.max_length, request.reach + rows)):
+        rows, pass_rows = (drafts or cycle.proposed) + 1, cycle.drafter.pass_rows
+        made = drafts + 1 if pass_rows == 1 else min(drafts + pass_rows, cycle.drafts)
+        if not self.kv_cache.cover(request, min(request.max_length, request.reach + (rows if due else made))):
             return None
+        # With proposals the device alone knows how many drafts there are.
+        told = pass_rows == 1 or passes == 0
         if not due:
-            request.drafted, request.drafter = drafts + 1, cycle.drafter
-            return Work(request.slot, Mode.DRAFT, rows=1, offset=drafts, logits=1)
+            request.passes, request.drafted, request.drafter = passes + 1, made, cycle.drafter
+            offset = drafts if told else -1
+            return Work(request.slot, Mode.DRAFT, pass_rows, offset, logits=pass_rows, most=cycle.drafts)
         # Where the score buffer is full, the old pillars serve for one cycle more.
         scored = self._take_scores(rows) if scores and not full else 0
         # In the first cycle of a drafter that proposes, the tokens after the newest one are not drafts yet.
         drafter = request.drafter if drafts or request.drafter == cycle.drafter else None
-        whole = drafter == cycle.drafter and rows - 1 == cycle.drafts > 0
-        request.drafted, request.drafter, request.unread = 0, cycle.drafter, request.unread + rows
+        whole = drafter == cycle.drafter and passes == cycle.passes and cycle.drafts > 0
+        request.passes, request.drafted, request.drafter = 0, 0, cycle.drafter
+        request.unread += rows
         request.fresh = scored > 0 or (scores and request.fresh)
-        return Work(request.slot, Mode.VERIFY, rows, logits=rows, scored=scored, drafter=drafter, whole_cycle=whole)
+        offset = 0 if told else -1
+        return Work(request.slot, Mode.VERIFY, rows, offset, (), rows, scored, drafter, whole)
 
     def _prefill(self, prompts: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk

@@ -333,7 +333,8 @@ class Session:
             failed = [self._fail(request, error) for request in wanting if not request.finished]
             variant = replace(variant, logprobs=False, processed=False, ngrams=False)
             self._stream.run(partial(self._runner, rows, logits, variant, of_slot))
-        frame.download(self._runner.step.results, logprobs=variant.logprobs)
+        step = self._runner.step
+        frame.download(step.results, logprobs=variant.logprobs, drafted=step.proposals > 0)
         frame.logprobs, frame.draft_weights = variant.logprobs, variant.draft_weights
         return failed
 
@@ -347,6 +348,7 @@ class Session:
         frame = self._flight.land()
         asked = time.perf_counter()
         tokens, all_logprobs = frame.read(logprobs=frame.logprobs)
+        drafted = frame.drafted()
         answered = time.perf_counter()
         rows = sum(item.rows for _, item in frame.work)
         self._recorder.begin_iteration(rows, frame.cycle, draft_weights=frame.draft_weights)
@@ -355,7 +357,8 @@ class Session:
             if request.finished:
                 continue  # it ended in an earlier iteration, which was read after this one had been enqueued
             if item.mode == Mode.DRAFT:
-                self._recorder.record_draft(request, item)
+                self._recorder.record_draft(request, request.told_drafted if item.offset < 0 else item.offset)
+                request.told_drafted = drafted[item.slot]
                 continue
             count, *drawn = tokens[item.slot]
             cached = request.cached
@@ -364,13 +367,14 @@ class Session:
             added = request.append(sound, all_logprobs[item.slot] if request.logprobs else [])
             if failed is not None and not request.finished:
                 request.fail(failed[1])
+            judged = drafted[item.slot] if item.offset < 0 else item.rows - 1
             if item.mode == Mode.VERIFY:
                 request.unread -= item.rows
                 if self._chooser is not None and count and item.drafter is not None:
                     # The end of a text cuts its last cycle off; nothing says that the next draft was wrong.
                     right = min(count - 1, len(added))
-                    self._chooser.verified(item.drafter, right if request.finished else item.rows - 1, right)
-            self._recorder.record(request, item, cached, len(added), cut=len(added) < count)
+                    self._chooser.verified(item.drafter, right if request.finished else judged, right)
+            self._recorder.record(request, item, cached, len(added), judged, cut=len(added) < count)
             self._clock(request, first=len(request.output) == len(added))
             if request.finished:
                 self._scheduler.release(request)
@@ -448,10 +452,14 @@ def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]
         if cycle.drafter.reads_scores:
             promise = Promise.ONLY_VERIFICATIONS_SCORED
         if cycle.passes:
-            together = slots if config.schedule == "in_phase" else -(-slots // (drafts + 1))
+            pass_rows = cycle.drafter.pass_rows
+            together = slots if config.schedule == "in_phase" else -(-slots // (cycle.passes + 1))
             if config.schedule == "grouped":
-                together = min(slots, max(together, GROUPED_ROWS // (drafts + 1)))
-            rows[promise] = range(1, slots + drafts * (max(together, slots // 2) if auto else together) + 1)
+                together = min(slots, max(together, GROUPED_ROWS // (cycle.passes + 1)))
+            most = slots * pass_rows + drafts * (max(together, slots // 2) if auto else together)
+            rows[promise] = range(1, most + 1)
+            if pass_rows > 1:
+                rows.setdefault(Promise.NO_SCORES, range(1, slots * pass_rows + 1))
         elif drafts and not auto:
             rows[promise] = range(1, slots * (drafts + 1) + 1)
         elif drafts and slots * (drafts + 1) <= GROUPED_ROWS:

@@ -50,12 +50,26 @@ class CycleStats:
     """What became of the drafts of one kind of cycle: a drafter with a number of drafts, k.
 
     Attributes:
-        cycles: verifications of k drafts.
+        cycles: verifications after as many draft iterations as such a cycle has.
         accepted_at: [k], cycles in which the draft at this place was accepted.
+        drafted: drafts of all of them; None = k of each. With proposals a cycle may have fewer.
+        judged: drafts whose predecessors were right; None = the first of each, and those behind accepted ones.
     """
 
     cycles: int
     accepted_at: list[int]
+    drafted: int | None = None
+    judged: int | None = None
+
+    @property
+    def drafts(self) -> int:
+        """Drafts of all cycles."""
+        return self.cycles * len(self.accepted_at) if self.drafted is None else self.drafted
+
+    @property
+    def tried(self) -> int:
+        """Drafts whose predecessors were right."""
+        return sum([self.cycles, *self.accepted_at][: len(self.accepted_at)]) if self.judged is None else self.judged
 
 
 @dataclass
@@ -118,7 +132,7 @@ class Stats(JupyterMixin):
     @property
     def drafts_per_cycle(self) -> float:
         """Mean drafts of a full cycle; NaN before the first."""
-        drafts = sum(kind.cycles * len(kind.accepted_at) for kind in list(self.by_cycle.values()))
+        drafts = sum(kind.drafts for kind in list(self.by_cycle.values()))
         return drafts / self.cycles if self.cycles else float("nan")
 
     @property
@@ -220,13 +234,13 @@ class StatsRecorder:
         self.stats.tokens_by_iteration.append(0)
         self.stats.seconds_by_iteration.append(time.perf_counter() - self._began)
 
-    def record_draft(self, request: Request, work: Work) -> None:
-        """Count a draft: it reads pillars, and everything behind them."""
-        first = work.offset + request.cached
+    def record_draft(self, request: Request, drafts: int) -> None:
+        """Count a draft iteration behind so many drafts: it reads pillars, and everything behind them."""
+        first = drafts + request.cached
         if first < request.max_length - 1:
             self._count_read(self._elements(request.pillars + first + 1 - request.recent_start, first, rows=1))
 
-    def record(self, request: Request, work: Work, cached: int, final: int, *, cut: bool) -> None:
+    def record(self, request: Request, work: Work, cached: int, final: int, judged: int, *, cut: bool) -> None:
         """Count one request's verification or part of a prompt.
 
         Args:
@@ -234,12 +248,13 @@ class StatsRecorder:
             work: what was planned for it.
             cached: positions with exact K/V before it.
             final: tokens that it added to the text.
+            judged: drafts that it verified.
             cut: whether the text ended before all verified tokens were used.
         """
         self.stats.tokens += final
         self.stats.tokens_by_iteration[-1] += final
-        first = work.offset + (0 if work.mode == Mode.PREFILL else cached)
-        rows = max(0, min(work.rows, request.max_length - 1 - first))
+        first, planned = (work.offset, work.rows) if work.mode == Mode.PREFILL else (cached, judged + 1)
+        rows = max(0, min(planned, request.max_length - 1 - first))
         if rows == 0:
             return
         if work.scored:
@@ -252,16 +267,17 @@ class StatsRecorder:
             self._count_read(self._elements(first + rows, first, rows))
             self.stats.kv_read_plain += sum(self._elements(at + 1, at, 1) for at in range(first, first + final))
             if not cut:
-                self._count_cycle(request, work, rows, final)
+                self._count_cycle(request, work, rows == planned, judged, final)
 
     def _count_read(self, elements: int) -> None:
         self.stats.kv_read += elements
         self.stats.kv_read_by_iteration[-1] += elements
 
-    def _count_cycle(self, request: Request, work: Work, rows: int, final: int) -> None:
-        if work.whole_cycle and rows == work.rows:
-            kind = self.stats.by_cycle.setdefault(self._kind, CycleStats(0, [0] * self._kind[1]))
+    def _count_cycle(self, request: Request, work: Work, whole: bool, judged: int, final: int) -> None:
+        if work.whole_cycle and whole:
+            kind = self.stats.by_cycle.setdefault(self._kind, CycleStats(0, [0] * self._kind[1], 0, 0))
             kind.cycles += 1
+            kind.drafted, kind.judged = kind.drafts + judged, kind.tried + min(final, judged)
             request.stats.cycles += 1
             request.stats.accepted += final - 1
             for place in range(final - 1):

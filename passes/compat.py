@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._inductor
 import torch.compiler.config
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ def symbolic_input(
 def python_dispatch() -> AbstractContextManager[None]:
     """Within it, ops on fake tensors take their Python shape functions, which keep sizes symbolic."""
     return enable_python_dispatcher()
+
+
+def without_shape_cache() -> AbstractContextManager[None]:
+    """Modes of fake tensors that are made within it derive the result of each op anew, on any thread.
+
+    Their cache does not pay for symbolic sizes: to look a result up and to fit it to other symbols takes longer than
+    the op's shape function.
+    """
+    return dynamo_config.patch(fake_tensor_cache_enabled=False)
 
 
 def conditions(environment: ShapeEnv, start: int = 0) -> list[sympy.Basic]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsespec_compile.kernels.ops import AttentionSettings, SiteCall, SparseSpecError, attention_site
 
-from ..compat import mask_function
+from ..compat import mask_function, without_shape_cache
 from ..errors import (
     AttentionInterfaceError,
     ExportError,
@@ -219,7 +219,7 @@ def _trace(packed: PackedModel, sites: tuple[Site, ...], reader: ExpertsReader) 
     rows, kept = Dim("rows", min=2), Dim("kept", min=2)
     shapes = {"input_ids": {1: rows}, "position_ids": {1: rows}, "logits_to_keep": {0: kept}}
     try:
-        with recording(_Trace(sites, reader)):
+        with recording(_Trace(sites, reader)), without_shape_cache():
             example = packed.example(TYPICAL_ROWS, TYPICAL_KEPT)
             program = torch.export.export(packed, (), example, dynamic_shapes=shapes, strict=False)
     except SparseSpecError:

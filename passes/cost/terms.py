@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import sympy
@@ -177,7 +177,10 @@ def logits(rows: Expr, vocabulary: int, itemsize: int) -> Term:
     return Term("logits", "stream", 2 * rows * vocabulary * itemsize, Integer(0))
 
 
-def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window: int, itemsize: int) -> list[Term]:
+@lru_cache  # layers are mostly alike, and sympy takes milliseconds for each minimum
+def attention(
+    q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window: int, itemsize: int
+) -> tuple[Term, ...]:
     """One dual-mode attention layer.
 
     Drafting requests read `min(L, b)` chosen positions and those since the last verification, k + 1 on average (half
@@ -205,12 +208,12 @@ def attention(q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window:
         bytes_again=(times - 1) * V * verified * token,
     )
     scores = 2 * Min(k, 1) * V * L * kv_heads * _SCORE_BYTES  # plain decoding, k = 0, chooses nothing
-    return [
+    return (
         Term("KV written", "stream", T * token, Integer(0)),
         Term("draft attention", "draft", D * drafted * token + index, D * drafted * row_flops),
         verify,
         Term(SCORES, "stream", scores, Integer(0)),
-    ]
+    )
 
 
 def _visible(positions: Expr, window: int) -> Expr:

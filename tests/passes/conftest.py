@@ -15,13 +15,6 @@ from .families import logits, tiny, tokens
 PAGE_SIZE = 16
 
 
-@pytest.fixture(scope="session", autouse=True)
-def verify_after_every_pass():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VERIFY_VARIABLE, "1")
-        yield
-
-
 class Bench:
     """One family: its model, HuggingFace's logits for two sequences, the captured graph, the compiled one."""
 
@@ -37,7 +30,10 @@ class Bench:
 
     @cached_property
     def compiled(self):
-        return compile_model(self.model, page_size=PAGE_SIZE)
+        """With all shapes verified after every pass, which takes as long again; other tests leave it to the last."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(VERIFY_VARIABLE, "1")
+            return compile_model(self.model, page_size=PAGE_SIZE)
 
     def close(self, got, expected):
         """Whether logits agree up to the rounding of float32 sums in another order."""

@@ -52,6 +52,13 @@ def test_a_new_input_has_a_symbol_where_it_is_free_and_a_number_where_not(mode):
     assert value.shape[0].node.expr != other.shape[0].node.expr, "equal hints are not the same symbol"
 
 
+def test_modes_made_without_the_shape_cache_have_none():
+    with compat.without_shape_cache():
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+    assert not mode.cache_enabled
+    assert FakeTensorMode(shape_env=ShapeEnv()).cache_enabled, "other users of torch keep theirs"
+
+
 def test_python_dispatch_keeps_sizes_symbolic(mode):
     value = compat.symbolic_input(mode, "x", (5, 8), (True, False), torch.float32, "cpu")
     with mode, compat.python_dispatch(), torch.no_grad():

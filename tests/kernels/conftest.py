@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Iterator
+from functools import cache
+from inspect import ismodule
 from typing import Any
 
 import numpy as np
@@ -48,10 +50,32 @@ def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is published for Linux only")
     from triton.runtime.jit import JITFunction
 
-    interpreted, multiply = interpreter.InterpretedFunction, interpreter.interpreter_builder.create_dot
+    interpreted, multiply = cache(interpreter.InterpretedFunction), interpreter.interpreter_builder.create_dot
+    prepared: set[frozenset[str]] = set()
+
+    @cache
+    def languages(function: Any) -> frozenset[str]:
+        """The modules of triton.language that a function's own module sees."""
+        seen = [value.__name__ for value in function.__globals__.values() if ismodule(value)]
+        return frozenset(seen) & {"triton.language", "triton.language.core"}
+
+    def launch(self: Any, grid: Any) -> Any:
+        prepared.clear()
+        prepared.add(languages(self.fn))
+        return interpreted(self.fn)[grid]
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        """A device function. The interpreter replaces what it sees of triton.language in every call, which takes most
+        of its time; once in a launch does, as nothing is put back before the launch ends."""
+        function, seen = interpreted(self.fn), languages(self.fn)
+        if seen in prepared:
+            return function.rewrite()(*arguments, **named)
+        prepared.add(seen)
+        return function(*arguments, **named)
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(JITFunction, "__call__", lambda self, *a, **k: interpreted(self.fn)(*a, **k))
-    monkeypatch.setattr(JITFunction, "__getitem__", lambda self, grid: interpreted(self.fn)[grid])
+    monkeypatch.setattr(JITFunction, "__call__", call)
+    monkeypatch.setattr(JITFunction, "__getitem__", launch)
 
     def widened(operand: Any) -> Any:
         """The interpreter keeps bfloat16 as its bits and would multiply those as integers."""

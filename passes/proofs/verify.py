@@ -2,7 +2,7 @@
 
 `verify` is a walk over the nodes and always runs. `verify_shapes` computes every shape anew, seconds on a large model:
 it runs on each distinct region of the final graph, and on the whole graph after each pass when the environment variable
-SPARSESPEC_VERIFY is set, as in tests.
+SPARSESPEC_VERIFY is set, as in a test of each family.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def test_variants_are_those_of_real_steps_each_once(family, dims, settings):
     assert set(compiled) == set(variants_of(steps))
 
 
-def test_products_with_8_bit_weights_are_those_of_iterations_of_drafts():
+def test_products_with_8_bit_weights_are_those_of_iterations_of_drafts(compiled):
     """For the padded rows of up to a row for each slot; and what makes each kind of copy."""
     config = ss.SpecConfig(draft_tokens=2, draft_weights="int8", max_requests=20, prefill_chunk=100)
     fast = ss.optimize(tiny("qwen2", num_hidden_layers=3), config)
@@ -134,8 +134,7 @@ def test_products_with_8_bit_weights_are_those_of_iterations_of_drafts():
     assert sorted(call.inner for call in quantisations) == [hidden, mlp]
     for call in (*products, *quantisations):
         call.run(CPU)
-    exact = ss.optimize(tiny("qwen2"), dataclasses.replace(config, draft_weights="exact"))
-    assert not any(isinstance(call, Product | Quantisation) for call in calls_of(exact._compiled, config))
+    assert not any(isinstance(call, Product | Quantisation) for call in calls_of(compiled, config))
 
 
 @pytest.mark.gpu
@@ -165,24 +164,27 @@ def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     assert sorted(call.settings.window for call in attention) == [0, 0, 1, 1]
 
 
-def test_auto_compiles_what_each_drafter_takes():
+@pytest.fixture(scope="module")
+def compiled():
+    """A model with exact weights. Its graph is the same whatever drafts it."""
+    return ss.optimize(tiny("qwen3"))._compiled
+
+
+def test_auto_compiles_what_each_drafter_takes(compiled):
     """A third kernel without scores, for iterations that verify drafts from the text."""
-    fast = ss.optimize(tiny("qwen3"))
-    calls = calls_of(fast._compiled, fast.spec_config)
+    calls = calls_of(compiled, ss.SpecConfig())
     promises = {call.promise for call in calls if isinstance(call, Attention)}
     assert promises == {Promise.NOTHING, Promise.NO_SCORES, Promise.SINGLE_ROWS}
     assert {type(call) for call in calls} == {Attention, Draw, Selection, Proposals}
 
 
 @pytest.mark.parametrize("settings", [{"drafter": "window"}, {"drafter": "full"}, {"draft_tokens": 0}])
-def test_what_selects_no_pillars_compiles_no_selection(settings):
-    fast = ss.optimize(tiny("qwen3"), ss.SpecConfig(**settings))
-    assert not any(isinstance(call, Selection) for call in calls_of(fast._compiled, fast.spec_config))
+def test_what_selects_no_pillars_compiles_no_selection(compiled, settings):
+    assert not any(isinstance(call, Selection) for call in calls_of(compiled, ss.SpecConfig(**settings)))
 
 
-def test_the_default_dtype_does_not_matter():
-    fast = ss.optimize(tiny("qwen3"))
-    calls = calls_of(fast._compiled, fast.spec_config)
+def test_the_default_dtype_does_not_matter(compiled):
+    calls = calls_of(compiled, ss.SpecConfig())
     torch.set_default_dtype(torch.bfloat16)
     try:
         for call in calls:
@@ -194,7 +196,7 @@ def test_the_default_dtype_does_not_matter():
 def test_a_cpu_compiles_nothing(monkeypatch):
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
     monkeypatch.setattr(warm_up, "calls_of", None)
-    ss.optimize(tiny("qwen3"))
+    ss.optimize(tiny("qwen3", num_hidden_layers=1))
 
 
 def test_regions_are_compiled_meanwhile(monkeypatch):
@@ -213,7 +215,7 @@ def test_regions_are_compiled_meanwhile(monkeypatch):
     monkeypatch.setattr(target, "_settle_kernel_cache", lambda device: order.append("cache settled"))
     monkeypatch.setattr(target, "kernels_compiled_beside", beside)
     monkeypatch.setattr(target, "_compile_regions", regions)
-    ss.optimize(tiny("qwen3"), ss.SpecConfig(backend="inductor"))
+    ss.optimize(tiny("qwen3", num_hidden_layers=1), ss.SpecConfig(backend="inductor"))
     assert order == ["cache settled", "kernels begin", "regions", "kernels done"]
 
 

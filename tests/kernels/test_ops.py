@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsespec_compile.kernels import ops
 from sparsespec_compile.kernels.ops import STEP_TENSORS, Mode
@@ -84,12 +86,19 @@ def test_draw_part_keeps_its_schema(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.draw_part, (logits, temperature, seed, position, 100))
 
 
+def _draw(logits: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    return ops.draw_tokens(logits * 2, *rows) + 1
+
+
 def test_draw_tokens_is_opaque_to_a_compiler() -> None:
     """Inductor calls it as it is: compiled by Inductor, its sort would not compile and its noise would be slow."""
+    traced = make_fx(_draw, select_decomp_table(), tracing_mode="symbolic")(*_draw_arguments(torch.float16))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    aten = torch.ops.aten
+    assert targets == [aten.mul.Tensor, ops.draw_tokens, aten.add.Tensor]
+
+
+@pytest.mark.slow
+def test_draw_tokens_is_compiled_around() -> None:
     arguments = _draw_arguments(torch.float16)
-
-    def draw(logits: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-        return ops.draw_tokens(logits * 2, *rows) + 1
-
-    compiled = torch.compile(draw, fullgraph=True, dynamic=True)
-    assert torch.equal(compiled(*arguments), draw(*arguments))
+    assert torch.equal(torch.compile(_draw, fullgraph=True, dynamic=True)(*arguments), _draw(*arguments))

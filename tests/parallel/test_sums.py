@@ -1,7 +1,10 @@
 """Where a tensor-parallel graph sums over ranks, and the proof that it does so once for every sum."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch.fx import Graph, GraphModule
 
 from sparsespec_compile.errors import GraphInvariantError, ParallelPlanError, ShardedModelError
 from sparsespec_compile.kernels.ops import (
@@ -14,9 +17,12 @@ from sparsespec_compile.kernels.ops import (
 from sparsespec_compile.passes import pipeline
 from sparsespec_compile.passes.base import GraphPass, call_of, find_calls
 from sparsespec_compile.passes.cost.graph import graph_cost
-from sparsespec_compile.passes.parallel.division import SUMMAND, WHOLE, piece
+from sparsespec_compile.passes.layout import KVLayout
+from sparsespec_compile.passes.parallel.division import SUMMAND, WHOLE, Placement, piece
 from sparsespec_compile.passes.pipeline import compile_model
 from sparsespec_compile.passes.proofs.placing import Misplaced
+from sparsespec_compile.passes.proofs.sums import verify_sums
+from sparsespec_compile.passes.proofs.verify import verify
 from sparsespec_compile.passes.ranks import Ranks
 from sparsespec_compile.passes.rewrites.draft_weights import DraftWeights
 from sparsespec_compile.passes.rewrites.fuse_projections import FuseProjections
@@ -63,9 +69,8 @@ def test_every_layer_is_summed_up_as_rarely_as_can_be(family, expected):
     result = compiled(family)
     assert len(sums(result)) == expected
     layout = result.layout.layers[0]
-    whole = compile_model(tiny(family), page_size=16).layout.layers[0]
     split = family not in ("deepseek_v3", "olmo2")
-    assert layout.q_heads * (2 if split else 1) == whole.q_heads
+    assert layout.q_heads * (2 if split else 1) == tiny(family).config.num_attention_heads
     for node in find_calls(result.graph_module.graph, dual_mode_attention):
         sinks = call_of(AttentionCall, node).sinks
         assert (sinks is not None) == (family == "granite_swa")
@@ -107,19 +112,64 @@ def test_drafts_with_8_bit_weights_sum_up_where_the_exact_graph_does(dtype):
     assert any(weight.shape[0] == result.vocabulary.length for weight, *_ in result.draft.copies)
 
 
-def remove(result, node):
+class Stage(NamedTuple):
+    """A graph behind a pass of the pipeline, and which part of its weights the rank has."""
+
+    graph_module: GraphModule
+    layout: KVLayout
+    weights: dict[str, Placement]
+
+    def copy(self):
+        graph = Graph()
+        graph.output(graph.graph_copy(self.graph_module.graph, {}))
+        return Stage(GraphModule(self.graph_module, graph), self.layout, dict(self.weights))
+
+    def verify(self, drafts=False):
+        """What the pipeline does behind each pass."""
+        verify(self.graph_module, self.layout, drafts=drafts)
+        verify_sums(self.graph_module, self.weights)
+
+
+def stages_of(**settings):
+    """By the kind of the pass: what is behind those that sum up, and behind all later ones."""
+    found = {}
+    run_pass = pipeline._run_pass
+
+    def note(number, graph_pass, graph_module, dumper):
+        run_pass(number, graph_pass, graph_module, dumper)
+        context = graph_pass.context
+        if context.parallel.reduced:
+            found[type(graph_pass)] = Stage(graph_module, context.layout, context.parallel.weights).copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_run_pass", note)
+        compiled("llama", **settings)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stages():
+    return stages_of()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def drafts(request):
+    return stages_of(draft_dtype=request.param, **ROUND)[DraftWeights]
+
+
+def remove(weights, node):
     node.replace_all_uses_with(node.args[0])
     node.graph.erase_node(node)
 
 
-def double(result, node):
+def double(weights, node):
     with node.graph.inserting_after(node):
         again = node.graph.call_function(all_reduce, (node, ""))
     node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
     again.meta["val"] = node.meta["val"]
 
 
-def sum_up_the_residual(result, node):
+def sum_up_the_residual(weights, node):
     (add,) = node.users
     add.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
     add.args = (add.args[0], node.args[0])
@@ -127,7 +177,7 @@ def sum_up_the_residual(result, node):
     add.append(node)
 
 
-def sum_up_a_norm(result, node):
+def sum_up_a_norm(weights, node):
     norm = next(one for one in node.graph.nodes if one.target is torch.ops.aten.rsqrt.default)
     with node.graph.inserting_after(norm):
         total = node.graph.call_function(all_reduce, (norm, ""))
@@ -135,17 +185,23 @@ def sum_up_a_norm(result, node):
     total.meta["val"] = norm.meta["val"]
 
 
-BREAKAGES = [remove, double, sum_up_the_residual, sum_up_a_norm]
+@pytest.mark.parametrize("place", [ReduceSums, FuseProjections])
+@pytest.mark.parametrize("change", [remove, double, sum_up_the_residual, sum_up_a_norm])
+def test_a_broken_sum_is_found(stages, change, place):
+    stage = stages[place].copy()
+    stage.verify()
+    change(stage.weights, find_calls(stage.graph_module.graph, all_reduce)[1])
+    with pytest.raises(Misplaced):
+        stage.verify()
 
 
 @pytest.mark.parametrize("place", [ReduceSums, FuseProjections])
-@pytest.mark.parametrize("change", BREAKAGES)
-def test_a_pass_that_breaks_a_sum_is_caught(monkeypatch, change, place):
+def test_a_pass_that_breaks_a_sum_is_caught(monkeypatch, place):
     class Broken(GraphPass):
         name = "sabotage"
 
         def rewrite(self, graph_module):
-            change(self, find_calls(graph_module.graph, all_reduce)[1])
+            remove(self.context.parallel.weights, find_calls(graph_module.graph, all_reduce)[1])
 
     number = pipeline.PASSES.index(place) + 1
     monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES[:number], Broken, *pipeline.PASSES[number:]))
@@ -153,14 +209,14 @@ def test_a_pass_that_breaks_a_sum_is_caught(monkeypatch, change, place):
         compiled("llama")
 
 
-def read_rounded_rows(result, node):
+def read_rounded_rows(weights, node):
     """What is a rank's own is read as a value of the model."""
     (add,) = node.users
     rows = find_calls(node.graph, fp8_product)[1].args[0].args[0]
     add.args = (rows, node)
 
 
-def read_scales(result, node):
+def read_scales(weights, node):
     (add,) = node.users
     with node.graph.inserting_before(add):
         scaled = node.graph.call_function(torch.ops.aten.mul.Tensor, (node, scales_of(node.graph)))
@@ -172,33 +228,40 @@ def scales_of(graph):
     return next(node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith("draft_scale_"))
 
 
-def swap_units(result, node):
+def swap_units(weights, node):
     first, second = (next(iter(next(iter(one.users)).users)) for one in find_calls(node.graph, fp8_product)[:2])
     second.update_arg(1, first.args[1])
 
 
-def take_the_copy_for_whole(result, node):
-    for name in result.context.parallel.weights:
+def take_the_copy_for_whole(weights, node):
+    for name in weights:
         if name.startswith("draft_weight_"):
-            result.context.parallel.weights[name] = WHOLE
+            weights[name] = WHOLE
 
 
-@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(
     "change", [remove, double, read_scales, take_the_copy_for_whole, read_rounded_rows, swap_units]
 )
-def test_a_pass_that_breaks_a_sum_of_drafts_is_caught(monkeypatch, change, dtype):
-    if dtype == torch.int8 and change in (read_rounded_rows, swap_units):
+def test_a_broken_sum_of_drafts_is_found(drafts, change):
+    stage = drafts.copy()
+    if change in (read_rounded_rows, swap_units) and not find_calls(stage.graph_module.graph, fp8_product):
         pytest.skip("no rows in 8 bits")
+    stage.verify(drafts=True)
+    change(stage.weights, find_calls(stage.graph_module.graph, all_reduce)[1])
+    with pytest.raises(GraphInvariantError):
+        stage.verify(drafts=True)
+
+
+def test_a_pass_that_breaks_a_sum_of_drafts_is_caught(monkeypatch):
     rewrite = DraftWeights.rewrite
 
     def broken(draft_weights, graph_module):
         rewrite(draft_weights, graph_module)
-        change(draft_weights, find_calls(graph_module.graph, all_reduce)[1])
+        remove(draft_weights.context.parallel.weights, find_calls(graph_module.graph, all_reduce)[1])
 
     monkeypatch.setattr(DraftWeights, "rewrite", broken)
-    with pytest.raises(GraphInvariantError):
-        compiled("llama", draft_dtype=dtype, **ROUND)
+    with pytest.raises(Misplaced):
+        compiled("llama", draft_dtype=torch.int8, **ROUND)
 
 
 @pytest.mark.parametrize(
@@ -212,17 +275,13 @@ def test_a_pass_that_breaks_a_sum_of_drafts_is_caught(monkeypatch, change, dtype
         ("post_attention_layernorm.weight", piece(0, 24)),
     ],
 )
-def test_a_weight_that_is_divided_otherwise_is_caught(monkeypatch, weight, placement):
-    class Broken(GraphPass):
-        name = "sabotage"
-
-        def rewrite(self, graph_module):
-            self.context.parallel.weights[f"model.model.layers.1.{weight}"] = placement
-
-    number = pipeline.PASSES.index(ReduceSums) + 1
-    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES[:number], Broken))
+def test_a_weight_that_is_divided_otherwise_is_caught(stages, weight, placement):
+    stage = stages[ReduceSums].copy()
+    name = f"model.model.layers.1.{weight}"
+    assert name in stage.weights or placement != WHOLE, "what is not listed is whole"
+    stage.weights[name] = placement
     with pytest.raises(GraphInvariantError, match=r"layers\.1"):
-        compiled("llama")
+        stage.verify()
 
 
 def test_a_plan_that_does_not_fit_the_model_is_refused_by_name():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsespec_compile.kernels.ops import SiteCall, attention_site
-from sparsespec_compile.passes.base import attribute, call_of, find_calls
+from sparsespec_compile.passes.base import attribute, call_of, fake_mode, find_calls
 from sparsespec_compile.passes.capture.capture import PackedModel, capture
 from sparsespec_compile.passes.capture.interface import model_configs
 from sparsespec_compile.passes.capture.twin import twin_of
@@ -50,6 +50,10 @@ def test_any_number_of_rows_and_of_logits_from_two_up(bench):
         with torch.no_grad():
             expected = case.model(sequence[None]).logits[0, kept]
         assert case.close(run(case.captured, sequence, kept), expected)
+
+
+def test_shapes_are_derived_without_torch_s_cache(bench):
+    assert not fake_mode(bench("llama").captured.graph_module).cache_enabled
 
 
 def test_parameters_are_the_models_own():

@@ -9,7 +9,7 @@ from sparsespec_compile.advice.config_cost import FAMILIES, config_cost
 from sparsespec_compile.errors import CostModelError
 from sparsespec_compile.passes import pipeline
 from sparsespec_compile.passes.cost.graph import graph_cost
-from sparsespec_compile.passes.cost.terms import SYMBOLS, Iteration
+from sparsespec_compile.passes.cost.terms import SYMBOLS, Iteration, attention
 from sparsespec_compile.passes.pipeline import compile_model
 from sparsespec_compile.passes.rewrites.fuse_projections import FuseProjections
 
@@ -55,6 +55,10 @@ def test_equals_the_count_by_hand(cost_of, family, head):
         assert term.launches == launches
     assert equal(cost.bytes, sum(size for size, _, _ in expected.values()))
     assert equal(cost.flops, sum(flops for _, flops, _ in expected.values()))
+
+
+def test_equal_layers_are_written_out_once():
+    assert attention(6, 2, 8, 8, 0, 4) is attention(6, 2, 8, 8, 0, 4)
 
 
 def test_numbers_are_those_of_the_expressions(cost_of):

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from importlib import import_module
 
 COMMANDS = {
-    "serve": ("sparsespec_compile.integrations.serve", "main"),
-    "audit": ("sparsespec_compile.trial.command", "audit_command"),
-    "bench": ("sparsespec_compile.trial.command", "bench_command"),
+    "serve": ("sparsespec_compile.integrations.serve", "main", "serve"),
+    "audit": ("sparsespec_compile.trial.command", "audit_command", ""),
+    "bench": ("sparsespec_compile.trial.command", "bench_command", ""),
 }
-"""Commands, and where the functions of their arguments are."""
+"""Commands, where the functions of their arguments are, and the extra that installs what they need."""
 
 
 def main(arguments: list[str]) -> int:
@@ -17,8 +17,15 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         print(f"usage: python -m sparsespec_compile {{{','.join(COMMANDS)}}} ... (--help says more)", file=sys.stderr)
         return 2
-    module, name = COMMANDS[arguments[0]]
-    command: Callable[[list[str]], int] = getattr(import_module(module), name)
+    module, name, extra = COMMANDS[arguments[0]]
+    try:
+        command: Callable[[list[str]], int] = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not extra:
+            raise
+        need = f"{arguments[0]} needs {error.name}, which is not installed"
+        print(f"{need}. Run: pip install 'sparsespec-compile[{extra}]'", file=sys.stderr)
+        return 2
     return command(arguments[1:])
 
 

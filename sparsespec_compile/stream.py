@@ -57,6 +57,7 @@ class TokenStream:
         self._reader = reader
         self._check = check  # raises unless the model is as it was compiled; called for each `add`
         self._client = engine.client(open_ended=open_ended)
+        self._adding = threading.Lock()  # one after the other, so that prompts are read with their numbers
         self._lock = threading.RLock()  # guards the two that follow
         self._names: dict[Request, tuple[int, int]] = {}
         self._prompts = 0
@@ -115,16 +116,17 @@ class TokenStream:
         if self._ended or self._client.closed:
             raise EngineBusyError("This stream has ended; open another one for more prompts.")
         self._check()
-        read = self._reader.read(prompts, sampling)
-        with self._lock:
+        with self._adding:
             first = self._prompts
-            self._prompts += len(read)
+            read = self._reader.read(prompts, sampling, first)
             names = {
                 request: (index, sample)
                 for index, texts in enumerate(read, first)
                 for sample, request in enumerate(texts)
             }
-            self._names |= names
+            with self._lock:
+                self._prompts += len(read)
+                self._names |= names
         try:
             self._client.submit(list(names))
         except BaseException:

@@ -217,6 +217,17 @@ def test_prompts_added_while_others_run(fast, prompts, texts):
         pieces.add(prompts[:1])
 
 
+def test_prompts_added_later_are_told_their_own_numbers(fast, prompts):
+    told = ss.SamplingParams(max_new_tokens=1, prefix_allowed_tokens_fn=lambda number, ids: [10 + number])
+    with fast.stream(prompts[:1], told) as pieces:
+        pieces.add(prompts[1:3], told)
+        pieces.add(prompts[3:4], told)
+        with pytest.raises(PromptError, match="Prompt 4 is empty"):
+            pieces.add([[]], told)
+        texts = {piece.index: piece.token_ids for piece in pieces}
+    assert texts == {0: [10], 1: [11], 2: [12], 3: [13]}
+
+
 def test_closing_and_interrupting_leave_the_model_usable(fast, prompts, texts):
     pieces = fast.stream(prompts, GREEDY)
     next(pieces)

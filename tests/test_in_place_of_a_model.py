@@ -1,5 +1,7 @@
 """A compiled model where transformers expects its own: pipelines, and what evaluation harnesses read."""
 
+import sys
+
 import pytest
 import torch
 from transformers import GenerationConfig, pipeline
@@ -60,6 +62,13 @@ class TestPipeline:
 def test_an_unknown_command_says_which_there_are(capsys):
     assert main(["unknown"]) == main([]) == 2
     assert "serve" in capsys.readouterr().err
+
+
+def test_a_command_without_its_extra_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "sparsespec_compile.integrations.serve", raising=False)
+    assert main(["serve", "--help"]) == 2
+    assert "serve needs typer, which is not installed. Run: pip install" in capsys.readouterr().err
 
 
 def test_what_harnesses_read(model, fast):

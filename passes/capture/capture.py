@@ -108,9 +108,9 @@ class PackedModel(nn.Module):
 
     def example(self, rows: int, kept: int) -> dict[str, Tensor]:
         """Inputs of `rows` tokens, of which the first `kept` get logits."""
-        device = self.model.device
+        device, embeddings = self.model.device, next(self.model.get_input_embeddings().parameters())
         return {
-            "input_ids": torch.arange(3, 3 + rows, device=device)[None],
+            "input_ids": (torch.arange(3, 3 + rows, device=device) % len(embeddings))[None],
             "position_ids": torch.arange(rows, device=device)[None],
             "logits_to_keep": torch.arange(kept, device=device),
         }

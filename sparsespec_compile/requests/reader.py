@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -72,8 +73,11 @@ class RequestReader:
     tokenizer: Decoder | None = None
     changes: bool = False
 
-    def read(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Request]]:
+    def read(self, prompts: Sequence[Prompt], sampling: Sampling, first: int = 0) -> list[list[Request]]:
         """For each prompt of any length, a request for each of its texts.
+
+        Args:
+            first: number of the first prompt, which errors and functions of the caller's are told.
 
         Raises:
             PromptError: not a sequence of prompts, an empty prompt, or tokens outside of the vocabulary.
@@ -88,8 +92,10 @@ class RequestReader:
             )
         require_supported(self.defaults)
         settings = _sampling_of_each(sampling, len(prompts))
-        tokens = [token_list(index, prompt, self.vocabulary, self.tokenizer) for index, prompt in enumerate(prompts)]
-        requests = [self._texts(*one) for one in zip(range(len(prompts)), tokens, settings, strict=True)]
+        tokens = [
+            token_list(index, prompt, self.vocabulary, self.tokenizer) for index, prompt in enumerate(prompts, first)
+        ]
+        requests = [self._texts(*one) for one in zip(count(first), tokens, settings, strict=False)]
         self.check_context([request for texts in requests for request in texts])
         return requests
 

@@ -56,6 +56,15 @@ def test_shapes_are_derived_without_torch_s_cache(bench):
     assert not fake_mode(bench("llama").captured.graph_module).cache_enabled
 
 
+@pytest.mark.parametrize("vocabulary", [2, 8])
+def test_a_small_vocabulary(vocabulary):
+    model = tiny("llama", vocab_size=vocabulary, bos_token_id=0, eos_token_id=None, pad_token_id=None)
+    sequence = torch.tensor([0, 1, 1, 0, 1])
+    with torch.no_grad():
+        expected = model(sequence[None]).logits[0]
+    assert torch.allclose(run(capture(model), sequence, torch.arange(5)), expected, atol=1e-5)
+
+
 def test_parameters_are_the_models_own():
     model = tiny("qwen2")
     own = {id(parameter) for parameter in model.parameters()}

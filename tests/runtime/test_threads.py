@@ -170,6 +170,11 @@ def test_a_text_beyond_the_models_positions_starts_while_no_other_runs(toy):
     assert run(engine, long) == [toy.decode(request) for request in requests_of((80,), 20)]
 
 
+def test_a_text_longer_than_the_settings_allow(toy):
+    with pytest.raises(PoolTooSmallError, match=r"longer than the 20 .* or raise SpecConfig.max_length, 20\.$"):
+        run(engine_of(toy, max_length=20), requests_of((5,), 50))
+
+
 def test_the_old_state_is_gone_before_a_larger_one_is_sized(toy, monkeypatch):
     engine = engine_of(toy, max_length=None)
     engine.target = replace(engine.target, positions=64)

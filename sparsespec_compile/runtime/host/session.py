@@ -133,10 +133,15 @@ class Session:
             )
         longest = max(request.max_length for request in requests)
         if longest > self.room:
+            remedy = (
+                "raise SpecConfig.max_length or pool_tokens. (A text beyond the model's positions may start while no "
+            )
+            remedy += "other is running.)"
+            if self.room == self._config.max_length:
+                remedy = f"raise SpecConfig.max_length, {self.room}."
             raise PoolTooSmallError(
                 f"A request of {longest} tokens, prompt and max_new_tokens, is longer than the {self.room} that the "
-                "engine's state has room for. Lower max_new_tokens, shorten the prompt, or raise SpecConfig.max_length "
-                "or pool_tokens. (A text beyond the model's positions may start while no other is running.)"
+                f"engine's state has room for. Lower max_new_tokens, shorten the prompt, or {remedy}"
             )
 
     def prepare(self, requests: Sequence[Request]) -> None:

@@ -319,10 +319,12 @@ def _check_sinks(q: Tensor, sinks: Tensor | None, q_heads: int) -> None:
     _check_devices(q, {"sinks": sinks})
 
 
-def _check_settings(scale: float, window: int, softcap: float) -> None:
+def _check_settings(scale: float, window: int, softcap: float, chunked: bool) -> None:
     if not math.isfinite(scale):
         raise KernelInputError(f"scale is {scale}; it must be finite")
     if window < 0:
         raise KernelInputError(f"window is {window}; give the number of positions a row sees, or 0 for all")
+    if chunked and not window:
+        raise KernelInputError("chunked attention without a window; give the length of a chunk as the window")
     if not (math.isfinite(softcap) and softcap >= 0):
         raise KernelInputError(f"softcap is {softcap}; give a finite positive cap, or 0 for none")

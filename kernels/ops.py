@@ -4,13 +4,13 @@ Sizes: T packed rows (tokens) of a step, R of them with logits, V tokens of the 
 heads, Hkv KV heads, G = Hq / Hkv, Dk and Dv the head dimensions of keys and values, P logical pages of a request, C
 rows of the score buffer, S positions for which scores can be kept, M pillars that can be kept.
 
-``sparsespec::attention_site(q, k, v, scale, window, softcap, layer, sinks) -> [1, T, Hq, Dv]``
+``sparsespec::attention_site(q, k, v, scale, window, softcap, chunked, layer, sinks) -> [1, T, Hq, Dv]``
     What capture leaves in the graph at each attention layer. q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv].
     Run eagerly it is causal attention over the T rows as one sequence, so that a captured graph can be compared with
     the model it came from. ``layer`` only names the layer; ``sinks`` are those of ``dual_mode_attention``.
 
-``sparsespec::dual_mode_attention(q, k, v, kv, scores, *STEP_TENSORS, pillar_index, scale, window, softcap, sinks)``
-``-> [T, Hq, Dv]``
+``sparsespec::dual_mode_attention(q, k, v, kv, scores, *STEP_TENSORS, pillar_index, scale, window, softcap, chunked,``
+``sinks) -> [T, Hq, Dv]``
     Drafting, verifying and prefilling rows in one call (paper: fused draft and verify attention).
     q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv]: any strides with a unit last one, one dtype with kv.
     kv [pages, Hkv, page_size, Dk + Dv]: this layer's view of the pool, the key and value of a token side by side.
@@ -26,10 +26,11 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
        key: rows that read the token are not finite, and nothing of it reaches the others. A softmax weight of 0 would
        not keep it from them, since 0 times NaN is NaN. For that reason every value that kv holds below cached_length
        must be finite. Scores that such rows enter are unspecified.
-    2. VERIFY and PREFILL rows at position p read every position of max(0, p - window + 1) .. p. DRAFT rows read
-       pillar_index[b, h, :pillar_count[b]] and recent_start[b] .. p, both cut by the window. With pillar_count 0 and
-       recent_start 0 that is full attention. window 0 means no window; softcap c > 0 turns a logit x into
-       c * tanh(x / c) before the softmax, softcap 0 leaves it.
+    2. VERIFY and PREFILL rows at position p read every position of max(0, p - window + 1) .. p or, chunked, of
+       p // window * window .. p. DRAFT rows read pillar_index[b, h, :pillar_count[b]] and recent_start[b] .. p, both
+       cut by the window. With pillar_count 0 and recent_start 0 that is full attention. window 0 means no window, and
+       then nothing is chunked; softcap c > 0 turns a logit x into c * tanh(x / c) before the softmax, softcap 0 leaves
+       it.
     3. For a VERIFY or PREFILL request with s = score_rows[b] > 0 and end = cached_length[b] + row_count[b],
        scores[score_slot[b], h, j] for j < end - s becomes the mean, over the last s rows and the G query heads of KV
        head h, of how much a row looks at position j (paper: PillarAttn); 0 where the window hides j. Nothing else in
@@ -210,6 +211,7 @@ __all__ = [
     "embed_part",
     "experts",
     "experts_site",
+    "first_visible",
     "fp8_product",
     "halved_product",
     "process_logits",
@@ -266,11 +268,19 @@ STEP_TENSORS = StepTensors._fields
 
 
 class AttentionSettings(NamedTuple):
-    """What a layer's attention is, beside its tensors."""
+    """What a layer's attention is, beside its tensors.
+
+    Attributes:
+        scale: factor on the query-key products.
+        window: positions that a row sees at most, its own the last of them; 0 = all.
+        softcap: of logits; 0 = none.
+        chunked: whether the window stays where it is for `window` rows and then jumps, or slides with each row.
+    """
 
     scale: float
     window: int
     softcap: float
+    chunked: bool = False
 
     @classmethod
     def of(cls, layer: object) -> "AttentionSettings":
@@ -385,6 +395,18 @@ class ExpertsCall(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         """The op's arguments, in order."""
         return (*self[:-1], *self.settings)
+
+
+def first_visible(position: Any, window: int, chunked: bool) -> Any:
+    """The first position that a row sees, below 0 where a sliding window begins before the text.
+
+    Args:
+        position: of the row; a number, or integers of torch or numpy.
+        window, chunked: as in `AttentionSettings`.
+    """
+    if chunked:
+        return position // window * window
+    return position - window + 1 if window else 0
 
 
 _TENSORS_OF_SITE = SiteCall._fields.index("settings")

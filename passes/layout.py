@@ -18,8 +18,9 @@ class AttentionLayer:
         q_heads, kv_heads: query heads and KV heads; query head h reads KV head `h // (q_heads // kv_heads)`.
         key_dim, value_dim: elements of one head's key (and query) and of one head's value.
         scale: factor on the query-key products.
-        window: 0 = every earlier position is visible; w > 0 = position p sees p - w + 1 .. p.
+        window: 0 = every earlier position is visible; w > 0 = position p sees p - w + 1 .. p, or what is chunked.
         softcap: 0.0 = none; c > 0 = scores become `c * tanh(score / c)` before the softmax.
+        chunked: whether position p sees p // window * window .. p.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class AttentionLayer:
     scale: float
     window: int
     softcap: float
+    chunked: bool = False
 
     def elements_per_token(self) -> int:
         """Elements that one token's keys and values take in this layer."""
@@ -42,11 +44,12 @@ class LayerGroup:
 
     Attributes:
         layers: their numbers, ascending.
-        window: the window of every one of them; 0 = none.
+        window, chunked: of every one of them; window 0 = none.
     """
 
     layers: tuple[int, ...]
     window: int
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class KVLayout:
     tokens of each of them, so that it moves in one copy. Within a page of its group, layer i is
     `pool[:, page_offset(i) : page_offset(i) + page_elements(i)]`, seen as `[pages, kv_heads, page_size, key_dim +
     value_dim]` with a token's key and value side by side. The rest of a smaller group's page is unused. Each group has
-    its own page table, so that pages behind a sliding window can be freed while other layers keep theirs.
+    its own page table, so that pages behind a window can be freed while other layers keep theirs.
 
     Scores and pillar indices hold the KV heads of all layers one after the other: layer i has
     `[:, head_offset(i) : head_offset(i) + kv_heads]`.
@@ -76,15 +79,17 @@ class KVLayout:
 
         Layers without a window are one group. Those with one window are as few groups as take no more elements a token
         than that group does, or, where every layer has a window, than the smallest window's layers together: pages of
-        different groups are then about equally full. Layers of different windows share no group.
+        different groups are then about equally full. Layers of different windows, or of a window and of chunks, share
+        no group.
         """
-        kinds: dict[int, list[int]] = {}
+        kinds: dict[tuple[int, bool], list[int]] = {}
         for index, layer in enumerate(self.layers):
-            kinds.setdefault(layer.window, []).append(index)
-        sizes = {window: sum(map(self._elements, kind)) for window, kind in kinds.items()}
-        most = sizes[0] if 0 in sizes else min(sizes.values(), default=0)
-        parts = [(window, part) for window in sorted(kinds, key=bool) for part in self._parts(kinds[window], most)]
-        return tuple(LayerGroup(tuple(part), window) for window, part in parts)
+            kinds.setdefault((layer.window, layer.chunked), []).append(index)
+        sizes = {kind: sum(map(self._elements, layers)) for kind, layers in kinds.items()}
+        most = sizes.get((0, False), min(sizes.values(), default=0))
+        ordered = sorted(kinds, key=lambda kind: kind[0] > 0)
+        parts = [(kind, part) for kind in ordered for part in self._parts(kinds[kind], most)]
+        return tuple(LayerGroup(tuple(part), *kind) for kind, part in parts)
 
     @cached_property
     def _group_of(self) -> tuple[int, ...]:

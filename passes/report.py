@@ -46,7 +46,7 @@ class AttentionRecord:
     """One attention node, and what became of it.
 
     Attributes:
-        layer: its heads, dimensions, scale, window and soft-capping.
+        layer: its heads, dimensions, scale, window or chunks, and soft-capping.
         module: path of the calling module in the model.
         outcome: "rewritten" after the attention rewrite, "not reached" before.
     """
@@ -114,7 +114,8 @@ class CompileReport(JupyterMixin):
         for records in alike.values():
             record = records[0]
             layer = record.layer
-            settings = {"scale": f"{layer.scale:.4g}", "window": layer.window, "softcap": layer.softcap}
+            reach = "chunks of" if layer.chunked else "window"
+            settings = {"scale": f"{layer.scale:.4g}", reach: layer.window, "softcap": layer.softcap}
             table.add_row(
                 ranges([one.layer.layer for one in records]),
                 record.module if len(records) == 1 else _NUMBER.sub("*", record.module),

@@ -29,6 +29,7 @@ from .tiles import (
     PoolShape,
     Source,
     TileShape,
+    last_hidden,
 )
 
 
@@ -102,6 +103,7 @@ def attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    CHUNKED: tl.constexpr,
 ):
     """Persistent: any number of programs shares the work of a step, each taking its part of the plan.
 
@@ -126,10 +128,22 @@ def attention_kernel(
     OVERHEADS: tl.constexpr = (UNIT_OVERHEAD, SCORED_OVERHEAD)
     POOL: tl.constexpr = PoolShape(PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = LayerShape(
-        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HAS_SINKS
+        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HAS_SINKS, CHUNKED
     )
     line, whole, sums = plan_requests(
-        step, requests, kv_heads, window, GROUP, SMALL_M, BIG_M, BLOCK_N, HAS_WINDOW, OVERHEADS, EMITS, REQUESTS
+        step,
+        requests,
+        kv_heads,
+        window,
+        GROUP,
+        SMALL_M,
+        BIG_M,
+        BLOCK_N,
+        HAS_WINDOW,
+        CHUNKED,
+        OVERHEADS,
+        EMITS,
+        REQUESTS,
     )
     total, longest, whole_units, real_rows, row_end = sums
     width = kv_heads * (GROUP * VALUE_DIM)
@@ -161,7 +175,7 @@ def attention_kernel(
         emits = emits_scores(kind, scored, tile_rows, EMITS)
         end = cached + count
         # In the line, every tile of a request reads the same blocks.
-        read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
+        read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW, CHUNKED)
         all_blocks = (read + end - start + BLOCK_N - 1) // BLOCK_N
         first_block, end_block = 0, all_blocks
         first_program, last_program = 0, 0
@@ -193,10 +207,11 @@ def attention_kernel(
             beside_pool = kind != DRAFT
             own_first = tl.where(beside_pool, first, 0)
             end = tl.where(beside_pool, cached, cached + end_row)
-            read, start = reading_of(kind, cached + first, pillars, recent, window, BLOCK_N, HAS_WINDOW)
+            read, start = reading_of(kind, cached + first, pillars, recent, window, BLOCK_N, HAS_WINDOW, CHUNKED)
             if HAS_WINDOW:
                 # Nothing of the pool where the window begins behind it.
-                end = tl.where(beside_pool & (first >= window - 1), start, end)
+                hidden = last_hidden(first, cached, window, CHUNKED) >= -1
+                end = tl.where(beside_pool & hidden, start, end)
             all_blocks = tl.maximum(read + end - start + BLOCK_N - 1, 0) // BLOCK_N
             end_block = all_blocks
             # Looked up ahead of a loop that may have nothing to do.
@@ -224,7 +239,7 @@ def attention_kernel(
             listed = Listed(index_base, read, start, end)
             measured_from = recent
             if HAS_WINDOW:
-                measured_from = tl.maximum(recent, cached - window + 1)
+                measured_from = tl.maximum(recent, last_hidden(cached, 0, window, CHUNKED) + 1)
             measured = Listed(index_base, measuring_pillars(pillars, recent, end), measured_from, end)
             blocks = (first_block, end_block, all_blocks)
             own = (own_first, end_row, beside_pool)

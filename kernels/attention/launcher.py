@@ -140,13 +140,14 @@ def _strides(prefix: str, tensor: Tensor, first: str, second: str) -> dict[str, 
 
 def _settings(settings: AttentionSettings, dtype: torch.dtype) -> dict[str, Any]:
     """Scale and soft-cap as ``tiles.products`` takes them."""
-    scale, window, softcap = settings
+    scale, window, softcap, chunked = settings
     log2_e = LOG2_E.value
     return {
         "window": window,
         "logit_scale": 2.0 * scale * log2_e / softcap if softcap else scale * log2_e,
         "cap": softcap * log2_e,
         "HAS_WINDOW": window > 0,
+        "CHUNKED": chunked,
         "HAS_SOFTCAP": softcap > 0,
         # Float32 products on tensor cores would be rounded to 10 bits.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",

@@ -20,6 +20,7 @@ import triton.language as tl
 from .tiles import (
     LOG2_E,
     as_kept,
+    last_hidden,
     load_pillars,
     load_rows,
     load_tokens,
@@ -48,7 +49,8 @@ def places_of(listed, block, pillar, rows, settings, LAYER: tl.constexpr, TILE: 
     reached = position
     if LAYER.has_window:
         # A weight of 0 would still spread a NaN from before the window. Some row sees the last of the list.
-        reached = tl.where(position > rows[1] - settings[0], position, listed.end - 1)
+        hidden = last_hidden(rows[1], 0, settings[0], LAYER.chunked)
+        reached = tl.where(position > hidden, position, listed.end - 1)
     return position, reached
 
 
@@ -82,13 +84,13 @@ def first_look_up(source, listed, block, rows, settings, LAYER: tl.constexpr, TI
 
 
 @triton.jit
-def where_seen(product, position, order, row_position, end, window, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def where_seen(product, position, order, row_position, end, window, KEYS: tl.constexpr, LAYER: tl.constexpr):
     """Products, -inf where a row does not see a key; KEYS is the axis that the keys' positions lack, -2 or -1."""
     seen = tl.expand_dims(order, KEYS)
     row = tl.expand_dims(row_position, -3 - KEYS)
     visible = (seen <= row) & (seen < end)
-    if HAS_WINDOW:
-        visible = visible & (tl.expand_dims(position, KEYS) > row - window)
+    if LAYER.has_window:
+        visible = visible & (tl.expand_dims(position, KEYS) > last_hidden(row, 0, window, LAYER.chunked))
     return tl.where(visible, product, float("-inf"))
 
 
@@ -111,7 +113,7 @@ def read_block(query, source, listed, block, found, rows, settings, LAYER: tl.co
     product = products(query, keys, logit_scale, cap, LAYER)
     if HAS_WINDOW or block >= rows[2]:
         order = order_of(listed, block, TILE.keys)
-        product = where_seen(product, position, order, rows[0], listed.end, window, -2, HAS_WINDOW)
+        product = where_seen(product, position, order, rows[0], listed.end, window, -2, LAYER)
     return product, values
 
 
@@ -177,7 +179,7 @@ def attend_to_tile(query, source, written, place, first, count, settings, LAYER:
     product = products(query, keys, logit_scale, cap, LAYER)
     visible = row[None, :] <= place[:, None]
     if LAYER.has_window:
-        visible = visible & (row[None, :] > place[:, None] - window)
+        visible = visible & (row[None, :] > last_hidden(place, source.cached, window, LAYER.chunked)[:, None])
     product = tl.where(visible, product, float("-inf"))
     largest, total, sums = nothing_seen(LAYER, TILE)
     return absorb(product, values, scale_of_products(logit_scale, LAYER), largest, total, sums, LAYER.precision)
@@ -191,9 +193,10 @@ def attend_own(query, source, place, first, count, state, settings, LAYER: tl.co
     """
     begin = 0
     if LAYER.has_window:
-        window = settings[0]
-        edge = tl.maximum(first - window + 1, 0)
-        hidden_from_some = tl.minimum(tl.maximum(count - window, 0), first)
+        hidden_from_all = last_hidden(first, source.cached, settings[0], LAYER.chunked)
+        hidden = last_hidden(count - 1, source.cached, settings[0], LAYER.chunked)
+        edge = tl.maximum(hidden_from_all + 1, 0)
+        hidden_from_some = tl.minimum(tl.maximum(hidden + 1, 0), first)
         begin = edge + (hidden_from_some - edge + EDGE - 1) // EDGE * EDGE
         state = _attend_own(query, source, place, first, edge, begin, state, settings, LAYER, TILE, True)
     return _attend_own(query, source, place, first, begin, first, state, settings, LAYER, TILE, False)
@@ -234,7 +237,8 @@ def _attend_own(
             keys, values = as_kept(keys, values, LAYER)
         product = products(query, keys, logit_scale, cap, LAYER)
         if AT_EDGE:
-            visible = (row < first)[None, :] & (row[None, :] > place[:, None] - window)
+            hidden = last_hidden(place, source.cached, window, LAYER.chunked)
+            visible = (row < first)[None, :] & (row[None, :] > hidden[:, None])
             product = tl.where(visible, product, float("-inf"))
         elif low + BLOCK_N > first:
             product = tl.where((row < first)[None, :], product, float("-inf"))
@@ -311,7 +315,7 @@ def log_sum_of_list(
         product = products(keys, query, logit_scale, cap, LAYER)
         order = order_of(listed, block, BLOCK_N)
         if LAYER.has_window or (block + 1) * BLOCK_N > listed.pillar_count:
-            product = where_seen(product, position, order, row_position, listed.end, window, -1, LAYER.has_window)
+            product = where_seen(product, position, order, row_position, listed.end, window, -1, LAYER)
         logit = _per_thread(product * factor, BLOCK_N, BLOCK_M)
         raised = tl.maximum(largest, tl.max(logit, 1))
         total = total * tl.exp2(largest - raised) + tl.sum(tl.exp2(logit - raised[:, None, :, :]), 1)
@@ -364,7 +368,7 @@ def attend_scored(
         product = products(keys, query, settings[1], settings[2], LAYER)
         order = order_of(listed, block, BLOCK_N)
         if LAYER.has_window or block >= rows[2]:
-            product = where_seen(product, position, order, rows[0], listed.end, settings[0], -1, LAYER.has_window)
+            product = where_seen(product, position, order, rows[0], listed.end, settings[0], -1, LAYER)
         weight = tl.exp2(product * factor - measure)
         looked = tl.sum(tl.minimum(weight, 1.0), 1) * share
         tl.store(scores + order, looked, mask=order < scored_end)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import ops
-from .tiles import DRAFT, IDLE, VERIFY
+from .tiles import DRAFT, IDLE, VERIFY, last_hidden
 
 MEASURING_POSITIONS = tl.constexpr(ops.MEASURING_POSITIONS)
 MEASURING_PILLARS = tl.constexpr(ops.MEASURING_PILLARS)
@@ -33,7 +33,16 @@ def tiles_of(kind, count, scored, GROUP: tl.constexpr, SMALL_M: tl.constexpr, BI
 
 
 @triton.jit
-def reading_of(kind, position, pillars, recent, window, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def reading_of(
+    kind,
+    position,
+    pillars,
+    recent,
+    window,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+):
     """What rows from ``position`` on read: a number of pillars, then everything from a first position on.
 
     Except for drafts it is a multiple of BLOCK_N, so that blocks lie in as few pages as possible.
@@ -41,7 +50,7 @@ def reading_of(kind, position, pillars, recent, window, BLOCK_N: tl.constexpr, H
     draft = kind == DRAFT
     start = tl.where(draft, recent, 0)
     if HAS_WINDOW:
-        start = tl.maximum(start, position - window + 1)
+        start = tl.maximum(start, last_hidden(position, 0, window, CHUNKED) + 1)
     return tl.where(draft, pillars, 0), tl.where(draft, start, start // BLOCK_N * BLOCK_N)
 
 
@@ -95,6 +104,7 @@ def plan_requests(
     BIG_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
     OVERHEADS: tl.constexpr,
     EMITS: tl.constexpr,
     REQUESTS: tl.constexpr,
@@ -116,7 +126,7 @@ def plan_requests(
     first_row = tl.load(row_start + slot, mask=inside, other=0)
     count = tl.where(kind == IDLE, 0, count)
     _, tile_rows, tiles = tiles_of(kind, count, scored, GROUP, SMALL_M, BIG_M)
-    read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW)
+    read, start = reading_of(kind, cached, pillars, recent, window, BLOCK_N, HAS_WINDOW, CHUNKED)
     blocks = (read + cached + count - start + BLOCK_N - 1) // BLOCK_N
     emits = emits_scores(kind, scored, tile_rows, EMITS)
     cost = blocks + cost_of_unit(emits, pillars, recent, cached + count, BLOCK_N, OVERHEADS)

@@ -21,6 +21,7 @@ from .tiles import (
     LoopShape,
     PoolShape,
     Source,
+    last_hidden,
     load_queries,
     load_sinks,
     load_tokens,
@@ -74,7 +75,7 @@ def score_rows_of(
     factor = scale_of_products(logit_scale, LAYER)
     seen, low = 0, 0
     if HAS_WINDOW:
-        seen = tl.maximum(scored_end - window + 1, 0)
+        seen = tl.maximum(last_hidden(scored_end, 0, window, LAYER.chunked) + 1, 0)
         low = seen // BLOCK_N * BLOCK_N
         clear_scores(scores, tl.minimum(low, scored_end), BLOCK_N)
     listed = Listed(
@@ -102,7 +103,8 @@ def score_rows_of(
             product = products(keys, query, logit_scale, cap, LAYER)
             visible = real[:, None] & real_pair[None, :]
             if HAS_WINDOW:
-                visible = visible & (position[:, None] > row_position[None, :] - window)
+                hidden = last_hidden(row_position, 0, window, LAYER.chunked)
+                visible = visible & (position[:, None] > hidden[None, :])
             looked = tl.where(visible, tl.minimum(tl.exp2(product * factor - measure), 1.0), 0.0)
             result = tl.sum(looked, 1) / (scored * GROUP)
             inside = position < scored_end
@@ -164,12 +166,13 @@ def score_kernel(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    CHUNKED: tl.constexpr,
 ):
     """Persistent: any number of programs deals out the heads of requests whose scores the attention kernel leaves."""
     settings = (window, logit_scale, cap)
     POOL: tl.constexpr = PoolShape(PAGE_SIZE, UNIT, TOKEN_UNITS, WIDE_UNITS)
     LAYER: tl.constexpr = LayerShape(
-        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HAS_SINKS
+        GROUP, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD, POOL, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HAS_SINKS, CHUNKED
     )
     TILE: tl.constexpr = LoopShape(BIG_M, BLOCK_N, SCORED_AHEAD, False)
     slot = tl.arange(0, REQUESTS)

@@ -76,6 +76,7 @@ class LayerShape(NamedTuple):
         key_dim, value_dim: dimensions of keys and values; key_pad, value_pad: the same as tiles have them.
         pool: `PoolShape`.
         has_window, has_softcap: whether there is one.
+        chunked: whether the window is a chunk.
         precision: of products, as `tl.dot` names it.
         has_sinks: whether query heads have one.
     """
@@ -90,6 +91,7 @@ class LayerShape(NamedTuple):
     has_softcap: Any
     precision: Any
     has_sinks: Any
+    chunked: Any
 
 
 class LoopShape(NamedTuple):
@@ -168,6 +170,14 @@ class Listed(NamedTuple):
     pillar_count: Any
     start: Any
     end: Any
+
+
+@triton.jit
+def last_hidden(row, before, window, CHUNKED: tl.constexpr):
+    """The last row that the window hides from ``row``, negative for none. Rows are counted from position ``before``."""
+    if CHUNKED:
+        return (before + row) // window * window - before - 1
+    return row - window
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..checks import check_attention
-from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, Mode
+from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, Mode, first_visible
 from ..reference.attention import as_kept, as_logits, softmax_beside
 from .plan import Pages, Request, SparseRows, StepPlan, kinds, plan_of
 
@@ -50,6 +50,7 @@ class _Layer(NamedTuple):
     scale: float
     window: int
     softcap: float
+    chunked: bool
     sinks: Tensor | None
 
     @property
@@ -64,7 +65,7 @@ class _Layer(NamedTuple):
 
     def first_seen(self, position: int) -> int:
         """The first position that the window leaves a row."""
-        return max(0, position - self.window + 1) if self.window else 0
+        return max(0, first_visible(position, self.window, self.chunked))
 
 
 def dual_mode_attention(*arguments: Any) -> Tensor:
@@ -77,7 +78,7 @@ def dual_mode_attention(*arguments: Any) -> Tensor:
     layer = _Layer(q, k, v, kv, plan, pillar_index, *settings, sinks)
     make = q.new_empty if plan.covered == q.shape[0] else q.new_zeros
     out = make((q.shape[0], q.shape[1], v.shape[2]))
-    sparse = plan.sparse_rows(settings.window)
+    sparse = plan.sparse_rows(settings.window, settings.chunked)
     if sparse is not None:
         out.index_copy_(0, sparse.row, _sparse(layer, sparse))
     for request in plan.requests:
@@ -223,7 +224,7 @@ def _sparse(layer: _Layer, rows: SparseRows) -> Tensor:
     pillar = layer.pillar_index.index_select(0, rows.slot).narrow(2, 0, rows.not_pillar.shape[2])
     not_pillar = rows.not_pillar
     if layer.window:
-        not_pillar = not_pillar | (pillar <= rows.position - layer.window)
+        not_pillar = not_pillar | (pillar < first_visible(rows.position, layer.window, layer.chunked))
     pillar = torch.where(not_pillar, rows.position, pillar)
     at = torch.cat((pillar, rows.recent.expand(-1, kv.shape[1], -1)), 2)
     page = layer.plan.page_table[rows.slot[:, None, None], at // page_size]
@@ -263,7 +264,7 @@ def _visible(layer: _Layer, rows: range, keys: range) -> Tensor:
     row = torch.arange(rows.start, rows.stop, device="cpu")[:, None]
     key = torch.arange(keys.start, keys.stop, device="cpu")
     visible = key <= row
-    return visible & (key > row - layer.window) if layer.window else visible
+    return visible & (key >= first_visible(row, layer.window, layer.chunked)) if layer.window else visible
 
 
 def _capped(layer: _Layer, logits: Tensor) -> Tensor:

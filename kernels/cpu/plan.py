@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..launch import step_memo
-from ..ops import STEP_TENSORS, Mode
+from ..ops import STEP_TENSORS, Mode, first_visible
 
 _TABLE = STEP_TENSORS.index("page_table")
 
@@ -93,7 +93,7 @@ class StepPlan:
         self._step = dict(zip(STEP_TENSORS, tensors, strict=True))
         self._written: dict[int, Written] = {}
         self._pages: dict[tuple[int, int, int], Pages] = {}
-        self._sparse: dict[int, SparseRows | None] = {}
+        self._sparse: dict[tuple[int, bool], SparseRows | None] = {}
         self.kinds = kinds(tensors)
 
     @cached_property
@@ -130,17 +130,18 @@ class StepPlan:
             )
         return self._written[page_size]
 
-    def sparse_rows(self, window: int) -> SparseRows | None:
+    def sparse_rows(self, window: int, chunked: bool) -> SparseRows | None:
         """The draft rows for which `Request.sparse` holds, in the order of `requests`; None if there are none."""
-        if window not in self._sparse:
+        kind = (window, chunked)
+        if kind not in self._sparse:
             rows = [
                 (request.first + nth, request.slot, request.cached + nth, request.recent, request.pillars)
                 for request in self.requests
                 if request.sparse
                 for nth in range(request.row_count)
             ]
-            self._sparse[window] = _sparse_rows(np.array(rows, dtype=np.int32), window) if rows else None
-        return self._sparse[window]
+            self._sparse[kind] = _sparse_rows(np.array(rows, dtype=np.int32), *kind) if rows else None
+        return self._sparse[kind]
 
     @property
     def page_table(self) -> Tensor:
@@ -164,11 +165,10 @@ class StepPlan:
         return self._pages[key]
 
 
-def _sparse_rows(rows: np.ndarray, window: int) -> SparseRows:
+def _sparse_rows(rows: np.ndarray, window: int, chunked: bool) -> SparseRows:
     """From (packed row, slot, position, first recent position, pillars) of each row."""
     row, slot, position, recent, pillars = rows.T[:, :, None, None]
-    if window:
-        recent = np.maximum(recent, position - window + 1)
+    recent = np.maximum(recent, first_visible(position, window, chunked))
     reads = recent + np.arange((position + 1 - recent).max(), dtype=np.int32)
     beyond = reads > position
     return SparseRows(

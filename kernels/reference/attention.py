@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from ..checks import check_attention, check_site
-from ..ops import MEASURING_PILLARS, MEASURING_POSITIONS, AttentionCall, AttentionSettings, Mode, SiteCall, StepTensors
+from ..ops import (
+    MEASURING_PILLARS,
+    MEASURING_POSITIONS,
+    AttentionCall,
+    AttentionSettings,
+    Mode,
+    SiteCall,
+    StepTensors,
+    first_visible,
+)
 
 _ROW_BLOCK = 512
 """Rows of a request computed at once: bounds the logits of a long prompt, and skips keys that none of them may see."""
@@ -21,16 +30,16 @@ def attention_site(*arguments: Any) -> Tensor:
     """Causal attention over T rows as one sequence; see ``kernels.ops``."""
     call = SiteCall.of(arguments)
     check_site(call)
-    q, window = call.q, call.settings.window
+    q, settings = call.q, call.settings
     k, v = as_kept(call.k, call.v)
     rows = q.shape[2]
     positions = torch.arange(rows, device=q.device)
     blocks = [q.new_empty(0, q.shape[1], v.shape[3])]
     for low in range(0, rows, _ROW_BLOCK):
         high = min(low + _ROW_BLOCK, rows)
-        visible = _visible(positions[low:high], positions[0 if window else low : high], window)
+        visible = _visible(positions[low:high], positions[0 if settings.window else low : high], settings)
         block = q[0, :, low:high].transpose(0, 1)
-        out, _ = _attend(block, k[0, :, :high], v[0, :, :high], visible, call.settings, call.sinks)
+        out, _ = _attend(block, k[0, :, :high], v[0, :, :high], visible, settings, call.sinks)
         blocks.append(out)
     return torch.cat(blocks)[None]
 
@@ -96,18 +105,17 @@ def _draft(
     sinks: Tensor | None,
 ) -> Tensor:
     """Rows [r, Hq, Dk] over pillars [Hkv, m] and positions recent_start .. cached + r - 1."""
-    end, window = cached + q.shape[0], settings.window
-    if window:
-        recent_start = max(recent_start, cached - window + 1)
+    end = cached + q.shape[0]
+    recent_start = max(recent_start, _first_visible(cached, settings))
     recent = torch.arange(recent_start, end, device=q.device, dtype=torch.int32)
     position = torch.cat((pillars, recent.expand(pillars.shape[0], -1)), 1)
     head = torch.arange(kv.shape[1], device=q.device)[:, None]
     page_size = kv.shape[2]
     token = kv[pages[position // page_size], head, position % page_size]
     visible = None
-    if window or q.shape[0] > 1:
+    if settings.window or q.shape[0] > 1:
         row_position = torch.arange(cached, end, device=q.device)
-        visible = _visible(row_position, position[:, None, None], window)
+        visible = _visible(row_position, position[:, None, None], settings)
     keys, values = token.split((q.shape[2], kv.shape[3] - q.shape[2]), 2)
     return _attend(q, keys, values, visible, settings, sinks)[0]
 
@@ -126,9 +134,9 @@ def _dense(
     Returns the rows [r, Hq, Dv] and the logits [Hkv, G, scored, n] of the last ``scored`` of them, of the n positions
     up to the last row from the page on in which the window of the first row begins; -inf where they are hidden.
     """
-    count, window = q.shape[0], settings.window
+    count = q.shape[0]
     end, page_size = cached + count, kv.shape[2]
-    base = _first_gathered(cached, page_size, window)
+    base = _first_visible(cached, settings) // page_size * page_size
     # Selecting along the first dimension copies the selected pages only; along any other, torch copies all of kv first.
     token = kv.index_select(0, pages[base // page_size : -(-end // page_size)]).transpose(0, 1).flatten(1, 2)
     keys, values = token.split((q.shape[2], kv.shape[3] - q.shape[2]), 2)
@@ -139,7 +147,7 @@ def _dense(
         high = min(low + _ROW_BLOCK, count)
         seen = cached + high - base
         new = cached + low - base
-        visible = _visible(position[new:seen], position[0 if window else new : seen], window)
+        visible = _visible(position[new:seen], position[0 if settings.window else new : seen], settings)
         out, logits = _attend(q[low:high], keys[:, :seen], values[:, :seen], visible, settings, sinks)
         blocks.append(out)
         unscored = max(0, count - scored - low)
@@ -149,9 +157,9 @@ def _dense(
     return torch.cat(blocks), torch.cat(kept, 2) if kept else q.new_empty(0)
 
 
-def _first_gathered(cached: int, page_size: int, window: int) -> int:
-    """First position of the page in which the window of a row at position ``cached`` begins."""
-    return max(0, cached - window + 1) // page_size * page_size if window else 0
+def _first_visible(position: int, settings: AttentionSettings) -> int:
+    """First position that a row sees."""
+    return max(0, first_visible(position, settings.window, settings.chunked))
 
 
 def _write_scores(
@@ -181,11 +189,11 @@ def _write_scores(
     scores[:, base:scored_end] = weight.mean((1, 2))
 
 
-def _visible(row: Tensor, key: Tensor, window: int) -> Tensor:
+def _visible(row: Tensor, key: Tensor, settings: AttentionSettings) -> Tensor:
     """Which keys, at positions key [..., n], rows at positions row [r] see: [..., r, n]."""
     row = row[:, None]
     visible = key <= row
-    return visible & (key > row - window) if window else visible
+    return visible & (key >= first_visible(row, settings.window, settings.chunked)) if settings.window else visible
 
 
 def as_logits(sinks: Tensor, logits: Tensor) -> Tensor:

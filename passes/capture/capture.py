@@ -33,7 +33,8 @@ from .experts import ExpertsReader
 from .interface import recording
 from .quantised import check_activations, quantisation, read_inner_tensors, untraceable
 from .rotary import tabulate
-from .sites import Site, causal_window, read_site, sinks_of
+from .sites import Site, Window, causal_window, read_site, sinks_of
+from .temperature import count_positions, standing_at
 from .twin import twin_of
 
 ROWS = 7
@@ -74,6 +75,7 @@ def capture(model: PreTrainedModel) -> Captured:
     """
     twin = twin_of(model)
     tabulate(twin)
+    count_positions(twin)
     packed = PackedModel(twin)
     with torch.no_grad():
         reader = ExpertsReader(packed.path_of)
@@ -101,9 +103,10 @@ class PackedModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
         selection = {"logits_to_keep": logits_to_keep} if self.selects_rows else {}
-        output = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, **selection
-        )
+        with standing_at(position_ids):
+            output = self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, **selection
+            )
         return output.logits if self.selects_rows else output.logits[:, logits_to_keep]
 
     def example(self, rows: int, kept: int) -> dict[str, Tensor]:
@@ -123,11 +126,12 @@ class _Rehearsal:
         self.path_of = path_of
         self.experts = reader.read
         self.sites: list[Site] = []
-        self.windows: dict[int, tuple[Tensor, int | None]] = {}
+        self.windows: dict[int, tuple[Tensor, Window | None]] = {}
 
     def mask(self, options: dict) -> Tensor:
-        marker = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool, device=options.get("device") or "cpu")
-        self.windows[marker.data_ptr()] = (marker, causal_window(mask_function(options)))
+        device = options.get("device") or "cpu"
+        marker = torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool, device=device)
+        self.windows[marker.data_ptr()] = (marker, causal_window(mask_function(options), device))
         return marker
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, options: dict) -> Tensor:
@@ -141,16 +145,16 @@ class _Rehearsal:
         self.sites.append(site)
         return _call_op(site, q, k, v, options)
 
-    def _window(self, path: str, mask: object) -> int | None:
+    def _window(self, path: str, mask: object) -> Window | None:
         if mask is None:
             return None
         pointer = mask.data_ptr() if isinstance(mask, Tensor) else None
         window = self.windows[pointer][1] if pointer in self.windows else None
         if window is None:
             raise UnsupportedAttentionError(
-                f"{path} attends under a mask that is neither causal nor a sliding window: a chunked, bidirectional, "
-                "block-sparse or additive one (ALiBi, learned bias). Allowed: causal, with or without a sliding "
-                "window. Use a model with such attention; a mask that is dropped would change the text."
+                f"{path} attends under a mask that is neither causal nor a sliding window nor chunks: a bidirectional, "
+                "block-sparse or additive one (ALiBi, learned bias). Allowed: causal, with or without a sliding window "
+                "or chunks. Use a model with such attention; a mask that is dropped would change the text."
             )
         return window
 

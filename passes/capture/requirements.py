@@ -170,10 +170,10 @@ def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
     if layers & RECURRENT_LAYERS:
         raise RowMixingError(
             f"{name} has layers of type {sorted(layers & RECURRENT_LAYERS)}, in which a token sees others without "
-            "attention. Allowed: layers of full or sliding-window attention. Use a model of these alone."
+            "attention. Allowed: layers of full, sliding-window or chunked attention. Use a model of these alone."
         )
     if layers & SELECTING_LAYERS:
         raise UnsupportedAttentionError(
             f"{name} has layers of type {sorted(layers & SELECTING_LAYERS)}, which select the tokens they attend to. "
-            "Allowed: layers of full or sliding-window attention. Use a model of these alone."
+            "Allowed: layers of full, sliding-window or chunked attention. Use a model of these alone."
         )

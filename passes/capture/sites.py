@@ -1,8 +1,8 @@
 """Reads the settings of one call of transformers' attention interface, and refuses what the dual-mode op lacks.
 
 transformers describes a mask by a function of indices, `mask_function(batch, head, query, key) -> bool`. The positions
-that a token sees are read from that function instead of from a configuration field: a chunked, bidirectional or
-otherwise special mask then cannot be taken for a causal one.
+that a token sees are read from that function instead of from a configuration field: a bidirectional or otherwise
+special mask then cannot be taken for a causal one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparsespec_compile.kernels.ops import first_visible
 
 from ..errors import AttentionInterfaceError, UnsupportedAttentionError
 from ..layout import AttentionLayer
@@ -23,39 +26,57 @@ SPAN = 1 << 20
 """Positions for which a mask function is evaluated. A window of this size or more counts as no window."""
 
 
-def causal_window(mask_function: MaskFunction) -> int | None:
-    """The window of a causal mask: 0 = every earlier position, w > 0 = positions p - w + 1 .. p, None = neither.
+class Window(NamedTuple):
+    """What the rows of a causal mask see, as `AttentionSettings` has it."""
 
-    The last row gives the candidate; rows at the start, around the window's first cut and far away must agree with
-    it. A chunked mask, for one, looks like a window in some rows and not in those just after a chunk begins.
+    window: int
+    chunked: bool = False
+
+    def __str__(self) -> str:
+        return f"chunks of {self.window} tokens" if self.chunked else f"a window of {self.window} tokens (0 = none)"
+
+
+def causal_window(mask_function: MaskFunction, device: torch.device | str = "cpu") -> Window | None:
+    """What the rows of a causal mask see; None for a mask of another kind.
+
+    The last row gives two candidates. It sees a whole window, or it stands in the latest chunk, and the row before that
+    chunk sees a whole one. Rows at the start, around the first cut, around the latest start of a chunk and far away
+    must agree with a candidate: chunks look like a window in some rows, and not in those just after a chunk begins.
+
+    Args:
+        mask_function: of (batch, head, query, key) indices.
+        device: of the indices; that of tensors which the function may hold.
     """
-    visible = _visible(mask_function, SPAN - 1)
-    if visible is None:
-        return None
-    count = int(visible.sum())
-    window = 0 if count == SPAN else count
+    seen = _visible(mask_function, SPAN - 1, device)
+    count = 0 if seen is None else int(seen.sum())
     if count == 0:
         return None
-    rows = {0, 1, 2, count - 1, min(count, SPAN - 2), min(count + 1, SPAN - 2), SPAN // 2 + 1, SPAN - 2, SPAN - 1}
-    return window if all(_sees_window(mask_function, row, window) for row in rows) else None
+    if count == SPAN:
+        candidates = [Window(0)]
+    else:
+        before = _visible(mask_function, SPAN - count - 1, device)
+        candidates = [Window(count), Window(0 if before is None else int(before.sum()), chunked=True)]
+    far = {SPAN // 2 + 1, SPAN - count - 1, SPAN - count, SPAN - 2, SPAN - 1}
+    for found in candidates:
+        near = {0, 1, 2, *(found.window + offset for offset in (-1, 0, 1, 2))}
+        if all(_agrees(mask_function, row, found, device) for row in near | far if 0 <= row < SPAN):
+            return found
+    return None
 
 
-def _sees_window(mask_function: MaskFunction, row: int, window: int) -> bool:
-    visible = _visible(mask_function, row)
-    if visible is None:
+def _agrees(mask_function: MaskFunction, row: int, window: Window, device: torch.device | str) -> bool:
+    seen = _visible(mask_function, row, device)
+    if seen is None or (window.chunked and not window.window):
         return False
-    position = torch.arange(SPAN, device="cpu")
-    expected = position <= row
-    if window:
-        expected &= position > row - window
-    return torch.equal(visible, expected)
+    position = torch.arange(SPAN, device=device)
+    return torch.equal(seen, (position <= row) & (position >= first_visible(row, *window)))
 
 
-def _visible(mask_function: MaskFunction, row: int) -> Tensor | None:
+def _visible(mask_function: MaskFunction, row: int, device: torch.device | str) -> Tensor | None:
     """Which of SPAN keys query `row` sees, bool [SPAN]; None when the function needs more than the indices."""
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="cpu")
-    query = torch.full((1, 1, 1, 1), row, device="cpu")
-    key = torch.arange(SPAN, device="cpu").view(1, 1, 1, SPAN)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+    query = torch.full((1, 1, 1, 1), row, device=device)
+    key = torch.arange(SPAN, device=device).view(1, 1, 1, SPAN)
     try:
         return mask_function(zero, zero, query, key).expand(1, 1, 1, SPAN).reshape(SPAN).bool()
     except (IndexError, RuntimeError):
@@ -99,7 +120,7 @@ class Site:
 
 
 def read_site(
-    number: int, module: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, options: Mapping[str, object]
+    number: int, module: str, q: Tensor, k: Tensor, v: Tensor, window: Window | None, options: Mapping[str, object]
 ) -> Site:
     """Turns one call into a `Site`.
 
@@ -119,6 +140,7 @@ def read_site(
     _check_options(module, options, has_mask=window is not None)
     scale = _number(module, options, "scaling", 1.0 / math.sqrt(q.shape[-1]))
     softcap = _number(module, options, "softcap", 0.0)
+    seen = _window(module, options, window)
     layer = AttentionLayer(
         layer=number,
         q_heads=q.shape[1],
@@ -126,8 +148,9 @@ def read_site(
         key_dim=q.shape[-1],
         value_dim=v.shape[-1],
         scale=scale,
-        window=_window(module, options, window),
+        window=seen.window,
         softcap=softcap,
+        chunked=seen.chunked,
     )
     return Site(layer, module)
 
@@ -189,20 +212,23 @@ def _explain(module: str, name: str, value: object) -> str:
     else:
         what = "an option that this compiler does not know"
     return (
-        f"{module} passes {name}={shown} to attention: {what}. Allowed: scaling, softcap, sinks and a sliding window. "
-        "Use a model without it; dropping it would change the text."
+        f"{module} passes {name}={shown} to attention: {what}. Allowed: scaling, softcap, sinks, and a sliding window "
+        "or chunks. Use a model without it; dropping it would change the text."
     )
 
 
-def _window(module: str, options: Mapping[str, object], masked: int | None) -> int:
+def _window(module: str, options: Mapping[str, object], masked: Window | None) -> Window:
     """The window that mask and `sliding_window` agree on. A mask cannot show one of SPAN tokens or more."""
     passed = options.get("sliding_window") or 0
-    if isinstance(passed, int) and (passed == (masked or 0) or (passed >= SPAN and masked == 0)):
-        return passed
+    seen = masked or Window(0)
+    if isinstance(passed, int) and (Window(passed) == seen or (passed >= SPAN and masked == Window(0))):
+        return Window(passed)
+    if seen.chunked and passed == 0:
+        return seen
     raise UnsupportedAttentionError(
-        f"{module} passes sliding_window={passed} to attention, but its mask shows a window of {masked} tokens (0 = "
-        "none), so its text depends on the attention implementation. Allowed: a mask and a window that agree. Use a "
-        "newer transformers, or another model."
+        f"{module} passes sliding_window={passed} to attention, but its mask shows {seen}, so its text depends on "
+        "the attention implementation. Allowed: a mask and a window that agree. Use a newer transformers, or another "
+        "model."
     )
 
 

@@ -99,7 +99,8 @@ def _terms(node: Node, sizes: _Sizes) -> Iterator[Term]:
     elif node.target is dual_mode_attention:
         call = call_of(AttentionCall, node)
         q, key, value = (tensor.meta["val"] for tensor in (call.q, call.k, call.v))
-        yield from attention(q.shape[1], key.shape[1], key.shape[2], value.shape[2], call.settings.window, key.itemsize)
+        heads = q.shape[1], key.shape[1], key.shape[2], value.shape[2]
+        yield from attention(*heads, call.settings.window, key.itemsize, chunked=call.settings.chunked)
     elif node.target is experts:
         yield _experts(node, sizes)
     elif _is_grouped(node):

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 import sympy
-from sympy import Expr, Integer, Min, Rational, ceiling
+from sympy import Expr, Integer, Min, Piecewise, Rational, ceiling
 
 from sparsespec_compile.kernels.ops import scored_rows_at_most
 
@@ -179,7 +179,7 @@ def logits(rows: Expr, vocabulary: int, itemsize: int) -> Term:
 
 @lru_cache  # layers are mostly alike, and sympy takes milliseconds for each minimum
 def attention(
-    q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window: int, itemsize: int
+    q_heads: int, kv_heads: int, key_dim: int, value_dim: int, window: int, itemsize: int, *, chunked: bool = False
 ) -> tuple[Term, ...]:
     """One dual-mode attention layer.
 
@@ -189,13 +189,13 @@ def attention(
     The kernel reads the cache again for rows beyond those that it takes at a time.
 
     Args:
-        q_heads, kv_heads, key_dim, value_dim, window: as in `AttentionLayer`; window 0 = none.
+        q_heads, kv_heads, key_dim, value_dim, window, chunked: as in `AttentionLayer`; window 0 = none.
         itemsize: bytes of an element of the cache.
     """
     token = kv_heads * (key_dim + value_dim) * itemsize
     row_flops = 2 * q_heads * (key_dim + value_dim)
-    drafted = _visible(Min(L, b) + k + 1, window)
-    verified = _visible(L, window)
+    drafted = _visible(Min(L, b) + k + 1, window, chunked)
+    verified = _visible(L, window, chunked)
     index = D * Min(L, b) * kv_heads * _INDEX_BYTES
     # Half a row less, so that rounding cannot add a tile; k is an integer.
     times = ceiling((k + Rational(1, 2)) / scored_rows_at_most(q_heads // kv_heads))
@@ -216,5 +216,8 @@ def attention(
     )
 
 
-def _visible(positions: Expr, window: int) -> Expr:
-    return Min(positions, window) if window else positions
+def _visible(positions: Expr, window: int, chunked: bool) -> Expr:
+    """As many of the positions as rows at L see. Rows may stand anywhere in a later chunk: half of it on average."""
+    if not window:
+        return positions
+    return Min(positions, Piecewise((Rational(window + 1, 2), window <= L), (window, True)) if chunked else window)

@@ -2,7 +2,7 @@
 
 Before, for layer i:
     out: [1, T, Hq, Dv] = sparsespec.attention_site(q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv],
-                                                    scale, window, softcap, i, sinks [Hq] or None)
+                                                    scale, window, softcap, chunked, i, sinks [Hq] or None)
 After, with o = layout.page_offset(i), n = layout.page_elements(i), h = layout.head_offset(i), g = layout.group_of(i):
     q', k', v': [T, H, D] = aten.transpose(aten.select(_, 0, 0), 0, 1)
     kv: [pages, Hkv, page_size, Dk + Dv] = aten.view(aten.slice(kv_pool, 1, o, o + n), ...)
@@ -10,7 +10,7 @@ After, with o = layout.page_offset(i), n = layout.page_elements(i), h = layout.h
     p: i32[B, Hkv, M] = aten.slice(pillar_index, 1, h, h + Hkv)
     t: i32[B, P] = aten.select(page_table, 0, g), the step tensor page_table of this node; one for each group
     rows: [T, Hq, Dv] = sparsespec.dual_mode_attention(q', k', v', kv, s, *step tensors, p, scale, window, softcap,
-                                                       sinks)
+                                                       chunked, sinks)
     out: [1, T, Hq, Dv] = aten.unsqueeze(rows, 0)
 
 Requires: placeholders input_ids, position_ids, logits_to_keep; one site for each layer of the layout, in its order.

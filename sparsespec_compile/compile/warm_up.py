@@ -298,7 +298,8 @@ def _part_of_pool(kv_layout: KVLayout, layer: AttentionLayer, dtype: torch.dtype
 
 def _alike(layer: AttentionLayer) -> AttentionSettings:
     """Settings that take the same kernel as the layer's."""
-    return AttentionSettings(1.0 if layer.scale > 0 else layer.scale, min(layer.window, 1), float(layer.softcap > 0))
+    scale = 1.0 if layer.scale > 0 else layer.scale
+    return AttentionSettings(scale, min(layer.window, 1), float(layer.softcap > 0), layer.chunked)
 
 
 def layout_of(node: Node, size: int) -> Layout:

@@ -57,7 +57,7 @@ class Variants(TorchDispatchMode):
 
 
 def attention_variant(q, k, v, kv, scores, mode, *rest):
-    *_, scale, window, softcap, sinks = rest
+    *_, scale, window, softcap, chunked, sinks = rest
     units = launcher.pool_units(kv)
     del units["page_units"]  # any value takes the same kernel
     return (
@@ -67,7 +67,7 @@ def attention_variant(q, k, v, kv, scores, mode, *rest):
         tuple(units.items()),
         max(64, mode.shape[0]),
         kind_of_step(q.shape[0], q.shape[1], mode.shape[0]),
-        (scale > 0, window > 0, softcap > 0, None if sinks is None else sinks.dtype),
+        (scale > 0, window > 0, softcap > 0, chunked, None if sinks is None else sinks.dtype),
     )
 
 

@@ -45,6 +45,13 @@ class Shape:
     softcap: float = 0.0
     scale: float = 0.25
     sinks: float | None = None
+    chunked: bool = False
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a row at ``position`` sees."""
+        if self.chunked:
+            return position - position % self.window
+        return max(0, position - self.window + 1) if self.window else 0
 
 
 @dataclass
@@ -61,7 +68,7 @@ class Case:
     def arguments(self) -> tuple[object, ...]:
         """The op's arguments, in order."""
         names = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index")
-        settings = (self.shape.scale, self.shape.window, self.shape.softcap)
+        settings = (self.shape.scale, self.shape.window, self.shape.softcap, self.shape.chunked)
         return (*(self.tensors[name] for name in names), *settings, self.tensors.get("sinks"))
 
     def to(self, dtype: torch.dtype, device: str = "cpu", score_dtype: torch.dtype = torch.float32) -> "Case":
@@ -116,7 +123,7 @@ def build(shape: Shape, requests: list[Request], dtype: torch.dtype = torch.floa
 def _readable(shape: Shape, request: Request, pillar_index: Tensor) -> Tensor:
     """Which cached tokens [Hkv, cached] the op may read: of the page in which a window begins, all."""
     position = torch.arange(request.cached)
-    first = max(0, request.cached - shape.window + 1) if shape.window else 0
+    first = shape.first_seen(request.cached)
     if request.mode != Mode.DRAFT:
         return (position >= first // shape.page_size * shape.page_size).expand(shape.kv_heads, -1)
     pillar = torch.zeros(shape.kv_heads, request.cached, dtype=torch.bool)

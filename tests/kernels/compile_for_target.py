@@ -30,6 +30,9 @@ from sparsespec_compile.kernels.sampling import draw
 SINKS = "sinks"
 """In the name of a layer with attention sinks."""
 
+CHUNKS = "chunks"
+"""In the name of a layer whose window is chunks."""
+
 LAYERS = {
     "Qwen3-8B": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
     "Qwen3-8B, single rows": (32, 8, 128, torch.bfloat16, 0, 0.0, 16),
@@ -42,6 +45,9 @@ LAYERS = {
     "gpt-oss, sinks": (64, 8, 64, torch.bfloat16, 128, 0.0, 16),
     "gpt-oss, sinks, single rows": (64, 8, 64, torch.bfloat16, 0, 0.0, 16),
     "71 heads": (71, 1, 64, torch.bfloat16, 0, 0.0, 16),
+    "Llama-4, chunks": (40, 8, 128, torch.bfloat16, 8192, 0.0, 16),
+    "Llama-4, chunks, single rows": (40, 8, 128, torch.bfloat16, 8192, 0.0, 16),
+    "Llama-4, chunks, prefilling": (40, 8, 128, torch.bfloat16, 8192, 0.0, 1024),
 }
 """Name: query heads, KV heads, head dimension, dtype, window, soft-cap, rows of the step.
 
@@ -56,7 +62,7 @@ SHARED_KIB = {80: 164, 86: 100, 90: 228}
 """Of a multiprocessor, by compute capability."""
 
 TARGETS = {
-    80: ("Phi-3", "float32", "Qwen3-8B, single rows"),
+    80: ("Phi-3", "float32", "Qwen3-8B, single rows", "Llama-4, chunks"),
     86: ("Qwen3-8B",),
     90: (
         "Qwen3-8B",
@@ -68,6 +74,9 @@ TARGETS = {
         "gpt-oss, sinks",
         "gpt-oss, sinks, single rows",
         "71 heads",
+        "Llama-4, chunks",
+        "Llama-4, chunks, single rows",
+        "Llama-4, chunks, prefilling",
     ),
 }
 """Layers to compile, by compute capability."""
@@ -137,7 +146,7 @@ def _launch(layer: str) -> None:
     slots = MOST_REQUESTS if MOST_SLOTS in layer else 64
     if layer in LAYERS:
         with promised(next((kind for name, kind in PROMISES.items() if name in layer), Promise.NOTHING)):
-            _launch_attention(slots, *LAYERS[layer], SINKS in layer)
+            _launch_attention(slots, *LAYERS[layer], SINKS in layer, CHUNKS in layer)
     elif layer.startswith(SELECTION):
         _launch_select(slots)
     elif layer.startswith(PROPOSALS):
@@ -165,6 +174,7 @@ def _launch_attention(
     softcap: float,
     rows: int,
     has_sinks: bool,
+    chunked: bool,
 ) -> None:
     q, k = torch.zeros(rows, q_heads, dim, dtype=dtype), torch.zeros(rows, kv_heads, dim, dtype=dtype)
     kv = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=dtype)
@@ -173,7 +183,7 @@ def _launch_attention(
     table = torch.zeros(slots, 16, dtype=torch.int32)
     step = (slot, slot, slot, slot, table, slot, slot, slot, slot)
     sinks = torch.zeros(q_heads, dtype=dtype) if has_sinks else None
-    launcher.dual_mode_attention(q, k, k, kv, scores, *step, index, dim**-0.5, window, softcap, sinks)
+    launcher.dual_mode_attention(q, k, k, kv, scores, *step, index, dim**-0.5, window, softcap, chunked, sinks)
 
 
 def _launch_select(slots: int) -> None:

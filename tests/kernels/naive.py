@@ -63,7 +63,7 @@ def _seen(case: Case, b: int, kv_head: int, row: int) -> list[int]:
     if case.requests[b].mode == Mode.DRAFT:
         return _drafted(case, b, kv_head, row)
     position = case.requests[b].cached + row
-    return list(range(max(0, position - case.shape.window + 1) if case.shape.window else 0, position + 1))
+    return list(range(case.shape.first_seen(position), position + 1))
 
 
 def _measuring(request: Request) -> int:
@@ -73,10 +73,11 @@ def _measuring(request: Request) -> int:
 
 def _drafted(case: Case, b: int, kv_head: int, row: int, most: int | None = None) -> list[int]:
     """What a draft in the place of a row reads, with the first ``most`` pillars only."""
-    request, window = case.requests[b], case.shape.window
+    request = case.requests[b]
     position = request.cached + row
+    first = case.shape.first_seen(position)
     pillars = case.tensors["pillar_index"][b, kv_head, : request.pillars].tolist()[:most]
-    return [p for p in (*pillars, *range(request.recent, position + 1)) if not window or p > position - window]
+    return [p for p in (*pillars, *range(request.recent, position + 1)) if p >= first]
 
 
 def _sink(case: Case, head: int) -> Tensor:

@@ -23,6 +23,7 @@ SHAPES = {
     "gqa": Shape(),
     "window": Shape(window=6),
     "groups of 7, page 16": Shape(q_heads=7, kv_heads=1, page_size=16),
+    "chunks": Shape(window=7, chunked=True),
     "groups of 7, window": Shape(q_heads=7, kv_heads=1, page_size=16, window=13),
     "long values": Shape(key_dim=8, value_dim=24, page_size=16, window=33),
 }
@@ -45,7 +46,8 @@ def with_not_finite(case: Case, bad: float) -> Case:
                 case.tensors["k"][at, -1, 0] = bad
                 case.history[b][-1, request.cached + row, 0] = bad
         if shape.window and request.cached > shape.window + 1 and request.mode != Mode.DRAFT:
-            for position in (request.cached - shape.window + 1, request.cached - shape.window):
+            first = shape.first_seen(request.cached)
+            for position in {min(first, request.cached - 1), first - 1}:
                 page, slot = case.tensors["page_table"][b, position // shape.page_size], position % shape.page_size
                 case.tensors["kv"][page, -1, slot, 0] = torch.nan  # as the op writes it
                 case.tensors["kv"][page, -1, slot, shape.key_dim :] = 0.0

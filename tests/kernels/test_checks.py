@@ -13,7 +13,7 @@ from sparsespec_compile.kernels.ops import STEP_TENSORS
 from .cases import Shape, build
 from .steps import MIXED
 
-NAMES = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index", "scale", "window", "softcap", "sinks")
+NAMES = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index", "scale", "window", "softcap", "chunked", "sinks")
 
 Change = Callable[[Tensor], object]
 
@@ -47,6 +47,7 @@ WRONG_ATTENTION: list[tuple[str, Change, str]] = [
     ("window", lambda _: -1, "window is -1; give the number of positions a row sees, or 0 for all"),
     ("softcap", lambda _: -2.0, "softcap is -2.0; give a finite positive cap, or 0 for none"),
     ("softcap", lambda _: float("inf"), "softcap is inf"),
+    ("chunked", lambda _: True, "chunked attention without a window; give the length of a chunk"),
 ]
 
 
@@ -74,15 +75,27 @@ def test_tensors_of_two_devices_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shapes", "settings", "message"),
     [
-        (((2, 4, 5, 16), (2, 2, 5, 16), (2, 2, 5, 16)), (1.0, 0, 0.0), "q has batch size 2; packed tokens have 1"),
-        (((1, 4, 5, 16), (1, 2, 6, 16), (1, 2, 5, 16)), (1.0, 0, 0.0), "k has shape .*; the other arguments call for"),
-        (((1, 4, 5, 16), (1, 2, 5, 16), (1, 2, 6, 16)), (1.0, 0, 0.0), "v has shape .*; the other arguments call for"),
+        (
+            ((2, 4, 5, 16), (2, 2, 5, 16), (2, 2, 5, 16)),
+            (1.0, 0, 0.0, False),
+            "q has batch size 2; packed tokens have 1",
+        ),
+        (
+            ((1, 4, 5, 16), (1, 2, 6, 16), (1, 2, 5, 16)),
+            (1.0, 0, 0.0, False),
+            "k has shape .*; the other arguments call for",
+        ),
+        (
+            ((1, 4, 5, 16), (1, 2, 5, 16), (1, 2, 6, 16)),
+            (1.0, 0, 0.0, False),
+            "v has shape .*; the other arguments call for",
+        ),
         (
             ((4, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)),
-            (1.0, 0, 0.0),
+            (1.0, 0, 0.0, False),
             "q has shape .*; its number of dimensions must be 4",
         ),
-        (((1, 4, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)), (1.0, -3, 0.0), "window is -3"),
+        (((1, 4, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)), (1.0, -3, 0.0, False), "window is -3"),
     ],
 )
 def test_attention_site_refuses(shapes: tuple, settings: tuple, message: str) -> None:

@@ -45,20 +45,20 @@ def test_steps_follow_the_definition(layer: str, requests: list[Request]) -> Non
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("window", [0, 5])
-def test_page_sizes_and_windows(page_size: int, window: int) -> None:
-    _check_against_definition(build(Shape(page_size=page_size, window=window), MIXED, seed=page_size))
+@pytest.mark.parametrize(("window", "chunked"), [(0, False), (5, False), (5, True)])
+def test_page_sizes_and_windows(page_size: int, window: int, chunked: bool) -> None:
+    _check_against_definition(build(Shape(page_size=page_size, window=window, chunked=chunked), MIXED, seed=page_size))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_rows_are_computed_in_blocks(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_ROW_BLOCK", 4)
-    for window in (0, 7):
-        _check_against_definition(build(Shape(window=window, softcap=softcap), LONG))
+    for window, chunked in ((0, False), (7, False), (7, True), (32, True)):
+        _check_against_definition(build(Shape(window=window, softcap=softcap, chunked=chunked), LONG))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layer", ["gqa", "window", "softcap"])
+@pytest.mark.parametrize("layer", ["gqa", "window", "chunks", "softcap"])
 def test_errors_stay_within_the_budget(layer: str, dtype: torch.dtype) -> None:
     """Half inputs are computed in float32 and rounded once."""
     case = build(LAYERS[layer], LONG, dtype)

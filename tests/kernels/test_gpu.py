@@ -83,8 +83,10 @@ def test_one_long_request_beside_many_short_ones() -> None:
 
 def test_site_on_cuda_equals_cpu() -> None:
     q, k, v = torch.randn(1, 8, 700, 64), torch.randn(1, 2, 700, 64), torch.randn(1, 2, 700, 64)
-    expected = ops.attention_site(q.double(), k.double(), v.double(), 0.125, 300, 20.0, 0, None)
-    actual = ops.attention_site(q.cuda().double(), k.cuda().double(), v.cuda().double(), 0.125, 300, 20.0, 0, None)
+    expected = ops.attention_site(q.double(), k.double(), v.double(), 0.125, 300, 20.0, False, 0, None)
+    actual = ops.attention_site(
+        q.cuda().double(), k.cuda().double(), v.cuda().double(), 0.125, 300, 20.0, False, 0, None
+    )
     torch.testing.assert_close(actual.cpu(), expected)
 
 

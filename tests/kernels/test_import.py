@@ -14,7 +14,7 @@ sys.modules["triton"] = None
 import torch
 from sparsespec_compile.kernels import ops
 q = torch.ones(1, 2, 3, 4)
-print(ops.attention_site(q, q, q, 1.0, 0, 0.0, 0, None).shape)
+print(ops.attention_site(q, q, q, 1.0, 0, 0.0, False, 0, None).shape)
 """
 
 

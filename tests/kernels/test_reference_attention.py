@@ -30,9 +30,9 @@ def test_mixed_step_follows_the_definition(layer: str) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("window", [0, 5])
-def test_page_sizes_and_windows(page_size: int, window: int) -> None:
-    _check_against_definition(build(Shape(page_size=page_size, window=window), MIXED, seed=page_size))
+@pytest.mark.parametrize(("window", "chunked"), [(0, False), (5, False), (5, True)])
+def test_page_sizes_and_windows(page_size: int, window: int, chunked: bool) -> None:
+    _check_against_definition(build(Shape(page_size=page_size, window=window, chunked=chunked), MIXED, seed=page_size))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -47,9 +47,9 @@ def test_rows_take_nothing_from_tokens_that_they_do_not_see(shape: str, bad: flo
 def test_rows_of_a_site_take_nothing_from_later_ones(bad: float) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
-    expected = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0, None)
+    expected = ops.attention_site(q, k, v, 0.25, 0, 0.0, False, 0, None)
     k[:, 1, 5, 3], v[:, 1, 5, 2] = bad, bad
-    actual = ops.attention_site(q, k, v, 0.25, 0, 0.0, 0, None)
+    actual = ops.attention_site(q, k, v, 0.25, 0, 0.0, False, 0, None)
     torch.testing.assert_close(actual[:, :5], expected[:, :5], rtol=0, atol=0)
     torch.testing.assert_close(actual[:, :, :2], expected[:, :, :2], rtol=0, atol=0)
     assert actual[:, 5:, 2:].isnan().all()
@@ -59,8 +59,8 @@ def test_rows_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt longer than a block, whose scored rows span two blocks, gives what one block gives."""
     requests = [Request(Mode.PREFILL, cached=5, rows=19, score_rows=9), Request(Mode.VERIFY, cached=40, rows=9)]
     monkeypatch.setattr(reference, "_ROW_BLOCK", 4)
-    for window in (0, 7):
-        _check_against_definition(build(Shape(window=window), requests))
+    for window, chunked in ((0, False), (7, False), (7, True)):
+        _check_against_definition(build(Shape(window=window, chunked=chunked), requests))
 
 
 def test_float32_stays_float32_and_half_is_computed_in_float32() -> None:
@@ -92,18 +92,27 @@ def test_a_call_without_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "softcap", "sinks"), [(0, 0.0, None), (5, 0.0, None), (0, 2.0, None), (3, 2.0, None), (5, 0.0, 1.0)]
+    ("window", "softcap", "chunked", "sinks"),
+    [
+        (0, 0.0, False, None),
+        (5, 0.0, False, None),
+        (0, 2.0, False, None),
+        (3, 2.0, False, None),
+        (5, 0.0, False, 1.0),
+        (5, 0.0, True, None),
+        (7, 2.0, True, 1.0),
+    ],
 )
 def test_site_is_causal_attention(
-    window: int, softcap: float, sinks: float | None, monkeypatch: pytest.MonkeyPatch
+    window: int, softcap: float, chunked: bool, sinks: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The site over T rows equals prefilling them as one request."""
     monkeypatch.setattr(reference, "_ROW_BLOCK", 7)
-    shape = Shape(q_heads=6, window=window, softcap=softcap, value_dim=8, sinks=sinks)
+    shape = Shape(q_heads=6, window=window, softcap=softcap, value_dim=8, sinks=sinks, chunked=chunked)
     case = build(shape, [Request(Mode.PREFILL, rows=19)])
     rows = slice(case.row_start[0], case.row_start[0] + 19)
     q, k, v = (case.tensors[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v"))
-    out = ops.attention_site(q, k, v, shape.scale, window, softcap, 0, case.tensors.get("sinks"))
+    out = ops.attention_site(q, k, v, shape.scale, window, softcap, chunked, 0, case.tensors.get("sinks"))
     assert out.shape == (1, 19, 6, 8)
     torch.testing.assert_close(out[0], expected_output(case)[rows], **FLOAT64)
 

@@ -30,7 +30,7 @@ def _layers(x: Tensor, weight: Tensor, pool: Tensor, scores: Tensor, pillars: Te
         q, k, v, kv = _project(x, weight, pool, layer)
         heads = slice(layer * SHAPE.kv_heads, (layer + 1) * SHAPE.kv_heads)
         out = ops.dual_mode_attention(
-            q, k, v, kv, scores[:, heads], *step, pillars[:, heads], SHAPE.scale, 0, 0.0, None
+            q, k, v, kv, scores[:, heads], *step, pillars[:, heads], SHAPE.scale, 0, 0.0, False, None
         )
         x = x + out.flatten(1)
     return x

@@ -51,8 +51,12 @@ def check_result(output: Tensor, actual: Case, expected: Expected) -> None:
     torch.testing.assert_close(actual.pool.double(), expected.pool, rtol=0, atol=0, equal_nan=True)
 
 
-FEW_HIDDEN = (("gqa", torch.float32, torch.nan), ("gqa", torch.bfloat16, torch.inf))
-FAST = ("gqa", "groups of 7, page 16", "window", "unequal dims")
+FEW_HIDDEN = (
+    ("gqa", torch.float32, torch.nan),
+    ("gqa", torch.bfloat16, torch.inf),
+    ("chunks", torch.float32, torch.nan),
+)
+FAST = ("gqa", "groups of 7, page 16", "window", "chunks", "unequal dims")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,32 @@ def test_several_blocks_and_tiles(window: int, device: str) -> None:
     check(build(Shape(window=window), LONG, torch.float32), torch.float32, device)
 
 
+AROUND_A_START = [
+    Request(Mode.VERIFY, cached=60, rows=9, score_rows=9, pillars=20, recent=57),
+    Request(Mode.VERIFY, cached=64, rows=3, score_rows=3, pillars=9, recent=60),
+    Request(Mode.VERIFY, cached=63, rows=2, score_rows=1, pillars=9, recent=30),
+    Request(Mode.VERIFY, cached=40, rows=30, score_rows=8, pillars=9, recent=38),
+    Request(Mode.DRAFT, cached=63, rows=3, pillars=20, recent=58),
+    Request(Mode.DRAFT, cached=64, pillars=41, recent=60),
+    Request(Mode.PREFILL, cached=3, rows=97, score_rows=45),
+    Request(Mode.PREFILL, cached=32, rows=80, score_rows=5),
+]
+"""Tiles, scored rows and drafts before, on both sides of and behind the start of a chunk of 32, and prompts of so many
+tiles that they read the step's own rows beside the pool, one of them from the start of a chunk on."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(q_heads=7, kv_heads=1, page_size=16, window=32, chunked=True), torch.bfloat16),
+        pytest.param(Shape(page_size=4, window=32, chunked=True, sinks=0.0), torch.float32, marks=pytest.mark.slow),
+        pytest.param(Shape(page_size=16, window=64, chunked=True, softcap=3.0), torch.float16, marks=pytest.mark.slow),
+    ],
+)
+def test_chunks_begin_within_a_tile(shape: Shape, dtype: torch.dtype, device: str) -> None:
+    check(build(shape, AROUND_A_START, dtype), dtype, device)
+
+
 SINGLE = [
     Request(Mode.DRAFT, cached=75, pillars=41, recent=70),
     Request(Mode.VERIFY, cached=150, rows=1),
@@ -101,7 +131,11 @@ def unscored(requests: list[Request]) -> list[Request]:
 @pytest.mark.parametrize("requests", [SINGLE, unscored(LONG), unscored(MIXED)], ids=["kept", "broken", "broken, short"])
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param(Shape(), marks=pytest.mark.slow), Shape(q_heads=7, kv_heads=1, page_size=16, window=33)],
+    [
+        pytest.param(Shape(), marks=pytest.mark.slow),
+        Shape(q_heads=7, kv_heads=1, page_size=16, window=33),
+        pytest.param(Shape(page_size=16, window=32, chunked=True), marks=pytest.mark.slow),
+    ],
 )
 def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shape, device: str) -> None:
     """They take tiles of their own. A step that breaks the promise is right as well."""

@@ -138,17 +138,15 @@ def test_sinks_are_those_of_the_model():
         assert attribute(graph_module, given.target).data_ptr() == layer.self_attn.sinks.data_ptr()
 
 
-def test_chunked_attention_is_refused_by_name(monkeypatch):
+def test_other_masks_are_refused_by_name(monkeypatch):
+    from transformers.masking_utils import create_causal_mask
     from transformers.models.llama import modeling_llama
 
-    def chunked(**options):
-        from transformers.masking_utils import create_chunked_causal_mask
+    def every_other(**options):
+        return create_causal_mask(**options, and_mask_function=lambda b, h, q, k: (q - k) % 2 == 0)
 
-        options["config"].attention_chunk_size = 4
-        return create_chunked_causal_mask(**options)
-
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", chunked)
-    with pytest.raises(UnsupportedAttentionError, match=r"model\.layers\.0\.self_attn.*chunked"):
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", every_other)
+    with pytest.raises(UnsupportedAttentionError, match=r"model\.layers\.0\.self_attn.*neither causal nor"):
         capture(tiny("llama"))
 
 

@@ -8,10 +8,10 @@ from sparsespec_compile.passes.layout import AttentionLayer, KVLayout
 
 
 def layout(*layers, page_size=16):
-    """Layers of (window, KV heads, head dimension)."""
+    """Layers of (window, KV heads, head dimension); a negative window is that of chunks."""
     return KVLayout(
         tuple(
-            AttentionLayer(number, 2 * heads, heads, dim, dim, 1.0, window, 0.0)
+            AttentionLayer(number, 2 * heads, heads, dim, dim, 1.0, abs(window), 0.0, window < 0)
             for number, (window, heads, dim) in enumerate(layers)
         ),
         page_size,
@@ -38,6 +38,8 @@ CASES = {
         [(0, 1, 64), (64, 1, 64), (128, 1, 64), (64, 1, 64)],
         [(0, 1), (64, 1), (64, 1), (128, 1)],
     ),
+    "llama 4: chunks in three of four": ([(-8192, 8, 128)] * 3 + [(0, 8, 128)], [(0, 1), *[(-8192, 1)] * 3]),
+    "a window and chunks alike": ([(64, 1, 64), (-64, 1, 64), (64, 1, 64), (-64, 1, 64)], [(64, 2), (-64, 2)]),
     "two windows alone": ([(64, 1, 64), (128, 1, 64), (64, 1, 64), (128, 1, 64)], [(64, 2), (128, 2)]),
     "two windows alone, unlike": ([(64, 1, 64), (128, 1, 64), (64, 1, 64)], [(64, 1), (64, 1), (128, 1)]),
 }
@@ -47,12 +49,14 @@ CASES = {
 def test_groups(name):
     layers, expected = CASES[name]
     found = layout(*layers)
-    assert [(group.window, len(group.layers)) for group in found.groups] == expected
+    signed = [(-group.window if group.chunked else group.window, len(group.layers)) for group in found.groups]
+    assert signed == expected
     assert sorted(itertools.chain(*(group.layers for group in found.groups))) == list(range(len(layers)))
     for number, group in enumerate(found.groups):
         assert list(group.layers) == sorted(group.layers)
         assert all(found.group_of(index) == number for index in group.layers)
-        assert {found.layers[index].window for index in group.layers} == {group.window}
+        layers = [found.layers[index] for index in group.layers]
+        assert {(layer.window, layer.chunked) for layer in layers} == {(group.window, group.chunked)}
 
 
 @pytest.mark.parametrize("name", CASES)

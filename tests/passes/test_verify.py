@@ -117,8 +117,8 @@ def write_into_a_weight(graph_module):
 
 BREAKS = {
     drop_a_layer: "1 attention nodes, the layout 2",
-    swap_layers: r"has \(scale, window, softcap, layer\)",
-    change_scale: r"has \(scale, window, softcap, layer\)",
+    swap_layers: r"has \(scale, window, softcap, chunked, layer\)",
+    change_scale: r"has \(scale, window, softcap, chunked, layer\)",
     take_another_part_of_the_pool: r"must work on kv_pool\[:, \d+:\d+\]",
     share_scores: r"must work on scores\[:, 2:4\]",
     scores_as_pillars: r"must work on pillar_index\[:, 0:2\]",
@@ -169,7 +169,7 @@ def rewrite_a_single_site(graph_module):
 
 EARLY_BREAKS = {
     drop_a_site: "1 attention nodes, the layout 2",
-    change_a_sites_scale: r"has \(scale, window, softcap, layer\)",
+    change_a_sites_scale: r"has \(scale, window, softcap, chunked, layer\)",
     rewrite_a_single_site: "must not be in a graph before the attention rewrite",
     swap_inputs: "inputs are",
 }

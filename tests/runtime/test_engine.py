@@ -56,6 +56,27 @@ def test_sliding_windows():
     assert texts == [windowed.decode(request) for request in requests]
 
 
+@pytest.mark.parametrize("drafter", ["pillar", "window", "full", "ngram"])
+@pytest.mark.parametrize("page_size", [1, 8])
+def test_chunks(page_size, drafter):
+    """Texts go over many starts, drafts and verifications lie on both sides of some, and pages are given back."""
+    chunked = Toy(windows=(6, 0, 17), chunked=True)
+    requests = requests_of(LENGTHS, 50)
+    settings = {"draft_tokens": 4, "min_budget": 8, "page_size": page_size, "prefill_chunk": 7}
+    engine = chunked.engine(drafter=drafter, pool_tokens=400, **settings)
+    assert run(engine, requests) == [chunked.decode(request) for request in requests]
+
+
+def test_statistics_of_chunks_count_what_rows_see():
+    """Plain decoding from position 9 to 58, one row each: 0 layers without a window."""
+    chunked = Toy(windows=(8,), chunked=True)
+    engine = chunked.engine(draft_tokens=0, page_size=4)
+    (request,) = requests_of((10,), 50)
+    run(engine, [request])
+    token = chunked.layout(4).layers[0].elements_per_token()
+    assert engine.stats.kv_read == token * sum(position % 8 + 1 for position in range(10, 59))
+
+
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
 def test_chunked_prefill(toy, prefill_chunk):
     requests = requests_of(LENGTHS, 20)

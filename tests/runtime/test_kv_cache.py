@@ -13,8 +13,8 @@ PAGES, PROMPT, HELD = 40, 5, 8
 
 
 def layout(*windows, page_size=1):
-    """Equal layers with these windows; 0 = none."""
-    layers = [AttentionLayer(i, 1, 1, 1, 1, 1.0, window, 0.0) for i, window in enumerate(windows)]
+    """Equal layers with these windows; 0 = none, and negative ones are of chunks."""
+    layers = [AttentionLayer(i, 1, 1, 1, 1, 1.0, abs(window), 0.0, window < 0) for i, window in enumerate(windows)]
     return KVLayout(tuple(layers), page_size)
 
 
@@ -87,6 +87,23 @@ def test_layers_with_a_window_give_back_the_pages_behind_it():
         assert windowed.end == whole.end
     assert len(whole.pages) == 23
     assert len(windowed.pages) <= 5
+    manager.release(request)
+    assert manager.pool.free == 100
+
+
+def test_layers_with_chunks_give_back_the_pages_before_the_latest_start():
+    manager = manager_of(100, layout(0, -8, page_size=4), prefill_chunk=8)
+    request = Request([1] * 30, 60, slot=0)
+    assert manager.admit(request, [])
+    fewest = 100
+    for held in decode(manager, request):
+        whole, chunked = request.page_tables
+        assert held == len(whole.pages) + len(chunked.pages) <= manager.largest(request)
+        assert chunked.first * 4 <= request.cached // 8 * 8
+        assert chunked.end == whole.end
+        fewest = min(fewest, len(chunked.pages))
+    assert len(whole.pages) == 23
+    assert fewest == 2, "those of 8 tokens that are to come"
     manager.release(request)
     assert manager.pool.free == 100
 

@@ -108,9 +108,9 @@ def test_equal_pages_behind_different_beginnings_are_not_shared(toy):
     assert requests[1].stats.cached_tokens == 0
 
 
-@pytest.mark.parametrize("windows", [(6, 0, 17), (5, 5)])
-def test_layers_with_windows_share_what_their_rows_see(windows):
-    toy = Toy(windows=windows)
+@pytest.mark.parametrize(("windows", "chunked"), [((6, 0, 17), False), ((5, 5), False), ((6, 0, 17), True)])
+def test_layers_with_windows_share_what_their_rows_see(windows, chunked):
+    toy = Toy(windows=windows, chunked=chunked)
     engine = engine_of(toy)
     texts = run(engine, samples(3))
     assert texts == [toy.decode(request) for request in samples(3)]
@@ -307,8 +307,8 @@ def test_random_conversations(toy):
     assert found > 100
 
 
-def one_layer(window=0):
-    return KVLayout((AttentionLayer(0, 1, 1, 1, 1, 1.0, window, 0.0),), PAGE)
+def one_layer(window=0, chunked=False):
+    return KVLayout((AttentionLayer(0, 1, 1, 1, 1, 1.0, window, 0.0, chunked),), PAGE)
 
 
 def kept_text(pool, cache, tokens):
@@ -334,6 +334,19 @@ def test_kept_pages_are_free_and_given_out_last():
     assert pool.allocate(2) is None, "two are held"
     assert pool.allocate(1) == pages[2:3]
     assert cache.find(keys, 4) == 2
+
+
+def test_chunks_need_the_pages_from_the_latest_start_on():
+    pool = PagePool(12)
+    cache = PrefixCache(one_layer(window=2 * PAGE, chunked=True), pool)
+    pages, keys = kept_text(pool, cache, list(range(5 * PAGE)))
+    (table,) = cache.take(keys, 5)
+    assert (table.first, table.pages) == (4, pages[4:])
+    (table,) = cache.take(keys, 4)
+    assert (table.first, table.pages) == (4, []), "a chunk begins behind it"
+    cache._forget(pages[4])
+    pool.discard(pages[4])
+    assert cache.find(keys, 5) == 4
 
 
 def test_windows_need_the_pages_that_rows_behind_see():

@@ -29,9 +29,10 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Toy:
-    """Random weights, attention with learned-free sinusoidal positions, window per layer."""
+    """Random weights, attention with learned-free sinusoidal positions, a window for each layer, sliding or chunked."""
 
     windows: tuple[int, ...] = (0, 0)
+    chunked: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Toy:
 
     def layout(self, page_size: int) -> KVLayout:
         layers = [
-            AttentionLayer(i, Q_HEADS, KV_HEADS, HEAD, HEAD, HEAD**-0.5, window, 0.0)
+            AttentionLayer(i, Q_HEADS, KV_HEADS, HEAD, HEAD, HEAD**-0.5, window, 0.0, self.chunked and window > 0)
             for i, window in enumerate(self.windows)
         ]
         return KVLayout(tuple(layers), page_size)
@@ -85,6 +86,7 @@ class Toy:
                     layer.scale,
                     layer.window,
                     0.0,
+                    layer.chunked,
                     None,
                 )
                 hidden = hidden + product(mixed.flatten(1), self.out[i])
@@ -126,7 +128,10 @@ class Toy:
         for i, window in enumerate(self.windows):
             q, k, v = (part.transpose(0, 1) for part in self._project(i, hidden))
             distance = positions[:, None] - positions
-            seen = (distance >= 0) & ((distance < window) if window else True)
+            if self.chunked and window:
+                seen = (distance >= 0) & (positions[:, None] // window == positions // window)
+            else:
+                seen = (distance >= 0) & ((distance < window) if window else True)
             group = Q_HEADS // KV_HEADS
             k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
             weights = (q @ k.transpose(1, 2) * HEAD**-0.5).masked_fill(~seen, -math.inf).softmax(-1)

@@ -2,7 +2,7 @@
 
 A page of the pool belongs to one group of layers (`KVLayout.groups`) and is counted: requests whose texts begin alike
 hold the same pages (`PrefixCache`). A request has a page table for each group. It takes pages as its text grows, and in
-groups with a sliding window it gives back the pages that no later row can see.
+groups with a window it gives back the pages that no later row can see.
 
 Without a host tier a request is admitted when the pool could hold it and all others at their largest. With one, many
 more are admitted; when the pool runs low, the youngest request leaves for host memory whole, and requests return first
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from sparsespec_compile.passes.layout import KVLayout, LayerGroup
 from sparsespec_compile.runtime.device.inputs import PageUpdate
 from sparsespec_compile.runtime.host.host_tier import HostTier, Transfer
-from sparsespec_compile.runtime.host.page_pool import PagePool, PrefixCache
+from sparsespec_compile.runtime.host.page_pool import PagePool, PrefixCache, first_read
 from sparsespec_compile.runtime.host.request import PageTable, Place, Request
 
 _UNREAD_CYCLES = 4
@@ -212,9 +212,8 @@ class KVCacheManager:
 
     def _extend(self, request: Request, number: int, table: PageTable, group: LayerGroup, needed: int) -> bool:
         """Hold and table the pages of one group up to `needed`, as far as pages and entries suffice."""
-        if group.window:
-            # Rows are at position `request.cached` or later, and attend this far back.
-            self.pool.release(table.drop_before((request.cached - group.window + 1) // self._layout.page_size))
+        # Rows are at position `request.cached` or later, and attend this far back.
+        self.pool.release(table.drop_before(first_read(group, request.cached) // self._layout.page_size))
         missing = needed - table.end
         if missing > 0:
             pages = self.pool.allocate(missing)

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 
+from sparsespec_compile.kernels.ops import first_visible
 from sparsespec_compile.passes.layout import KVLayout, LayerGroup
 from sparsespec_compile.runtime.host.request import PageTable
 
@@ -170,13 +171,16 @@ class PrefixCache:
 
     def _first(self, group: LayerGroup, count: int) -> int:
         """The first page of a group that rows after `count` pages still read."""
-        if not group.window:
-            return 0
-        return max(0, (count * self._layout.page_size - group.window + 1) // self._layout.page_size)
+        return first_read(group, count * self._layout.page_size) // self._layout.page_size
 
     def _forget(self, page: int) -> None:
         number, key = self._known_as.pop(page)
         del self._pages[number][key]
+
+
+def first_read(group: LayerGroup, position: int) -> int:
+    """The first position that a row at `position`, and none behind it an earlier one, reads in a group of layers."""
+    return max(0, first_visible(position, group.window, group.chunked))
 
 
 def _runs(known: dict[bytes, int], keys: Sequence[bytes]) -> list[int]:

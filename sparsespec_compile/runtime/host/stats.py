@@ -10,7 +10,7 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 
 from sparsespec_compile.config import SpecConfig
-from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.kernels.ops import Mode, first_visible
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.device.inputs import Work
@@ -209,16 +209,16 @@ class Stats(JupyterMixin):
 class StatsRecorder:
     """Adds up `Stats` from what the host knows: work, lengths and results.
 
-    What a draft reads in a layer with a sliding window depends on which pillars lie inside; the window bounds it.
+    What a draft reads in a layer with a window depends on which pillars lie inside; the window bounds it.
     """
 
     def __init__(self, layout: KVLayout, config: SpecConfig) -> None:
         self.stats = Stats(config.most_draft_tokens)
         self._config = config
         self._kind = ("none", 0)
-        by_window: Counter[int | None] = Counter()
+        by_window: Counter[tuple[int, bool]] = Counter()
         for layer in layout.layers:
-            by_window[layer.window] += layer.elements_per_token()
+            by_window[layer.window, layer.chunked] += layer.elements_per_token()
         self._elements_by_window = tuple(by_window.items())
         self._began = time.perf_counter()
 
@@ -287,5 +287,5 @@ class StatsRecorder:
         """Elements read over all layers for rows at `first` .. `first + rows - 1` that read `tokens` positions."""
         total = 0
         for window, elements in self._elements_by_window:
-            total += elements * (min(tokens, first + rows, window + rows - 1) if window else tokens)
+            total += elements * min(tokens, first + rows - max(0, first_visible(first, *window)))
         return total

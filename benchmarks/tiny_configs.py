@@ -51,6 +51,8 @@ SIZES = {
     **_each(16, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "hidden_size_per_layer_input"),
     **_each(8, "qk_rope_head_dim", "rotary_dim", "laurel_rank"),
     **_each(WINDOW, "sliding_window", "attention_window", "window_size", "local_attention", "attention_window_size"),
+    **_each(WINDOW, "attention_chunk_size"),
+    **_each(16, "floor_scale"),
     **_each(POSITIONS, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"),
     **_each(16, "mamba_d_state", "state_size"),
     **_each(SPREAD, "initializer_range", "init_std"),

@@ -107,6 +107,42 @@ def test_texts_of_other_kinds_of_attention(case):
     assert not torch.equal(sampled[:, -64:], text[:, mask.shape[1] : mask.shape[1] + 64])
 
 
+@pytest.fixture(scope="module")
+def chunked():
+    """A Llama-4 with chunks of 16 positions, prompts, and HuggingFace's own texts, each prompt alone.
+
+    In a batch HuggingFace counts the padding of a prompt as places, by which this model's temperature rises.
+    """
+    model = other_tiny("llama4_text")
+    input_ids, mask = left_padded(*LENGTHS)
+    texts = []
+    for row, real in zip(input_ids, mask.bool(), strict=True):
+        own = row[real][None]
+        text = model.generate(own, attention_mask=torch.ones_like(own), max_new_tokens=NEW_TOKENS, do_sample=False)
+        texts.append(text[0, own.shape[1] :])
+    assert max(len(text.unique()) for text in texts) > 10
+    return model, input_ids, mask, torch.stack(texts)
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    ["pillar", *(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "full", "ngram", "auto"))],
+)
+def test_chunked_attention_equals_huggingface(chunked, drafter):
+    """Over many starts of chunks, in pages of a quarter of one, which are given back; and once more from kept pages."""
+    model, input_ids, mask, expected = chunked
+    settings = ss.SpecConfig(drafter=drafter, draft_tokens=4, min_budget=8, budget_ratio=0.01, page_size=4)
+    fast = ss.optimize(model, settings)
+    for again in (False, True):
+        text = fast.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        assert torch.equal(text[:, input_ids.shape[1] :], expected)
+        assert (fast.stats.cached_tokens > 0) == again
+    if drafter == "pillar":
+        assert 0 < fast.stats.accepted_per_cycle < 4
+        assert "chunks of 16" in str(fast.report)
+        assert "2 layers of 4 experts" in str(fast.report)
+
+
 @pytest.mark.parametrize(
     ("draft_tokens", "min_budget"),
     [pytest.param(0, 128, marks=pytest.mark.slow), (8, 12)],

@@ -33,6 +33,7 @@ from .experts import ExpertsReader
 from .interface import recording
 from .quantised import check_activations, quantisation, read_inner_tensors, untraceable
 from .rotary import tabulate
+from .scored_inputs import call_scored_experts
 from .sites import Site, Window, causal_window, read_site, sinks_of
 from .temperature import count_positions, standing_at
 from .twin import twin_of
@@ -76,6 +77,7 @@ def capture(model: PreTrainedModel) -> Captured:
     twin = twin_of(model)
     tabulate(twin)
     count_positions(twin)
+    call_scored_experts(twin)
     packed = PackedModel(twin)
     with torch.no_grad():
         reader = ExpertsReader(packed.path_of)

@@ -82,13 +82,14 @@ def _mask(**options: Any) -> Tensor | None:
     return _recorder().mask(options)
 
 
-def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def call_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' experts interface calls in a capture: sends a call of experts to the recorder."""
     return _recorder().experts(module, hidden_states, top_k_index, top_k_weights)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-register_experts(IMPLEMENTATION, _experts)
+register_experts(IMPLEMENTATION, call_experts)
 
 
 def model_configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -1,7 +1,7 @@
 """The cost of an iteration from a configuration alone, before there are weights or a graph.
 
 Only for families whose layers are known: attention with q, k, v and o projections, a gated MLP or a router and gated
-experts, one output projection.
+experts, with a shared one in Llama-4, one output projection.
 Tests hold these counts equal to those that `passes/cost/graph.py` derives from the compiled graphs.
 """
 
@@ -30,6 +30,7 @@ FAMILIES = (
     "gemma3_text",
     "granite",
     "llama",
+    "llama4_text",
     "mistral",
     "mixtral",
     "olmo2",
@@ -65,6 +66,8 @@ def experts_of(config: PreTrainedConfig) -> Experts | None:
 
 def _has_experts(config: PreTrainedConfig) -> list[bool]:
     """Whether each layer has experts in place of an MLP."""
+    if config.model_type == "llama4_text":
+        return [layer in config.moe_layers for layer in range(config.num_hidden_layers)]
     step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or []
     some = experts_of(config) is not None
     return [some and layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers)]
@@ -107,23 +110,30 @@ def _terms(config: PreTrainedConfig, itemsize: int, weight_bytes: int) -> Iterat
     head_dim = sizes.get("head_dim") or hidden // heads
     mlp, mixture = sizes["intermediate_size"], experts_of(config)
     yield embedding(T, hidden, itemsize)
-    for window, has_experts in zip(_windows(sizes), _has_experts(config), strict=True):
+    for (window, chunked), has_experts in zip(_windows(sizes), _has_experts(config), strict=True):
         yield projection(T, hidden, (heads + 2 * kv_heads) * head_dim, weight_bytes)
-        yield from attention(heads, kv_heads, head_dim, head_dim, window, itemsize)
+        yield from attention(heads, kv_heads, head_dim, head_dim, window, itemsize, chunked=chunked)
         yield projection(T, heads * head_dim, hidden, weight_bytes)
-        if has_experts and mixture is not None:
+        if has_experts and mixture is not None and config.model_type == "llama4_text":
+            yield projection(T, hidden, mixture.experts + 2 * mlp, weight_bytes)
+            yield projection(T, mlp, hidden, weight_bytes)
+            rows = T * mixture.chosen
+            yield experts(rows, mixture.experts, 1, 3 * hidden * mixture.inner, itemsize, _EXPERTS_LAUNCHES)
+        elif has_experts and mixture is not None:
             yield projection(T, hidden, mixture.experts, weight_bytes)
             elements = 3 * hidden * mixture.inner
             yield experts(T, mixture.experts, mixture.chosen, elements, itemsize, _EXPERTS_LAUNCHES)
         else:
-            yield projection(T, hidden, 2 * mlp, weight_bytes)
-            yield projection(T, mlp, hidden, weight_bytes)
+            inner = sizes.get("intermediate_size_mlp", mlp)
+            yield projection(T, hidden, 2 * inner, weight_bytes)
+            yield projection(T, inner, hidden, weight_bytes)
     yield projection(R, hidden, vocabulary, weight_bytes)
     yield logits(R, vocabulary, itemsize)
 
 
-def _windows(sizes: dict) -> list[int]:
-    """Each layer's sliding window, 0 = none."""
+def _windows(sizes: dict) -> list[tuple[int, bool]]:
+    """Each layer's window, 0 = none, and whether it is chunked."""
     window, layers = sizes.get("sliding_window") or 0, sizes["num_hidden_layers"]
     kinds = sizes.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    found = {"sliding_attention": (window, False), "chunked_attention": (sizes.get("attention_chunk_size") or 0, True)}
+    return [found.get(kind, (0, False)) for kind in kinds]

@@ -164,6 +164,13 @@ def test_without_prompts_there_are_two_kernels_for_each_kind_of_layer():
     assert sorted(call.settings.window for call in attention) == [0, 0, 1, 1]
 
 
+def test_chunks_have_kernels_of_their_own():
+    fast = ss.optimize(tiny("llama4_text"), ss.SpecConfig(draft_tokens=8))
+    attention = [call for call in calls_of(fast._compiled, fast.spec_config) if isinstance(call, Attention)]
+    kinds = sorted((call.settings.window, call.settings.chunked) for call in attention)
+    assert kinds == [(0, False), (0, False), (1, True), (1, True)]
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """A model with exact weights. Its graph is the same whatever drafts it."""

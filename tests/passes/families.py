@@ -61,6 +61,20 @@ OTHERS = {
     },
     "granite_swa": {**NARROW, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {**EXPERTS, "num_local_experts": 4, "head_dim": 8},
+    "llama4_text": {
+        **NARROW,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 40,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "attention_chunk_size": 16,
+        "no_rope_layers": [1, 0, 1],
+        "moe_layers": [0, 1],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "floor_scale": 12,
+        "attn_scale": 0.5,
+    },
     "bart": {"vocab_size": VOCABULARY, "d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 6},
 }
 

@@ -10,7 +10,7 @@ from types import MethodType
 import pytest
 import torch
 
-from sparsespec_compile.kernels.ops import SiteCall, attention_site
+from sparsespec_compile.kernels.ops import ExpertsCall, ExpertsSettings, SiteCall, attention_site, experts_site
 from sparsespec_compile.passes.base import attribute, call_of, fake_mode, find_calls
 from sparsespec_compile.passes.capture.capture import PackedModel, capture
 from sparsespec_compile.passes.capture.interface import model_configs
@@ -19,7 +19,9 @@ from sparsespec_compile.passes.errors import (
     AttentionInterfaceError,
     ExportError,
     PositionError,
+    RowMixingError,
     UnsupportedAttentionError,
+    UnsupportedModelError,
 )
 from sparsespec_compile.passes.pipeline import compile_model
 
@@ -148,6 +150,47 @@ def test_other_masks_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(modeling_llama, "create_causal_mask", every_other)
     with pytest.raises(UnsupportedAttentionError, match=r"model\.layers\.0\.self_attn.*neither causal nor"):
         capture(tiny("llama"))
+
+
+def test_chunks_and_temperatures_are_the_models(monkeypatch):
+    """Positions far from those of the rehearsal, too: the temperature rises every 12 tokens, chunks have 16."""
+    model = tiny("llama4_text")
+    captured = capture(model)
+    assert [(site.layer.window, site.layer.chunked) for site in captured.sites] == [(16, True), (0, False), (16, True)]
+    sequence = tokens(61)
+    torch.testing.assert_close(run(captured, sequence, torch.arange(61)), logits(model, sequence))
+    monkeypatch.setattr("sparsespec_compile.passes.capture.capture.count_positions", lambda twin: None)
+    with pytest.raises(RowMixingError, match=r"positions = .*depends on the number of a row"):
+        compile_model(model, page_size=16)
+
+
+def test_a_temperature_of_unknown_places_is_refused():
+    model = tiny("llama4_text")
+    attention = model.model.layers[1].self_attn
+    attention.__class__ = type("Other", (type(attention),), {"forward": lambda self, hidden_states: hidden_states})
+    with pytest.raises(PositionError, match=r"layers\.1\.self_attn scales its queries.*cache or past_key_values"):
+        capture(model)
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_experts_of_scored_inputs(chosen):
+    model = tiny("llama4_text", num_experts_per_tok=chosen, num_hidden_layers=1, no_rope_layers=[1], moe_layers=[0])
+    captured = capture(model)
+    (site,) = find_calls(captured.graph_module.graph, experts_site)
+    assert not captured.notes
+    assert ExpertsCall.of(site.args[:-1]).settings == ExpertsSettings("silu")
+    sequence = tokens(23)
+    torch.testing.assert_close(run(captured, sequence, torch.arange(23)), logits(model, sequence))
+
+
+def test_experts_of_scored_inputs_that_do_something_else_are_refused(monkeypatch):
+    """As a later version of transformers may."""
+    model = tiny("llama4_text", num_hidden_layers=1, no_rope_layers=[1], moe_layers=[0])
+    kind = type(model.model.layers[0].feed_forward)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, rows: (own(self, rows)[0] * 1.01, None))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.feed_forward \(Llama4TextMoe\) gives other numbers"):
+        capture(model)
 
 
 def test_a_window_in_the_cache_alone_is_refused():

@@ -119,6 +119,34 @@ def test_a_window_bounds_what_is_read(cost_of):
     assert read.subs({L: 12, V: 1}) * 2 == read.subs({L: 24, V: 1})
 
 
+def test_half_of_a_chunk_is_read_on_average():
+    """Within the first chunk all; the whole cache where a layer has no chunks."""
+    chunked, whole = (
+        {term.name: term for term in attention(6, 2, 8, 8, window, 4, chunked=window > 0)} for window in (16, 0)
+    )
+    for name in ("verify attention", "draft attention"):
+        at = {V: 1, D: 1, k: 0, b: 100}
+        ours, all_of_it = (terms[name].flops.subs(at) for terms in (chunked, whole))
+        assert ours.subs({L: 10}) == all_of_it.subs({L: 10})
+        assert ours.subs({L: 500}) == ours.subs({L: 16})
+        token = 2 * 6 * (8 + 8)
+        assert ours.subs({L: 500}) == sympy.Rational(17, 2) * token
+    budget = chunked["draft attention"].flops.subs({D: 1, k: 0, b: 3, L: 500})
+    assert budget == 4 * token
+
+
+def test_a_configuration_with_chunks_gives_what_the_graph_gives():
+    """And with a shared expert, and a layer without experts."""
+    model = tiny("llama4_text")
+    from_graph = graph_cost(compile_model(model, page_size=16).graph_module)
+    from_config = config_cost(model.config, torch.float32)
+    for term in from_graph.terms:
+        other = from_config.term(term.name)
+        assert equal(term.bytes, other.bytes), term
+        assert equal(term.flops, other.flops), term
+        assert (term.kind, term.launches) == (other.kind, other.launches)
+
+
 def test_parameters_in_half_precision_count_half(cost_of):
     model = tiny("llama").to(torch.bfloat16)
     half = graph_cost(compile_model(model, page_size=16).graph_module)

@@ -19,7 +19,7 @@ from ..compat import FakeTensor
 from ..errors import UnsupportedModelError
 from .interface import call_experts
 
-_PARTS = {"experts", "router", "shared_expert", "top_k", "hidden_dim"}
+_LAYER = ("transformers.models.llama4.modeling_llama4", "Llama4TextMoe")
 
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Norm of a difference over the norm of what the layer gives, up to which it is rounding: sums have another order."""
@@ -29,18 +29,20 @@ def call_scored_experts(twin: nn.Module) -> None:
     """Makes the layers of a twin that score inputs of experts call them through the experts interface."""
     for path, module in twin.named_modules():
         if _scores_inputs(module):
-            _describe(module.experts)
+            _describe(module.get_submodule("experts"))
             module.forward = _ScoredExperts(path, module, module.forward)
 
 
 def _scores_inputs(module: nn.Module) -> bool:
-    """Whether it is transformers' own layer, of which it is known what else it computes."""
+    """Whether it is transformers' own layer with its own experts, of which it is known what else they compute."""
     kind = type(module)
-    of_transformers = kind.__module__ == "transformers.models.llama4.modeling_llama4" and "forward" not in vars(module)
-    return of_transformers and kind.__name__ == "Llama4TextMoe" and all(hasattr(module, part) for part in _PARTS)
+    if (kind.__module__, kind.__name__) != _LAYER:
+        return False
+    experts = module.get_submodule("experts")
+    return type(experts).__module__ == kind.__module__ and not any("forward" in vars(one) for one in (module, experts))
 
 
-def _describe(experts: nn.Module) -> None:
+def _describe(experts: Any) -> None:
     """Says of a twin's experts what transformers' experts interface has others say, as their own code reads it."""
     activation = experts.act_fn
 

@@ -48,7 +48,7 @@ SHARINGS: dict[str, Sharing] = {
     "more programs than blocks": (400, TILING),
 }
 
-FAST = (("uneven", 37),)
+FAST = (("uneven", 37, False),)
 
 
 @pytest.fixture
@@ -82,16 +82,19 @@ def _launch(case: Case, device: str) -> tuple[Tensor, Case]:
 
 
 @pytest.mark.parametrize(
-    ("sharing", "window"),
+    ("sharing", "window", "chunked"),
     [
-        pytest.param(sharing, window, marks=() if (sharing, window) in FAST else pytest.mark.slow)
+        pytest.param(*given, marks=() if given in FAST else pytest.mark.slow)
         for sharing in SHARINGS
-        for window in (0, 37)
-        if window == 0 or sharing != "more programs than blocks"
+        for given in ((sharing, 0, False), (sharing, 37, False), (sharing, 32, True))
+        if given[1] == 0 or sharing != "more programs than blocks"
     ],
 )
-def test_any_split_is_right(sharing: str, window: int, device: str, share: Callable[[Sharing], list[Tensor]]) -> None:
-    case = build(Shape(window=window, kv_heads=1, q_heads=2, scale=1.5), REQUESTS, torch.float32)
+def test_any_split_is_right(
+    sharing: str, window: int, chunked: bool, device: str, share: Callable[[Sharing], list[Tensor]]
+) -> None:
+    shape = Shape(window=window, kv_heads=1, q_heads=2, scale=1.5, chunked=chunked)
+    case = build(shape, REQUESTS, torch.float32)
     seen = share(SHARINGS[sharing])
     output, actual = _launch(case, device)
     check_result(output, actual, expect(case, torch.float32, device))

@@ -54,7 +54,7 @@ def test_dual_mode_attention_keeps_its_schema(dtype: torch.dtype) -> None:
 
 def test_attention_site_keeps_its_schema() -> None:
     q, k, v = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 8)
-    torch.library.opcheck(ops.attention_site, (q, k, v, 0.25, 3, 2.0, 1, None))
+    torch.library.opcheck(ops.attention_site, (q, k, v, 0.25, 3, 2.0, False, 1, None))
 
 
 def test_select_pillars_keeps_its_schema() -> None:

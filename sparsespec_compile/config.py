@@ -184,7 +184,7 @@ class SpecConfig(Settings, error=ConfigError):
 
     def _check_proposals(self) -> None:
         self._check_int("draft_proposals", 0, 8)
-        if not self.draft_proposals:
+        if not self.draft_proposals or self.draft_tokens == 0:  # plain decoding drafts nothing
             return
         if self.draft_tokens == "auto" or self.drafter == "ngram":
             raise ConfigError(

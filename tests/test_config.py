@@ -45,12 +45,13 @@ def test_bad_values(name, value, allowed):
         ({}, "draft_tokens='auto'"),
         ({"draft_tokens": 4, "drafter": "ngram"}, "drafter='ngram'"),
         ({"draft_tokens": 2}, "below draft_tokens, 2"),
-        ({"draft_tokens": 0}, "below draft_tokens, 0"),
+        ({"draft_tokens": 1}, "below draft_tokens, 1"),
     ],
 )
 def test_proposals_go_with_more_drafts_by_the_model(settings, message):
     with pytest.raises(ConfigError, match=message):
         SpecConfig(draft_proposals=2, **settings)
+    assert dataclasses.replace(SpecConfig(draft_tokens=4, draft_proposals=2), draft_tokens=0).draft_proposals == 2
 
 
 def test_unknown_and_positional_settings_are_refused_with_the_allowed_names():

@@ -74,6 +74,19 @@ def test_an_explanation_says_what_else_auto_chooses_among():
     assert ngrams.prediction == shown.ngrams[3]
 
 
+def test_an_explanation_counts_rows_for_proposals():
+    cost = config_cost(LLAMA_8B, torch.bfloat16)
+    alone, judged = (
+        explain(cost, ss.SpecConfig(draft_tokens=12, draft_proposals=proposals), 8192, 64, "H200")
+        for proposals in (0, 2)
+    )
+    assert any(line.startswith("each request verifies in one of 13 iterations") for line in alone.lines())
+    assert any(line.startswith("each request verifies in one of 8 iterations") for line in judged.lines())
+    assert alone.plain == judged.plain
+    # A cycle of fewer iterations, each of which takes longer: it verifies more often, and has more rows.
+    assert 13 * alone.prediction.seconds > 8 * judged.prediction.seconds > 8 * alone.prediction.seconds
+
+
 def test_8_bit_draft_weights_pay_more_and_sooner():
     exact, auto = advice(), advice(draft_weights="auto")
     assert auto.plain == exact.plain

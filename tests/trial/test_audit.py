@@ -68,6 +68,11 @@ class TestRightTexts:
             "one drafter does not speak for another"
         )
 
+    def test_of_passes_that_judge_proposals(self):
+        report = audited(small(), config={"min_budget": 4, "draft_tokens": 4, "draft_proposals": 2})
+        assert report.verdict == "equal"
+        assert report.checks[0].drafts > report.checks[0].accepted > 0
+
     def test_of_which_one_drafter_was_never_wrong_are_named(self):
         def check(name, drafts, accepted):
             return Check(name, 4, 64, drafts, accepted, ())

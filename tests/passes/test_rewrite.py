@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
-from sparsespec_compile.passes.base import INPUTS, STATE_INPUTS, PassContext, find_calls
+from sparsespec_compile.kernels.ops import STEP_TENSORS, SiteCall, attention_site, dual_mode_attention
+from sparsespec_compile.passes.base import INPUTS, STATE_INPUTS, PassContext, call_of, find_calls
 from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.errors import GraphInvariantError, PassMatchError, UnsupportedAttentionError
 from sparsespec_compile.passes.rewrites.dual_mode import AttentionToDualMode
@@ -106,7 +106,8 @@ def test_a_missing_site_is_reported_with_the_nearest_nodes(bench):
 def test_sites_out_of_order_are_refused(bench):
     graph_module, context = at_site_stage(bench, "llama")
     first, second = find_calls(graph_module.graph, attention_site)
-    first.args, second.args = (*first.args[:6], 1, None), (*second.args[:6], 0, None)
+    for layer, node in ((1, first), (0, second)):
+        node.args = call_of(SiteCall, node)._replace(layer=layer).arguments()
     with pytest.raises(GraphInvariantError, match="not in the layout's order"):
         AttentionToDualMode(context)(graph_module)
 

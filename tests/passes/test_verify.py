@@ -126,7 +126,7 @@ BREAKS = {
     take_all_page_tables: r"must take page_table\[1\]",
     swap_step_tensors: r"must take request_mode",
     give_no_scores: "scores of .* is None; it must be a node",
-    forget_the_settings: "has 15 arguments; it must have 19",
+    forget_the_settings: "has 15 arguments; it must have 20",
     leave_a_site: "must not be in a graph after the attention rewrite",
     swap_inputs: "inputs are",
     write_into_the_pool: r"aten\.zero_.*writes into an input",

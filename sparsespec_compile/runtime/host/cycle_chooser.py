@@ -6,7 +6,7 @@ choice follows from how long iterations are predicted and measured to take, and 
 
 How many n-gram drafts would be accepted is estimated while another drafter, or none, is in use, since a text does not
 depend on its drafter. The host looks n-grams up in texts as they are, and compares what followed with what was written:
-a few tokens of one request at a time, in the texts of up to 64 requests, which takes 1 to 2 ms.
+a few tokens of one request at a time, in the texts of up to 64 requests, which takes 2 to 4 ms.
 """
 
 import statistics

@@ -99,8 +99,8 @@ class Tour:
         requests = cycles[0][0][2]
         seconds = statistics.median(statistics.mean(time for time, _, _ in cycle) for cycle in cycles)
         predicted = self._predicted(self.current, length, requests)
-        row = {"requests": requests, "length": round(length, 1), "drafter": self.current.drafter.name}
-        row["draft_tokens"] = self.current.drafts
+        row = {"requests": requests, "length": round(length, 1), "drafter": self.current.name}
+        row["draft_tokens"], row["passes"] = self.current.drafts, self.current.passes
         self.rows.append({**row, "seconds": float(f"{seconds:.5g}"), "predicted": float(f"{predicted:.5g}")})
 
 
@@ -155,6 +155,7 @@ def main() -> None:
     model, tokenizer = load_model(arguments.shape, arguments.device)
     config = ss.SpecConfig(
         draft_tokens="auto",
+        draft_proposals=0,  # a tour of all cycles that judge proposals would take too long
         max_draft_tokens=arguments.max_draft_tokens,
         max_requests=max(requests for requests, _ in loads),
         prefill_chunk=8192,

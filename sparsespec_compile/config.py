@@ -36,6 +36,9 @@ class Settings:
         return super().__new__(cls)
 
 
+AUTO_PROPOSALS = (1, 2, 3, 5)
+"""Numbers of proposals that "auto" chooses among, besides none."""
+
 MOST_REQUESTS = 1024
 """Requests decoded together. Every program of an attention kernel plans all of them in registers, and with 2,048 they
 spill."""
@@ -67,10 +70,13 @@ class SpecConfig(Settings, error=ConfigError):
             "window": the first 4 and the latest ones (StreamingLLM), as many as "pillar" would read; "full":
             everything. "ngram" takes no pass: what followed the text's last 1 to 16 tokens where they occur before, in
             the text itself or in another one of the batch, is proposed, and every iteration verifies.
-        draft_proposals: tokens, 0 to 8, that are proposed as by "ngram" behind the newest draft, and that each draft
-            iteration judges besides: those that it would have drafted itself are drafts at once. So a cycle of
-            `draft_tokens` drafts has fewer draft iterations. Neither with "ngram" nor with `draft_tokens="auto"`, which
-            does not choose among numbers of proposals.
+        draft_proposals: "auto", or the number, 0 to 8, of tokens that are proposed as by "ngram" behind the newest
+            draft, and that each draft iteration judges besides: those that it would have drafted itself are drafts at
+            once. So a cycle of `draft_tokens` drafts has fewer draft iterations, as many as make so many drafts if
+            proposals are right as often as expected; with fewer right ones it has fewer drafts. Iterations in which
+            other requests verify or read prompts judge none. "auto": where `draft_tokens` and `drafter` are "auto", and
+            times can be predicted, it is part of their choice, else 0. A number above 0 needs one of `draft_tokens`,
+            and a drafter that runs the model.
         local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
             verification instead of on the highest scores. 0 is the paper's choice.
         draft_weights: what drafts read of the weights. "int8" and "fp8": copies in 8 bits with a scale for each output,
@@ -131,7 +137,7 @@ class SpecConfig(Settings, error=ConfigError):
     min_budget: int = 128
     drafter: Drafter = "auto"
     local_ratio: float = 0.25
-    draft_proposals: int = 0
+    draft_proposals: int | Literal["auto"] = "auto"
     draft_weights: DraftWeights = "auto"
     page_size: int = 16
     pool_tokens: int | None = None
@@ -183,16 +189,20 @@ class SpecConfig(Settings, error=ConfigError):
         self._check_ratio("local_ratio", zero=True)
 
     def _check_proposals(self) -> None:
-        self._check_int("draft_proposals", 0, 8)
-        if not self.draft_proposals or self.draft_tokens == 0:  # plain decoding drafts nothing
+        proposals = self.draft_proposals
+        if proposals == "auto":
+            return
+        if isinstance(proposals, bool) or not isinstance(proposals, int) or not 0 <= proposals <= 8:
+            raise ConfigError(f'draft_proposals must be "auto" or an integer from 0 to 8, got {proposals!r}.')
+        if not proposals or self.draft_tokens == 0:  # plain decoding drafts nothing
             return
         if self.draft_tokens == "auto" or self.drafter == "ngram":
             raise ConfigError(
                 f"draft_proposals is {self.draft_proposals} with draft_tokens={self.draft_tokens!r} and "
                 f"drafter={self.drafter!r}. It takes a number of draft_tokens, and a drafter that runs the model. Set "
-                "both, or draft_proposals=0."
+                'both, or draft_proposals="auto" or 0.'
             )
-        if self.draft_proposals >= self.draft_tokens:
+        if proposals >= self.draft_tokens:
             raise ConfigError(
                 f"draft_proposals must be below draft_tokens, {self.draft_tokens}, as an iteration makes one draft at "
                 f"least; got {self.draft_proposals}."
@@ -218,6 +228,14 @@ class SpecConfig(Settings, error=ConfigError):
     def most_draft_tokens(self) -> int:
         """Drafts of the longest cycle."""
         return self.max_draft_tokens if self.draft_tokens == "auto" else self.draft_tokens
+
+    @property
+    def most_proposals(self) -> int:
+        """Tokens that a draft iteration judges at most beside the draft that it makes anyway."""
+        if self.draft_proposals == "auto":
+            chosen = self.draft_tokens == "auto" and self.drafter == "auto" and self.max_draft_tokens > 1
+            return AUTO_PROPOSALS[-1] if chosen else 0
+        return self.draft_proposals if self.draft_tokens else 0
 
     def budget(self, length: int) -> int:
         """Pillars a draft reads, per KV head, when `length` positions were scored (paper, section on PillarAttn)."""

@@ -85,6 +85,7 @@ def random_settings(chance: random.Random, page_size: int, longest: int) -> ss.S
         overlap=chance.random() < 0.75,
         prefix_caching=chance.random() < 0.75,
         backend="eager",
+        ceilings=chance.choice([None, ss.H200]),
         **tight,
     )
 

@@ -61,8 +61,8 @@ class Explanation(JupyterMixin):
     def lines(self) -> list[str]:
         """The summary below the table."""
         mean, top = self.prediction, self.prediction.dominating
-        passes, requests = cycles_of(self.config)[-1].passes, self.workload.batch
-        phases = phases_in_use(self.config.schedule, passes, requests)
+        kind, requests = cycles_of(self.config)[-1], self.workload.batch
+        passes, phases = kind.passes, phases_in_use(self.config.schedule, kind, requests)
         return [
             LEGEND,
             f"each request verifies in one of {passes + 1} iterations; {requests} requests share {phases} of them"

@@ -13,6 +13,7 @@ requests.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Integral
 
 from sparsespec_compile.advice.ceilings import Ceilings
@@ -99,6 +100,9 @@ def _probability(value: object) -> float:
         raise AdviceError(f"acceptance must be a probability in [0, 1], a function of k or a mapping, got {value!r}.")
     return float(value)
 
+
+_REMEMBERED = 1024
+"""Predictions of iterations that are kept."""
 
 OVERHEAD = "launches"
 """Name under which the overhead of all launches is given."""
@@ -198,45 +202,38 @@ def predict_mean(
     return Prediction(tuple(terms), seconds, light)
 
 
-def cycle(
-    batch: int,
-    draft_tokens: int,
-    length: float,
-    budget: float,
-    schedule: Schedule = "grouped",
-    passes: int | None = None,
-    pass_rows: int = 1,
+def iterations_of(
+    kind: Cycle, batch: int, length: float, schedule: Schedule = "grouped"
 ) -> list[tuple[float, Iteration]]:
     """The iterations of a cycle in the steady state: `batch` requests, as evenly over the phases in use as can be.
 
-    Of those, `batch % phases` have one verifying request more than the others; in the other phases none verifies.
+    Of those, `batch % phases` have one verifying request more than the others; in the other phases none verifies, and
+    proposals are judged.
 
     Args:
+        kind: of cycle.
         batch: requests that decode.
-        draft_tokens: drafts of a cycle.
         length: mean cached length.
-        budget: cached positions that a draft iteration reads.
         schedule: as in `SpecConfig`.
-        passes: draft iterations of a cycle; None = one for each draft.
-        pass_rows: rows of a request in each of them.
 
     Returns:
         kinds of iterations and their share, which add up to 1.
     """
-    passes = draft_tokens if passes is None else passes
-    iterations = passes + 1
-    phases = phases_in_use(schedule, passes, batch)
+    iterations, budget = kind.passes + 1, kind.drafter.positions(length)
+    phases = phases_in_use(schedule, kind, batch)
     few, larger = divmod(batch, phases)
     kinds = [
         ((iterations - phases) / iterations, 0),
         ((phases - larger) / iterations, few),
         (larger / iterations, few + 1),
     ]
-    return [
-        (share, _iteration(batch, verifying, draft_tokens, pass_rows, length, budget))
-        for share, verifying in kinds
-        if share
-    ]
+
+    def iteration(verifying: int) -> Iteration:
+        pass_rows = 1 if verifying else kind.pass_rows
+        rows = (batch - verifying) * pass_rows + verifying * (kind.drafts + 1)
+        return Iteration(rows, rows, batch - verifying, verifying, length, kind.drafts, budget)
+
+    return [(share, iteration(verifying)) for share, verifying in kinds if share]
 
 
 def predict_cycle(
@@ -250,14 +247,10 @@ def predict_cycle(
     padded: Callable[[float], float] | None = None,
 ) -> Prediction:
     """The mean time of an iteration in cycles of this kind; `padded` gives the rows that are computed for some rows."""
-    budget = kind.drafter.positions(length)
-    mix = cycle(batch, kind.drafts, length, budget, schedule, kind.passes, kind.drafter.pass_rows)
-    if padded is not None:
-        mix = [(share, replace(one, rows=padded(one.rows), kept=padded(one.kept))) for share, one in mix]
-    if kind.drafter.reads_scores:
-        return predict_mean(cost, mix, ceilings, drafts)
-    unscored = None if drafts is None else replace(drafts, cost=drafts.cost.unscored)
-    return predict_mean(cost.unscored, mix, replace(ceilings, scoring_overhead_s=0.0), unscored)
+    mix = _mix(kind, batch, length, schedule, padded)
+    if not kind.drafter.reads_scores:
+        cost, ceilings, drafts = _unscored(cost, ceilings, drafts)
+    return predict_mean(cost, mix, ceilings, drafts)
 
 
 def iteration_time(
@@ -268,19 +261,36 @@ def iteration_time(
     padded: Callable[[float], float] | None = None,
 ) -> IterationTime:
     """Predicted seconds of a mean iteration, by cycle, mean cached length and requests; `padded` as in
-    `predict_cycle`."""
+    `predict_cycle`. Iterations that several kinds of cycles have are predicted once."""
+    unscored = _unscored(cost, ceilings, drafts)
+
+    @lru_cache(_REMEMBERED)
+    def one(iteration: Iteration, reads_scores: bool) -> float:
+        costs, limits, alone = (cost, ceilings, drafts) if reads_scores else unscored
+        return predict_mean(costs, [(1.0, iteration)], limits, alone).seconds
 
     def seconds(kind: Cycle, length: float, requests: int) -> float:
-        return predict_cycle(cost, kind, schedule, length, requests, ceilings, drafts, padded).seconds
+        mix = _mix(kind, requests, length, schedule, padded)
+        return sum(share * one(iteration, kind.drafter.reads_scores) for share, iteration in mix)
 
     return seconds
 
 
-def _iteration(
-    batch: int, verifying: int, draft_tokens: int, pass_rows: int, length: float, budget: float
-) -> Iteration:
-    rows = (batch - verifying) * pass_rows + verifying * (draft_tokens + 1)
-    return Iteration(rows, rows, batch - verifying, verifying, length, draft_tokens, budget)
+def _mix(
+    kind: Cycle, batch: int, length: float, schedule: Schedule, padded: Callable[[float], float] | None
+) -> list[tuple[float, Iteration]]:
+    mix = iterations_of(kind, batch, length, schedule)
+    if padded is None:
+        return mix
+    return [(share, replace(one, rows=padded(one.rows), kept=padded(one.kept))) for share, one in mix]
+
+
+def _unscored(
+    cost: IterationCost, ceilings: Ceilings, drafts: DraftCost | None
+) -> tuple[IterationCost, Ceilings, DraftCost | None]:
+    """What iterations cost whose verifications give out no scores."""
+    alone = None if drafts is None else replace(drafts, cost=drafts.cost.unscored)
+    return cost.unscored, replace(ceilings, scoring_overhead_s=0.0), alone
 
 
 def _term_time(term: Term, size: float, flops: float, again: float, ceilings: Ceilings) -> TermTime:

@@ -224,7 +224,7 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     drafters = drafters_of(config)
     reads_scores = any(drafter.reads_scores for drafter in drafters)
     any_work = Promise.NOTHING if reads_scores else Promise.NO_SCORES
-    unscored = config.draft_proposals > 0 or not all(drafter.reads_scores for drafter in drafters)
+    unscored = config.most_proposals > 0 or not all(drafter.reads_scores for drafter in drafters)
     few = {Promise.SINGLE_ROWS, *([Promise.NO_SCORES] if unscored else [])} - {any_work}
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
@@ -245,8 +245,8 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
         calls[Selection(slots)] = None
     if any(isinstance(drafter, NgramDrafter) for drafter in drafters):
         calls[Proposals(slots, config.most_draft_tokens)] = None
-    if config.draft_proposals:
-        calls[Proposals(slots, config.draft_proposals)] = None
+    if config.most_proposals:
+        calls[Proposals(slots, config.most_proposals)] = None
     if compiled.draft is not None:
         calls |= dict.fromkeys(_calls_of_drafts(compiled.draft, config))
     return [*calls, *_calls_of_experts(compiled.graph_module, config)]

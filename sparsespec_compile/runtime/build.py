@@ -21,7 +21,7 @@ from sparsespec_compile.errors import MemoryPlanError, PoolTooSmallError
 from sparsespec_compile.kernels.launch import Promise
 from sparsespec_compile.passes.layout import KVLayout
 from sparsespec_compile.passes.ranks import Ranks, VocabularyPart
-from sparsespec_compile.runtime.device.drafters import Drafter
+from sparsespec_compile.runtime.device.drafters import Drafter, cycles_of
 from sparsespec_compile.runtime.device.graphs import StepRunner
 from sparsespec_compile.runtime.device.inputs import MIN_ROWS, InputSizes, StepInputs
 from sparsespec_compile.runtime.device.interface import Device, Memory
@@ -130,7 +130,7 @@ def capacity_for(config: SpecConfig, drafters: Sequence[Drafter], slots: int, to
     """
     scored = 2
     if any(drafter.reads_scores for drafter in drafters):
-        together = most_together(config.schedule, config.most_draft_tokens, slots)
+        together = most_together(config.schedule, cycles_of(config)[-1], slots)
         if config.draft_tokens == "auto":
             together = max(together, -(-slots // 2), GROUPED_ROWS // 2)  # as in cycles of one draft
         scored = max(2, min(slots, max(together, 8)))
@@ -173,7 +173,7 @@ def build_runner(
                 config.most_draft_tokens,
                 target.compiler,
                 target.vocabulary,
-                config.draft_proposals,
+                config.most_proposals,
             )
         with refused():  # steps are run, in which ranks wait for each other
             graphs = device.graphs() if config.cuda_graphs else None

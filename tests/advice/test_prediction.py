@@ -17,8 +17,8 @@ from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import (
     OVERHEAD,
     DraftCost,
-    cycle,
     iteration_time,
+    iterations_of,
     predict,
     predict_cycle,
     predict_mean,
@@ -26,7 +26,7 @@ from sparsespec_compile.advice.prediction import (
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost.terms import Iteration, attention, collect
-from sparsespec_compile.runtime.device.drafters import cycles_of
+from sparsespec_compile.runtime.device.drafters import Cycle, PillarDrafter, cycles_of
 from sparsespec_compile.runtime.device.graphs import padded, row_counts
 
 QWEN3_8B = Qwen3Config(
@@ -46,8 +46,13 @@ CALM = dataclasses.replace(H200, flops_per_s=1e30, attention_flops_per_s=1e30)
 COST = config_cost(QWEN3_8B, torch.bfloat16)
 
 
-def time(batch, length, k=0, budget=0):
-    return predict_mean(COST, cycle(batch, k, length, budget), H200)
+def cycle_of(drafts, budget=None):
+    config = SpecConfig() if budget is None else SpecConfig(min_budget=budget, budget_ratio=1e-9)
+    return Cycle(PillarDrafter(config), drafts, drafts)
+
+
+def time(batch, length, k=0, budget=128):
+    return predict_mean(COST, iterations_of(cycle_of(k, budget), batch, length), H200)
 
 
 def test_counts_of_qwen3_8b():
@@ -187,7 +192,7 @@ def test_more_work_takes_longer():
 @pytest.mark.parametrize(("batch", "k"), [(64, 8), (1, 4), (9, 8), (5, 0), (7, 16), (300, 8)])
 def test_the_phases_of_a_cycle(batch, k, schedule):
     """Over the k + 1 iterations each request verifies once and drafts in all others."""
-    mix = cycle(batch, k, 100, 10, schedule)
+    mix = iterations_of(cycle_of(k), batch, 100, schedule)
     assert sum(share for share, _ in mix) == pytest.approx(1)
     assert sum(share * part.verifying for share, part in mix) * (k + 1) == pytest.approx(batch)
     assert sum(share * part.rows for share, part in mix) * (k + 1) == pytest.approx(batch * (2 * k + 1))
@@ -213,9 +218,9 @@ def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
 
 
 def test_requests_verify_in_groups():
-    shares = {part.verifying: share * 9 for share, part in cycle(64, 8, 8192, 410)}
+    shares = {part.verifying: share * 9 for share, part in iterations_of(cycle_of(8), 64, 8192)}
     assert shares == pytest.approx({0: 6, 21: 2, 22: 1})
-    assert len(cycle(64, 8, 8192, 410, "balanced")) == 2
+    assert len(iterations_of(cycle_of(8), 64, 8192, "balanced")) == 2
 
 
 def test_the_time_is_that_of_the_schedule_and_the_drafter():
@@ -239,7 +244,7 @@ def test_scores_count_where_somebody_reads_them():
 def test_iterations_of_nothing_but_drafts_may_cost_something_else():
     """Of 9 iterations of 64 requests, 6 hold drafts alone."""
     half = config_cost(QWEN3_8B, torch.bfloat16, draft_weights=True)
-    drafting, parts = cycle(64, 8, 8192, 410)[0][1], cycle(64, 8, 8192, 410)
+    drafting, parts = iterations_of(cycle_of(8), 64, 8192)[0][1], iterations_of(cycle_of(8), 64, 8192)
     fp8, int8 = DraftCost(half, 256), DraftCost(half, 64)
     saved = predict_mean(COST, parts, H200).seconds - predict_mean(COST, parts, H200, fp8).seconds
     assert saved == pytest.approx(
@@ -256,20 +261,20 @@ def test_iterations_of_nothing_but_drafts_may_cost_something_else():
 
 
 def test_rows_that_graphs_are_padded_to_are_computed():
-    """At 64 requests cycles of 2 and of 3 n-grams take much the same: both run the graph of 256 rows."""
+    """At 51 requests cycles of 3 and of 4 n-grams take much the same: both run the graph of 256 rows."""
     by_drafts = {kind.drafts: kind for kind in cycles_of(SpecConfig()) if kind.drafter.name == "ngram"}
     sizes = row_counts(1000)
-    assert [padded(rows, sizes) for rows in (1, 64, 65, 192, 256, 257, 5000)] == [2, 64, 128, 256, 256, 320, 1000]
+    assert [padded(rows, sizes) for rows in (1, 64, 65, 193, 256, 257, 5000)] == [2, 64, 128, 256, 256, 320, 1000]
     exact, as_run = (
         iteration_time(COST, "grouped", H200, padded=rows) for rows in (None, partial(padded, sizes=sizes))
     )
-    assert exact(by_drafts[2], 1024, 64) < 0.92 * exact(by_drafts[3], 1024, 64)
-    assert as_run(by_drafts[2], 1024, 64) == pytest.approx(as_run(by_drafts[3], 1024, 64), rel=0.02)
+    assert exact(by_drafts[3], 1024, 51) < 0.95 * exact(by_drafts[4], 1024, 51)
+    assert as_run(by_drafts[3], 1024, 51) == pytest.approx(as_run(by_drafts[4], 1024, 51), rel=0.02)
     assert as_run(by_drafts[3], 1024, 64) == exact(by_drafts[3], 1024, 64)
 
 
 def test_a_mean_weighs_its_parts():
-    parts = cycle(1, 1, 1000, 100)
+    parts = iterations_of(cycle_of(1), 1, 1000)
     singles = [predict(COST, part, H200) for _, part in parts]
     mean = predict_mean(COST, parts, H200)
     assert mean.seconds == pytest.approx(sum(single.seconds for single in singles) / 2)

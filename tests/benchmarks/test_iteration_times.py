@@ -16,7 +16,7 @@ from iteration_times import run, show, touring
 def test_every_cycle_is_measured():
     config = ss.SpecConfig(max_draft_tokens=2, max_requests=2, ceilings=ss.H200)
     fast = ss.optimize(tiny("qwen3"), config)
-    cycles = [(cycle.drafter.name, cycle.drafts) for cycle in cycles_of(config)]
+    cycles = [(cycle.name, cycle.drafts) for cycle in cycles_of(config)]
     assert ("none", 0) in cycles
     assert {"ngram", "pillar"} <= {name for name, _ in cycles}
     with touring() as tour:

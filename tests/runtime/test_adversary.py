@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -103,8 +102,12 @@ class Play:
         self.live = Toy(self.weights[0].windows)
         draft_tokens = chance.choice([0, 1, 2, 4, 7, "auto"])
         drafter = chance.choice(["pillar", "pillar", "window", "full", "ngram"])
+        predicted = None
+        if draft_tokens == "auto":
+            predicted, drafter = lambda *_: chance.uniform(0.5, 1.5), "auto" if drafter == "pillar" else drafter
         self.engine = engine = self.live.engine(
             self.device,
+            predicted,
             draft_tokens=draft_tokens,
             draft_proposals=random_proposals(random.Random(seed), draft_tokens, drafter),
             max_draft_tokens=chance.choice([1, 3, 5]),
@@ -121,8 +124,7 @@ class Play:
             host_pool_tokens=4096 if crowded else chance.choice([0, longest + page, 4096]),
         )
         if engine.config.draft_tokens == "auto":
-            engine.target = replace(engine.target, iteration_time=lambda *_: chance.uniform(0.5, 1.5))
-            monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", chance.choice([1, 3]))
+            monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", chance.choice([2, 3]))
         poison_what_is_given_back(monkeypatch, engine)
 
     def run(self) -> None:

@@ -1,6 +1,7 @@
 """The number of drafts that changes while requests run: what the engine tells its chooser, and that the texts stay."""
 
 import dataclasses
+import random
 from collections import Counter
 
 import pytest
@@ -65,7 +66,8 @@ def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     toy = Toy()
     monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)
     requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
-    engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, drafter=drafter, min_budget=4, max_requests=5)
+    settings = {"draft_tokens": "auto", "max_draft_tokens": 4, "drafter": drafter, "min_budget": 4}
+    engine = toy.engine(**settings, max_requests=5)
     chooser = engine._chooser = Changing(cycles_of(engine.config))
     assert run(engine, requests) == [toy.decode(request) for request in requests]
     names = ("ngram", "pillar") if drafter == "auto" else (drafter,)
@@ -77,6 +79,53 @@ def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     assert chooser.told == {"session", "drafts", "times"}
     assert engine.stats.iterations_by_cycle == Counter(engine.stats.cycle_by_iteration)
     assert engine.stats.cycles > 0
+
+
+class Any:
+    """Takes any of the cycles at every choice."""
+
+    def __init__(self, cycles, seed):
+        self._chance, self._cycles = random.Random(seed), cycles
+        self.current = cycles[-1]
+
+    def began(self):
+        pass
+
+    def verified(self, drafter, drafts, accepted):
+        assert 0 <= accepted <= drafts
+
+    def took(self, seconds, lengths):
+        pass
+
+    def choose(self, lengths):
+        return self._chance.choice(self._cycles)
+
+
+@pytest.mark.parametrize("schedule", ["grouped", "balanced"])
+@pytest.mark.parametrize("seed", range(6))
+def test_texts_do_not_depend_on_whether_proposals_are_judged(monkeypatch, seed, schedule):
+    """In cycles that change to others with proposals, without, from the text, and to plain decoding, in their midst."""
+    toy, chance = Toy(), random.Random(seed)
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", chance.choice([2, 3, 5]))
+    requests = requests_of((1, 5, 23, 40, 11, 60), 90, temperature=chance.choice([0.0, 0.9]))
+    engine = toy.engine(
+        draft_tokens="auto", max_draft_tokens=6, min_budget=4, max_requests=5, iteration_time=steady, schedule=schedule
+    )
+    engine._chooser = Any(cycles_of(engine.config), seed)
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    names = {name for name, _ in engine.stats.cycle_by_iteration} - {"none"}
+    assert names == {"pillar", "pillar+ngram", "ngram"}
+
+
+def test_without_predictions_nothing_is_proposed():
+    """Rows of proposals are taken for nearly free, as they are on a GPU."""
+    settings = {"draft_tokens": "auto", "min_budget": 4}
+    proposals = [max(c.proposals for c in cycles_of(engine.config)) for engine in (
+        Toy().engine(**settings), Toy().engine(iteration_time=steady, **settings),
+        Toy().engine(iteration_time=steady, draft_proposals=0, **settings),
+        Toy().engine(iteration_time=steady, **{**settings, "drafter": "pillar"}),
+    )]  # fmt: skip
+    assert proposals == [0, 5, 0, 0]
 
 
 def test_what_was_learnt_is_kept_from_call_to_call(monkeypatch):

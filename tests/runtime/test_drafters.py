@@ -70,7 +70,7 @@ def test_window_is_the_first_and_the_latest_positions(state):
 
 
 def kinds(cycles):
-    return [(cycle.drafter.name, cycle.drafts) for cycle in cycles]
+    return [(cycle.name, cycle.drafts) for cycle in cycles]
 
 
 def test_what_auto_chooses_among():
@@ -80,8 +80,15 @@ def test_what_auto_chooses_among():
     assert both == [
         ("none", 0),
         *(("ngram", drafts) for drafts in (1, 2, 3, 4, 5)),
+        *(("pillar+ngram", drafts) for drafts in (2, 3, 5, 5)),  # what 1 to 4 passes are expected to make
+        *(("pillar+ngram", drafts) for drafts in (2, 4, 5, 5) * 2),
+        *(("pillar+ngram", drafts) for drafts in (3, 5, 5, 5)),
         *(("pillar", drafts) for drafts in (1, 2, 3, 4, 5)),
     ]
+    alone = SpecConfig(draft_tokens="auto", max_draft_tokens=5, draft_proposals=0)
+    assert kinds(cycles_of(alone)) == [kind for kind in both if kind[0] != "pillar+ngram"]
+    (judged,) = cycles_of(SpecConfig(draft_tokens=12, draft_proposals=2))
+    assert (judged.drafts, judged.passes, judged.pass_rows) == (12, 7, 3)
     ngrams = kinds(cycles_of(SpecConfig(draft_tokens="auto", drafter="ngram")))
     assert ngrams == [("none", 0), *(("ngram", drafts) for drafts in (1, 2, 3, 4, 6, 8, 12))]
     assert kinds(cycles_of(SpecConfig(draft_tokens=5))) == [("pillar", 5)]

@@ -4,10 +4,16 @@ import statistics
 
 import pytest
 
+from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.runtime.device.drafters import Cycle, PillarDrafter
 from sparsespec_compile.runtime.host.phases import GROUPED_ROWS, Phases, most_together, phases_in_use
 from sparsespec_compile.runtime.host.request import Request
 
 from ..support.toy import Toy, requests_of, run
+
+
+def cycle_of(drafts, passes=None):
+    return Cycle(PillarDrafter(SpecConfig()), drafts, drafts if passes is None else passes)
 
 
 def resident(length, phase=None):
@@ -17,39 +23,39 @@ def resident(length, phase=None):
 
 
 def test_a_new_request_joins_the_phase_that_reads_least():
-    phases = Phases(2, "balanced", most=8)
+    phases = Phases(cycle_of(2), "balanced", most=8)
     others = [resident(100, 0), resident(10, 1), resident(10, 1), resident(40, 2)]
     assert phases.choose(others, now=0) == 1
 
 
 def test_among_equals_the_longest_first_cycle_is_chosen():
-    phases = Phases(3, "balanced", most=8)
+    phases = Phases(cycle_of(3), "balanced", most=8)
     assert phases.choose([], now=2) == 2  # verifies again only after a whole round
     assert phases.choose([resident(5, 2)], now=2) == 1
 
 
 def test_a_full_phase_is_left_alone():
-    phases = Phases(1, "balanced", most=2)
+    phases = Phases(cycle_of(1), "balanced", most=2)
     others = [resident(1, 0), resident(1, 0), resident(1000, 1)]
     assert phases.choose(others, now=0) == 1
 
 
 def test_a_request_moves_when_others_have_left():
-    phases = Phases(2, "balanced", most=8)
+    phases = Phases(cycle_of(2), "balanced", most=8)
     left_over = [resident(50, 0), resident(60, 0), resident(40, 0), resident(10, 1), resident(50, 2)]
     phases.rebalance(left_over)
     assert [request.phase for request in left_over] == [0, 1, 0, 1, 2]
 
 
 def test_nothing_moves_for_a_small_gain():
-    phases = Phases(1, "balanced", most=8)
+    phases = Phases(cycle_of(1), "balanced", most=8)
     balanced = [resident(100, 0), resident(5, 0), resident(98, 1)]
     phases.rebalance(balanced)
     assert [request.phase for request in balanced] == [0, 0, 1]
 
 
 def test_nothing_moves_into_a_full_phase():
-    phases = Phases(1, "balanced", most=2)
+    phases = Phases(cycle_of(1), "balanced", most=2)
     uneven = [resident(100, 0), resident(100, 0), resident(1, 1), resident(1, 1)]
     phases.rebalance(uneven)
     assert [request.phase for request in uneven] == [0, 0, 1, 1]
@@ -57,7 +63,7 @@ def test_nothing_moves_into_a_full_phase():
 
 def test_a_new_number_of_drafts_spreads_the_longest_requests_first():
     requests = [resident(length, 0) for length in (10, 20, 30, 60)]
-    Phases(3, "balanced", most=8).spread(1, requests, now=0)
+    Phases(cycle_of(3), "balanced", most=8).spread(cycle_of(1), requests, now=0)
     loads = [sum(r.reach for r in requests if r.phase == phase) for phase in range(2)]
     assert loads == [60, 60]
 
@@ -69,8 +75,8 @@ def test_a_new_number_of_drafts_leaves_most_cycles_whole(number, former, drafts)
     requests = [resident(100, 0) for _ in range(number)]
     for place, request in enumerate(requests):
         request.passes = place % (former + 1)
-    phases = Phases(former, "balanced", most=8)
-    phases.spread(drafts, requests, now=40)
+    phases = Phases(cycle_of(former), "balanced", most=8)
+    phases.spread(cycle_of(drafts), requests, now=40)
     ends = [request.passes + (request.phase - phases.at(40)) % (drafts + 1) for request in requests]
     counts = [sum(request.phase == phase for request in requests) for phase in range(drafts + 1)]
     whole = [min(former, drafts) <= end <= max(former, drafts) for end in ends]
@@ -84,15 +90,21 @@ def test_groups_are_as_large_as_rows_allow(requests, drafts):
     def rows(phases):
         return requests + drafts * -(-requests // phases)
 
-    phases = phases_in_use("grouped", drafts, requests)
+    phases = phases_in_use("grouped", cycle_of(drafts), requests)
     assert 1 <= phases <= drafts + 1
     assert rows(phases) <= GROUPED_ROWS or phases == drafts + 1
     assert phases == 1 or rows(phases - 1) > GROUPED_ROWS
-    assert -(-requests // phases) <= most_together("grouped", drafts, requests)
+    assert -(-requests // phases) <= most_together("grouped", cycle_of(drafts), requests)
+
+
+def test_groups_are_as_large_as_the_rows_of_all_drafts_allow():
+    """With proposals a cycle has fewer iterations than drafts, and verifies as many drafts as others."""
+    assert phases_in_use("grouped", cycle_of(12, passes=7), 64) == phases_in_use("grouped", cycle_of(12), 64) == 4
+    assert phases_in_use("grouped", cycle_of(12, passes=2), 64) == 3, "of which there are no more"
 
 
 def test_requests_join_the_phases_in_use_and_leave_others():
-    phases = Phases(12, "grouped", most=32)
+    phases = Phases(cycle_of(12), "grouped", most=32)
     requests = []
     for _ in range(64):
         newcomer = resident(100)
@@ -112,21 +124,21 @@ def test_requests_join_the_phases_in_use_and_leave_others():
 @pytest.mark.parametrize("number", [24, 64, 128])
 def test_unequal_requests_do_not_exceed_the_rows(number, drafts):
     """Phases are balanced by bytes, and many short requests have as many as a long one."""
-    phases, requests = Phases(drafts, "grouped", most=number), []
+    phases, requests = Phases(cycle_of(drafts), "grouped", most=number), []
     for nth in range(number):
         newcomer = resident(100 if nth % 8 else 3000)
         newcomer.phase = phases.choose(requests, now=nth)
         requests.append(newcomer)
         phases.rebalance(requests)
     counts = [sum(r.phase == phase for r in requests) for phase in range(drafts + 1)]
-    assert sum(count > 0 for count in counts) == phases_in_use("grouped", drafts, number)
+    assert sum(count > 0 for count in counts) == phases_in_use("grouped", cycle_of(drafts), number)
     assert number + drafts * max(counts) <= 256 + drafts
 
 
 def test_a_full_phase_does_not_keep_left_over_requests_from_moving():
     requests = [resident(10, 0) for _ in range(10)] + [resident(9000, 1), resident(10, 2)]
-    phases = Phases(24, "grouped", most=10)
-    assert phases_in_use("grouped", 24, len(requests)) == 2
+    phases = Phases(cycle_of(24), "grouped", most=10)
+    assert phases_in_use("grouped", cycle_of(24), len(requests)) == 2
     phases.rebalance(requests)
     assert requests[-1].phase == 1
 
@@ -136,24 +148,24 @@ def test_one_request_off_the_beat_does_not_cut_the_others_cycles():
     for place, request in enumerate(requests):
         request.passes = 4 + place % 4
     requests[-1].passes = 11
-    phases = Phases(12, "grouped", most=32)
-    phases.spread(11, requests, now=40)
-    assert all(request.phase < phases_in_use("grouped", 11, 64) for request in requests)
+    phases = Phases(cycle_of(12), "grouped", most=32)
+    phases.spread(cycle_of(11), requests, now=40)
+    assert all(request.phase < phases_in_use("grouped", cycle_of(11), 64) for request in requests)
     ends = [request.passes + (request.phase - phases.at(40)) % 12 for request in requests[:-1]]
     assert sum(11 <= end <= 12 for end in ends) >= 60
 
 
 def test_a_phase_that_is_not_in_use_is_better_than_a_full_one():
-    phases = Phases(8, "grouped", most=2)
+    phases = Phases(cycle_of(8), "grouped", most=2)
     assert phases.choose([resident(10, 0), resident(10, 0)], now=0) == 8
 
 
 def test_a_new_number_of_drafts_begins_with_the_first_group_to_finish():
     requests = [resident(100, 0) for _ in range(64)]
-    phases = Phases(12, "grouped", most=32)
+    phases = Phases(cycle_of(12), "grouped", most=32)
     for place, request in enumerate(requests):
         request.passes = 5 + place % 4
-    phases.spread(11, requests, now=40)
+    phases.spread(cycle_of(11), requests, now=40)
     assert phases.at(44) == 0  # the eighth draft is read in iteration 40, the twelfth in 44
     ends = [request.passes + (request.phase - phases.at(40)) % 12 for request in requests]
     assert sum(11 <= end <= 12 for end in ends) >= 48
@@ -163,19 +175,19 @@ def test_a_new_number_of_drafts_begins_with_the_first_group_to_finish():
 def test_after_plain_decoding_cycles_are_as_whole_as_can_be(drafts, number):
     """All verify in iteration 40, for their first pillars; the last group has a whole cycle until it verifies again."""
     requests = [resident(100, 0) for _ in range(number)]
-    phases = Phases(0, "grouped", most=64)
-    phases.spread(drafts, requests, now=40)
-    used = phases_in_use("grouped", drafts, number)
+    phases = Phases(cycle_of(0), "grouped", most=64)
+    phases.spread(cycle_of(drafts), requests, now=40)
+    used = phases_in_use("grouped", cycle_of(drafts), number)
     first = {request: next(at for at in range(41, 60) if phases.at(at) == request.phase) for request in requests}
     assert max(first.values()) == 40 + drafts + 1
     assert min(first.values()) == 40 + drafts + 2 - used
 
 
 def test_schedules_for_comparison():
-    assert Phases(8, "in_phase", most=8).choose([], now=3) == 0
-    drawn = {Phases(8, "random", most=64).choose([], now=3) for _ in range(3)}
+    assert Phases(cycle_of(8), "in_phase", most=8).choose([], now=3) == 0
+    drawn = {Phases(cycle_of(8), "random", most=64).choose([], now=3) for _ in range(3)}
     assert len(drawn) == 1  # the same requests get the same phases every time
-    phases = Phases(8, "random", most=64)
+    phases = Phases(cycle_of(8), "random", most=64)
     assert len({phases.choose([], now=3) for _ in range(60)}) == 9
 
 

@@ -436,7 +436,7 @@ def crowd(alike):
     pages = MANY * (LONG // 16 + 3)
     kv_cache = KVCacheManager(layout, pages, tier, updates=10**6, cycle_tokens=9, prefill_chunk=2048)
     cycle = cycles_of(SpecConfig(draft_tokens=8))[-1]
-    scheduler = Scheduler(Limits(MANY, cycle, 2048, MANY), kv_cache, Phases(8, "grouped", MANY))
+    scheduler = Scheduler(Limits(MANY, cycle, 2048, MANY), kv_cache, Phases(cycle, "grouped", MANY))
     chance = random.Random(0)
     beginning = [chance.randrange(1000) for _ in range(LONG - 8)]
     for nth in range(MANY):

@@ -2,7 +2,9 @@
 
 import pytest
 
+from sparsespec_compile.kernels.ops import Mode
 from sparsespec_compile.runtime.host.request import Request
+from sparsespec_compile.runtime.host.scheduler import Scheduler
 
 from ..support.toy import Toy, prompts, requests_of, run
 
@@ -50,6 +52,29 @@ def test_drafts_that_were_not_made_are_not_judged():
     assert stats.accepted_per_cycle == stats.drafts_per_cycle
     assert kind.tried == kind.drafts
     assert stats.drafts_per_cycle >= 4, "as many as there are passes"
+
+
+def test_proposals_are_judged_in_iterations_of_nothing_but_drafts(monkeypatch):
+    """Where others verify, rows are not free, and weights are read as they are."""
+    seen = []
+    plan = Scheduler.plan
+
+    def planned(scheduler):
+        work = plan(scheduler)
+        seen.append({(item.mode, item.rows) for _, item in work})
+        return work
+
+    monkeypatch.setattr(Scheduler, "plan", planned)
+    toy = Toy()
+    requests = requests_of((20, 33, 7), 60)
+    engine = toy.engine(drafter="full", draft_proposals=2, schedule="balanced", **{**SETTINGS, "draft_tokens": 12})
+    assert run(engine, requests) == [toy.decode(request) for request in requests]
+    alone = [work for work in seen if {mode for mode, _ in work} == {Mode.DRAFT}]
+    mixed = [work for work in seen if {mode for mode, _ in work} > {Mode.DRAFT}]
+    assert alone
+    assert mixed
+    assert set().union(*alone) == {(Mode.DRAFT, 3)}
+    assert {rows for work in mixed for mode, rows in work if mode == Mode.DRAFT} == {1}
 
 
 def test_a_text_ends_at_its_length_in_the_midst_of_proposals():

@@ -23,7 +23,7 @@ def scheduler(prefill_chunk=64, updates=100, slots=8):
     tier = HostTier(CpuDevice().stream(), torch.zeros(500, 1), 0)
     kv_cache = KVCacheManager(layout, 500, tier, updates=updates, cycle_tokens=DRAFTS + 1, prefill_chunk=prefill_chunk)
     limits = Limits(slots=slots, cycle=CYCLES[DRAFTS], prefill_chunk=prefill_chunk, scored=SCORED)
-    return Scheduler(limits, kv_cache, Phases(DRAFTS, "balanced", SCORED))
+    return Scheduler(limits, kv_cache, Phases(limits.cycle, "balanced", SCORED))
 
 
 def admitted(made, *lengths):

@@ -248,7 +248,7 @@ def test_few_steps_of_drafts_from_the_text_are_captured_beforehand():
     """Those that "auto" may soon take, of more rows than which cost a lot; it has no more of others than before."""
 
     def rows(slots, **settings):
-        return decoding_rows(slots, SpecConfig(draft_tokens="auto", **settings))
+        return decoding_rows(slots, SpecConfig(draft_tokens="auto", **{"draft_proposals": 0, **settings}))
 
     assert [rows(slots)[Promise.NO_SCORES] for slots in (64, 16, 1)] == [
         [128, 192, 256],
@@ -259,6 +259,11 @@ def test_few_steps_of_drafts_from_the_text_are_captured_beforehand():
     for slots in (1, 64):
         both, pillars = rows(slots), rows(slots, drafter="pillar")
         assert {promise: both[promise] for promise in pillars} == pillars
+    proposed = [rows(slots, draft_proposals="auto")[Promise.NO_SCORES] for slots in (1, 20, 64, 200)]
+    assert [{*range(1, most + 1)} <= set(one) for one, most in zip(proposed, (6, 120, 256, 256), strict=True)] == [
+        True
+    ] * 4
+    assert max(map(max, proposed)) <= 260
 
 
 def test_inputs_may_be_written_without_fill(toy):

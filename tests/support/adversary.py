@@ -212,8 +212,8 @@ class _Later(Future[Tensor]):
         return super().result(timeout)
 
 
-def random_proposals(chance: random.Random, draft_tokens: int | str, drafter: str) -> int:
+def random_proposals(chance: random.Random, draft_tokens: int | str, drafter: str) -> int | str:
     """`SpecConfig.draft_proposals` that go with these settings; often 0."""
     if isinstance(draft_tokens, str) or draft_tokens < 2 or drafter == "ngram":
-        return 0
+        return chance.choice([0, "auto", "auto"])
     return min(chance.choice([0, 0, 1, 2, 5]), draft_tokens - 1)

@@ -107,6 +107,7 @@ class Simulation:
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
         self._ngrams = next((c.drafter for c in cycles_of(self.config) if isinstance(c.drafter, NgramDrafter)), None)
+        self._proposer = NgramDrafter(self.config)
 
     def generate(self, lengths: Sequence[int], new_tokens: Sequence[int]) -> float:
         """Tokens a second of requests with prompts of these lengths, prompts aside, to the end of the last."""
@@ -123,7 +124,7 @@ class Simulation:
             work = scheduler.plan()
             scheduler.kv_cache.updates.clear()
             if work:
-                self.cycles.append((scheduler.cycle.drafter.name, scheduler.cycle.drafts))
+                self.cycles.append((scheduler.cycle.name, scheduler.cycle.drafts))
                 flight.append((work, self._seconds(work)))
             if len(flight) == 2 or not work:
                 work, took = flight.popleft()
@@ -141,14 +142,19 @@ class Simulation:
         rows = self.config.most_draft_tokens + 1
         kv_cache = KVCacheManager(layout, pages, tier, updates=10**6, cycle_tokens=rows, prefill_chunk=10**6)
         limits = Limits(slots, cycles_of(self.config)[-1], 10**6, max(slots, 2))
-        return Scheduler(limits, kv_cache, Phases(limits.cycle.passes, self.config.schedule, limits.scored))
+        return Scheduler(limits, kv_cache, Phases(limits.cycle, self.config.schedule, limits.scored))
 
     def _land(self, scheduler: Scheduler, work: list[tuple[Request, Work]]) -> int:
         written = 0
         for request, item in work:
-            if request.finished or item.mode == Mode.DRAFT:
+            if request.finished:
+                continue
+            if item.mode == Mode.DRAFT:
+                request.told_drafted = self._drafted(request, item)
                 continue
             drafts = item.rows - 1 if item.mode == Mode.VERIFY and item.drafter is not None else 0
+            drafts = drafts if item.offset >= 0 else request.told_drafted
+            request.told_drafted = 0
             right = self.text.accepted(item.drafter, drafts, self._chance) if item.drafter is not None else 0
             added = len(request.append([0] * (right + 1) if item.logits else [], []))
             written += added
@@ -160,6 +166,15 @@ class Simulation:
             if request.finished:
                 scheduler.release(request)
         return written
+
+    def _drafted(self, request: Request, item: Work) -> int:
+        """Drafts of its cycle after a draft iteration."""
+        if item.offset >= 0:
+            return item.offset + 1
+        rows = min(item.rows, item.most - request.told_drafted)
+        if rows < 1:
+            return request.told_drafted
+        return request.told_drafted + 1 + self.text.accepted(self._proposer, rows - 1, self._chance)
 
     def _choose(self, scheduler: Scheduler, took: float | None, landed: int) -> None:
         if self.chooser is None:
@@ -182,8 +197,10 @@ class Simulation:
             return 0.0
         requests = [*drafting, *(request for request, _ in verifying)]
         length = sum(request.reach for request in requests) / len(requests)
-        rows = len(drafting) + sum(item.rows for _, item in verifying)
-        drafts = (rows - len(drafting)) / len(verifying) - 1 if verifying else self.config.most_draft_tokens
+        rows = sum(item.rows for _, item in work)
+        drafts = (
+            sum(item.rows for _, item in verifying) / len(verifying) - 1 if verifying else self.config.most_draft_tokens
+        )
         computed = as_run(rows)
         seconds = step_seconds(
             Iteration(

@@ -18,6 +18,7 @@ from sparsespec_compile.runtime.device.sampling import DrawParams, SamplingRows
 from sparsespec_compile.runtime.device.state import State
 from sparsespec_compile.runtime.device.weights import DraftCopies, DraftGraph
 from sparsespec_compile.runtime.host.engine import Engine
+from sparsespec_compile.runtime.host.iteration_times import IterationTime
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.session import Session
 
@@ -109,7 +110,7 @@ class Toy:
         held = DraftCopies([(weight, *values, True) for weight, values in copies.items()], "int8")
         return DraftGraph(self.forward(page_size, product), held, required=True, settled=lambda _: None)
 
-    def engine(self, device: Device | None = None, **settings) -> Engine:
+    def engine(self, device: Device | None = None, iteration_time: IterationTime | None = None, **settings) -> Engine:
         config = SpecConfig(**{"draft_tokens": 8, **settings})
         target = Target(
             self.forward(config.page_size),
@@ -118,6 +119,7 @@ class Toy:
             torch.device("cpu"),
             weights=(self.embedding, self.head, *self.qkv, *self.out),
             drafts=self.drafts(config.page_size) if config.draft_weights == "int8" else None,
+            iteration_time=iteration_time,
         )
         return Engine(target, config, device)
 

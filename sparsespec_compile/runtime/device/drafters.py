@@ -4,9 +4,9 @@ Every drafter writes its drafts into `State.tokens`, each at its position behind
 verification reads them there, so the text never depends on the drafter. Drafters that run the model draft one token in
 each draft iteration, and differ in which cached positions these read: the step leaves their drafts in `State.tokens`.
 Others propose all drafts of a cycle at once, at the end of the iteration before (`Drafter.update`); prompts stand in
-`State.tokens` too, so that they can be searched. Both together: with `SpecConfig.draft_proposals` a draft iteration has
-rows for proposals as well, and keeps those that it would have drafted itself, so that the number of drafts is known to
-the device alone (`State.drafted`).
+`State.tokens` too, so that they can be searched. Both together: in cycles with proposals an iteration of nothing but
+drafts has rows for proposals as well, and keeps those that it would have drafted itself, so that the number of drafts
+is known to the device alone (`State.drafted`).
 """
 
 import math
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
-from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.config import AUTO_PROPOSALS, SpecConfig
 from sparsespec_compile.runtime.device.state import State
 
 PROPOSALS_RIGHT = (0.45, 0.6)
-"""Expected share of first proposals that are right, and of further ones if those before them are."""
+"""Expected share of first proposals that are right, and of further ones if those before them are. It decides how many
+draft iterations go with a number of drafts."""
 
 SINK_TOKENS = 4
 """First positions that the window drafter always reads (StreamingLLM's attention sinks)."""
@@ -39,6 +40,7 @@ class Drafter:
         keeps_index: whether its draft iterations read an index that verifications renew: a request whose latest
             verification did not renew it drafts nothing before one that does.
         reads_scores: whether `update` reads `State.scores`, so that verifications must give them out.
+        runs_model: whether drafts are passes of the model.
         first_guess: probability that a draft is right, before any was verified.
     """
 
@@ -47,24 +49,11 @@ class Drafter:
     name: ClassVar[str] = "full"
     keeps_index: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = True
     first_guess: ClassVar[float] = 0.95  # high, so that speculation is tried where it may pay
 
     def __hash__(self) -> int:
         return hash(self.name)  # cycles are looked up all the time, and a hash of all settings takes long
-
-    @property
-    def pass_rows(self) -> int:
-        """Rows of a request in a draft iteration: its newest token and what was proposed behind it."""
-        return 1 + self.config.draft_proposals
-
-    def passes(self, drafts: int) -> int:
-        """Draft iterations of a cycle of `drafts` drafts, before the iteration that verifies them.
-
-        With proposals they are as many as make so many drafts if proposals are right as often as expected. If they are
-        right less often, the cycle has fewer drafts.
-        """
-        proposed = range(self.config.draft_proposals)
-        return math.ceil(drafts / (1 + sum(PROPOSALS_RIGHT[0] * PROPOSALS_RIGHT[1] ** nth for nth in proposed)))
 
     def positions(self, length: float) -> float:
         """Of `length` cached positions those that a draft iteration reads, for predictions of its time."""
@@ -138,11 +127,8 @@ class NgramDrafter(Drafter):
     """
 
     name = "ngram"
+    runs_model = False
     first_guess = 0.3
-
-    def passes(self, drafts: int) -> int:
-        """None."""
-        return 0
 
     def positions(self, length: float) -> float:
         """None: there are no draft iterations."""
@@ -172,21 +158,30 @@ class Cycle:
 
     Attributes:
         drafter: where the drafts come from.
-        drafts: their number, k; 0 = plain decoding.
+        drafts: their number, k; with proposals their most. 0 = plain decoding.
+        passes: draft iterations; one more verifies.
+        proposals: tokens of a request that an iteration of nothing but drafts judges behind the newest draft.
     """
 
     drafter: Drafter
     drafts: int
-
-    @property
-    def passes(self) -> int:
-        """Draft iterations; one more verifies."""
-        return self.drafter.passes(self.drafts)
+    passes: int
+    proposals: int = 0
 
     @property
     def proposed(self) -> int:
         """Drafts that are in `State.tokens` when the cycle begins."""
         return 0 if self.passes else self.drafts
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of a request in an iteration of nothing but drafts."""
+        return min(1 + self.proposals, max(self.drafts, 1))
+
+    @property
+    def name(self) -> str:
+        """Where its drafts come from, for statistics."""
+        return f"{self.drafter.name}+{NgramDrafter.name}" if self.proposals else self.drafter.name
 
 
 _AUTO = (NgramDrafter.name, PillarDrafter.name)
@@ -201,20 +196,38 @@ def cycles_of(config: SpecConfig) -> list[Cycle]:
 
     The one with the most draft iterations comes last.
     """
-    plain = Cycle(NoDrafter(config), 0)
+    plain = Cycle(NoDrafter(config), 0, 0)
     named = config.drafter
     if config.draft_tokens == "auto":
         kinds = [_DRAFTERS[name](config) for name in (_AUTO if named == "auto" else (named,))]
-        return [plain, *(Cycle(kind, drafts) for kind in kinds for drafts in _numbers(kind, config.max_draft_tokens))]
-    drafter = _DRAFTERS[PillarDrafter.name if named == "auto" else named](config)
-    return [Cycle(drafter, config.draft_tokens) if config.draft_tokens else plain]
+        return [plain, *(cycle for kind in kinds for cycle in _cycles(kind, config))]
+    if config.draft_tokens == 0:
+        return [plain]
+    drafter, drafts = _DRAFTERS[PillarDrafter.name if named == "auto" else named](config), config.draft_tokens
+    if not drafter.runs_model:
+        return [Cycle(drafter, drafts, 0)]
+    passes = math.ceil(drafts / _drafts_of_a_pass(config.most_proposals))
+    return [Cycle(drafter, drafts, passes, config.most_proposals)]
 
 
-def _numbers(drafter: Drafter, most: int) -> list[int]:
-    """Numbers of drafts to choose from, up to `most`, which is the last."""
-    if isinstance(drafter, NgramDrafter):
-        return [*(drafts for drafts in _NGRAM_DRAFTS if drafts < most), most]
-    return list(range(1, most + 1))
+def _cycles(drafter: Drafter, config: SpecConfig) -> list[Cycle]:
+    """Cycles of a drafter to choose from."""
+    most = config.max_draft_tokens
+    if not drafter.runs_model:
+        return [Cycle(drafter, drafts, 0) for drafts in (*(some for some in _NGRAM_DRAFTS if some < most), most)]
+    with_proposals = [
+        Cycle(drafter, min(most, math.ceil(passes * _drafts_of_a_pass(proposals))), passes, proposals)
+        for proposals in AUTO_PROPOSALS
+        if proposals <= config.most_proposals
+        for passes in range(1, most)
+    ]
+    return [*with_proposals, *(Cycle(drafter, drafts, drafts) for drafts in range(1, most + 1))]
+
+
+def _drafts_of_a_pass(proposals: int) -> float:
+    """Drafts that a pass with proposals is expected to make."""
+    first, further = PROPOSALS_RIGHT
+    return 1 + sum(first * further**nth for nth in range(proposals))
 
 
 def drafters_of(config: SpecConfig) -> tuple[Drafter, ...]:

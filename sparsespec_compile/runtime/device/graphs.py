@@ -29,9 +29,10 @@ def row_counts(most: int) -> list[int]:
     """Padded numbers of rows, ascending up to `most`: those at which products get dearer, from 256 on by a quarter.
 
     On H200s the products of a layer of Qwen3-8B, each timed by itself, take 103, 104, 110, 113, 118 and 149 us together
-    for the numbers up to 256. More sizes would gain little, and each takes time to capture (benchmarks/LOG.md).
+    for 2, 16, 64, 128, 160 and 256 rows; 192 are those of 64 requests with two proposals each. More sizes would gain
+    little, and each takes time to capture (benchmarks/LOG.md).
     """
-    sizes = [MIN_ROWS, 16, 64, 128, 160, 256]
+    sizes = [MIN_ROWS, 16, 64, 128, 160, 192, 256]
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 5 // 4 // 16 * 16)
     return [*(size for size in sizes if size < most), max(most, MIN_ROWS)]
@@ -79,13 +80,13 @@ class StepRunner:
         if self._graphs is None:
             return
         asked = [self._largest]
-        alone = Promise.NO_SCORES if self.step.proposals else Promise.SINGLE_ROWS  # what iterations of drafts promise
+        alone = {Promise.SINGLE_ROWS, *([Promise.NO_SCORES] if self.step.proposals else [])}  # as drafts alone promise
         for promise, numbers in rows.items():
             drafts, kind = self.step.drafts, with_processing(Variant(promise=promise), processing)
             kind = self.step.whole_rows_where_needed(kind, filters)
             sizes = [padded(number, self._sizes) for number in numbers]
             asked += [(size, kind) for size in sizes]
-            if promise is alone and drafts is not None:
+            if promise in alone and drafts is not None:
                 by_copies = replace(kind, draft_weights=True)
                 asked += [(size, by_copies) for size in sizes if size <= drafts.most_rows]
         missing = [key for key in dict.fromkeys(asked) if key not in self._captured and key not in self._refused]

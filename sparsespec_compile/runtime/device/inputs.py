@@ -36,7 +36,8 @@ class Work(NamedTuple):
             pillars. Of more rows in a verification, the last `kernels.ops.scored_rows_at_most` count.
         drafter: the drafter of the drafts that are verified, None = no drafts; for statistics, not read on the device.
         whole_cycle: whether they are of as many draft iterations as cycles have at the time; likewise.
-        most: drafts with offset -1: drafts of the cycle at most, those there are included.
+        most: drafts of the cycle at most, those there are included; it binds drafts with offset -1. Slots in which it
+            is above 0 get proposals.
     """
 
     slot: int

@@ -5,19 +5,22 @@ where a pass costs much the same whatever it reads. All of this changes as a bat
 choice follows from how long iterations are predicted and measured to take, and from how many drafts were accepted.
 
 How many n-gram drafts would be accepted is estimated while another drafter, or none, is in use, since a text does not
-depend on its drafter. The host looks n-grams up in texts as they are, and compares what followed with what was written:
-a few tokens of one request at a time, in the texts of up to 64 requests, which takes 2 to 4 ms.
+depend on its drafter. Proposals that draft iterations judge are such n-grams too, and drafts are mostly the text: so
+the same estimate tells how many drafts a cycle with proposals will have. The host looks n-grams up in texts as they
+are, and compares what followed with what was written: a few tokens of one request at a time, in the texts of up to 64
+requests, which takes 2 to 4 ms.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sparsespec_compile.config import SpecConfig
+from sparsespec_compile.config import Schedule, SpecConfig
 from sparsespec_compile.kernels.ops import NGRAM_TOKENS
-from sparsespec_compile.runtime.device.drafters import Cycle, Drafter, cycles_of
+from sparsespec_compile.runtime.device.drafters import Cycle, Drafter, NgramDrafter, cycles_of
 from sparsespec_compile.runtime.host.iteration_times import (
     IterationTime,
     IterationTimes,
@@ -25,6 +28,7 @@ from sparsespec_compile.runtime.host.iteration_times import (
     MeasuredTimes,
     PredictedTimes,
 )
+from sparsespec_compile.runtime.host.phases import phases_in_use
 from sparsespec_compile.runtime.host.request import Request
 
 _TOKENS = 24
@@ -170,8 +174,8 @@ def chooser_for(config: SpecConfig, predicted: IterationTime | None) -> "CycleCh
         return None
     cycles = cycles_of(config)
     if predicted is None:
-        return CycleChooser(cycles, MeasuredTimes(), first=cycles[0])
-    return CycleChooser(cycles, PredictedTimes(predicted), first=cycles[-1])
+        return CycleChooser(cycles, MeasuredTimes(), first=cycles[0], schedule=config.schedule)
+    return CycleChooser(cycles, PredictedTimes(predicted), first=cycles[-1], schedule=config.schedule)
 
 
 class CycleChooser:
@@ -181,15 +185,22 @@ class CycleChooser:
         cycles: the choices.
         times: estimates how long their iterations take.
         first: the choice until something is known.
+        schedule: in which iterations requests verify, which judge no proposals.
 
     Attributes:
         current: the present choice.
     """
 
-    def __init__(self, cycles: Sequence[Cycle], times: IterationTimes, first: Cycle) -> None:
+    def __init__(
+        self, cycles: Sequence[Cycle], times: IterationTimes, first: Cycle, schedule: Schedule = "grouped"
+    ) -> None:
         self.current = first
         self._cycles = list(cycles)
+        self._schedule = schedule
         self._passes = np.array([cycle.passes for cycle in cycles])
+        self._proposals = np.array([cycle.proposals for cycle in cycles])
+        self._most_drafts = np.array([cycle.drafts for cycle in cycles])
+        self._ngrams = next((one.drafter for one in cycles if isinstance(one.drafter, NgramDrafter)), None)
         self._times = times
         most: dict[Drafter, int] = {}
         for cycle in cycles:
@@ -249,8 +260,9 @@ class CycleChooser:
             self._unjudged -= 1
             self._judged = False
             return self.current
-        seconds, deviation = self._times.estimate(self._cycles, _load(lengths))
-        tokens, doubt = self._tokens()
+        load = _load(lengths)
+        seconds, deviation = self._times.estimate(self._cycles, load)
+        tokens, doubt = self._tokens(load.requests)
         speed = tokens / seconds
         if self._judged:
             speed = speed * np.exp(_CURIOSITY * (deviation + _DOUBT * doubt * (deviation > 0)))
@@ -262,12 +274,44 @@ class CycleChooser:
             self._unjudged = _PATIENCE
         return self.current
 
-    def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, requests: int) -> tuple[np.ndarray, np.ndarray]:
         """Expected tokens of a request in an iteration of each cycle, and the standard deviation of their logarithm:
         [n] each."""
         accepted = {drafter: acceptance.accepted() for drafter, acceptance in self._acceptance.items()}
-        mean, deviation = np.array([accepted[cycle.drafter][:, cycle.drafts] for cycle in self._cycles]).T
+        curves = [accepted[cycle.drafter] for cycle in self._cycles]
+        made = self._drafts_made(requests)
+        # Between whole numbers of drafts, in proportion.
+        few = np.minimum(made.astype(int), np.maximum(self._most_drafts - 1, 0))
+        mean, deviation = (
+            np.array(
+                [
+                    curve[row, at] + (number - at) * (curve[row, min(at + 1, curve.shape[1] - 1)] - curve[row, at])
+                    for curve, number, at in zip(curves, made, few, strict=True)
+                ]
+            )
+            for row in range(2)
+        )
         return (mean + 1) / (self._passes + 1), deviation / (mean + 1)
+
+    def _drafts_made(self, requests: int) -> np.ndarray:
+        """Expected drafts of each cycle, [n]: as many as it has, or with proposals what its draft iterations make.
+
+        Each of these makes a draft. Those in which nobody verifies also keep the first proposals that are right, until
+        there are as many drafts as a cycle may have; their sum is taken to be normally distributed.
+        """
+        made = self._most_drafts.astype(float)
+        if self._ngrams is None or not self._proposals.any():
+            return made
+        right = self._acceptance[self._ngrams].rates()
+        for at in np.flatnonzero(self._proposals):
+            cycle = self._cycles[at]
+            all_right = np.cumprod(right[: cycle.proposals])  # of the first 1, 2, ... proposals
+            kept = all_right.sum()
+            variance = ((2 * np.arange(len(all_right)) + 1) * all_right).sum() - kept**2
+            judging = cycle.passes + 1 - phases_in_use(self._schedule, cycle, requests)
+            mean, deviation = cycle.passes + judging * kept, math.sqrt(max(judging * variance, 1e-9))
+            made[at] -= _mean_below(cycle.drafts - mean, deviation)
+        return made
 
 
 class _Acceptance:
@@ -290,14 +334,18 @@ class _Acceptance:
         self._hits *= _KEPT_UNUSED
         self._tries *= _KEPT_UNUSED
 
-    def accepted(self) -> np.ndarray:
-        """Expected accepted drafts of 0, 1, ... drafts, and their standard deviation: [2, most + 1]."""
+    def rates(self) -> np.ndarray:
+        """Expected share of drafts that are right, of those whose predecessors are, by their place: [most]."""
         rates = []
         right = (self._hits.sum() + _GUESS_VERIFIED * self._first_guess) / (self._tries.sum() + _GUESS_VERIFIED)
         for hits, tries in zip(self._hits.tolist(), self._tries.tolist(), strict=True):
             right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
             rates.append(right)
-        rate = np.array(rates)
+        return np.array(rates)
+
+    def accepted(self) -> np.ndarray:
+        """Expected accepted drafts of 0, 1, ... drafts, and their standard deviation: [2, most + 1]."""
+        rate = self.rates()
         expected = np.concatenate([[0.0], np.cumprod(rate).cumsum()])
         # A relative error of one rate carries over to every later product. Variances are those of beta distributions.
         share = (1 - rate) / (rate * (self._tries + _GUESS_VERIFIED + 1))
@@ -305,6 +353,13 @@ class _Acceptance:
         return np.stack([expected, np.concatenate([[0.0], np.sqrt(share @ behind**2)])])
 
 
+def _mean_below(limit: float, deviation: float) -> float:
+    """Mean of what a normal variable of mean 0 falls short of `limit` by, where it does: E[max(limit - x, 0)]."""
+    z = limit / deviation
+    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return deviation * density + limit * 0.5 * (1 + math.erf(z / math.sqrt(2)))
+
+
 def _load(lengths: list[int]) -> Load:
-    """The rounded load: similar lengths share a prediction, which takes about 0.1 ms."""
+    """The rounded load: similar lengths share predictions, which take two milliseconds for all cycles."""
     return Load(round(statistics.fmean(lengths) / _SAME_LENGTH) * _SAME_LENGTH, len(lengths))

@@ -66,6 +66,8 @@ class Engine:
         self.target = target
         self._device = open_device(target.device) if device is None else device
         self._stream = self._device.stream()
+        if config.draft_proposals == "auto" and target.iteration_time is None:
+            config = replace(config, draft_proposals=0)  # rows of proposals are taken for nearly free, and may not be
         self.config = config
         self.stats = Stats(config.most_draft_tokens)
         self.memory_plan: MemoryPlan | None = None

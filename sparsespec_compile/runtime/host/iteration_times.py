@@ -20,7 +20,7 @@ IterationTime = Callable[[Cycle, float, int], float]
 """(cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
 
 _OCTAVES = 2.0
-"""Factors of two in drafts + 1, in length or in requests, over which what is known falls to 1 / e."""
+"""Factors of two in drafts + 1, in judged rows, in length or in requests, over which what is known falls to 1 / e."""
 
 _APART = 4.0
 """The same distance between drafters, plain decoding among them: other rows, other kernels, scores or none."""
@@ -265,7 +265,8 @@ class _Place(NamedTuple):
 
     Attributes:
         drafter: its name.
-        drafts, length, requests: as factors of two; of drafts + 1.
+        drafts, length, requests: as factors of two; of draft iterations + 1, or where there are none of drafts + 1.
+        judged: factors of two in the rows of a request in an iteration of nothing but drafts.
         saving: share of the positions that a cycle leaves out.
         rows: factors of two in the rows of an iteration, where cycles have no draft iterations.
         time: number of the measurement.
@@ -273,6 +274,7 @@ class _Place(NamedTuple):
 
     drafter: str
     drafts: float
+    judged: float
     length: float
     requests: float
     saving: float
@@ -285,7 +287,8 @@ def _place(cycle: Cycle, load: Load) -> _Place:
     left_out = 1.0 - cycle.drafter.positions(load.length) / load.length if load.length else 0.0
     return _Place(
         cycle.drafter.name,
-        math.log2(cycle.drafts + 1),
+        math.log2((cycle.passes or cycle.drafts) + 1),
+        math.log2(cycle.pass_rows),
         math.log2(load.length + _SHORT),
         math.log2(load.requests),
         left_out * cycle.passes / (cycle.passes + 1),
@@ -300,7 +303,7 @@ class _Places:
         names, *columns = zip(*places, strict=True)
         self.drafter = np.array(names)
         self.drafting = (self.drafter != NoDrafter.name).astype(float)
-        self._drafts, length, requests, self.saving, self.rows, self.time = np.array(columns)
+        self._drafts, self._judged, length, requests, self.saving, self.rows, self.time = np.array(columns)
         self._load = np.stack([length, requests])
 
     def same_drafter(self, other: "_Places") -> np.ndarray:
@@ -312,8 +315,9 @@ class _Places:
         return np.abs(self._load[:, :, None] - other._load[:, None, :]).sum(0)
 
     def distance(self, other: "_Places") -> np.ndarray:
-        """Octaves of length, requests and drafts + 1, [n, m]."""
+        """Octaves of length, requests, drafts + 1 and judged rows, [n, m]."""
         drafts = np.abs(self._drafts[:, None] - other._drafts[None])
+        drafts = drafts + np.abs(self._judged[:, None] - other._judged[None])
         return self.load_distance(other) + drafts + np.where(self.same_drafter(other), 0.0, _APART)
 
 

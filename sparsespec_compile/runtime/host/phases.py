@@ -1,15 +1,17 @@
 """In which iterations a request verifies.
 
-A cycle has k + 1 iterations, and a request verifies in those of its phase. The paper spreads requests over all phases,
-so that iterations cost alike. What an iteration costs, though, is not proportional to the requests that verify in it:
-its matrix products read all weights for one row as for hundreds, and attention to a few whole caches at once does not
-keep a GPU busy. So requests are spread over no more phases than the rows of an iteration call for.
+A cycle has an iteration for each pass that drafts, and one more; a request verifies in those of its phase. The paper
+spreads requests over all phases, so that iterations cost alike. What an iteration costs, though, is not proportional to
+the requests that verify in it: its matrix products read all weights for one row as for hundreds, and attention to a few
+whole caches at once does not keep a GPU busy. So requests are spread over no more phases than the rows of an iteration
+call for.
 """
 
 from collections.abc import Sequence
 from random import Random
 
 from sparsespec_compile.config import Schedule
+from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.host.request import Request
 
 GROUPED_ROWS = 256
@@ -19,35 +21,35 @@ a layer take 1.4 times as long for 256 rows as for 64, and iterations in which n
 (benchmarks/LOG.md)."""
 
 
-def phases_in_use(schedule: Schedule, draft_tokens: int, requests: int) -> int:
-    """Over how many of the k + 1 phases requests are spread, at least 1.
+def phases_in_use(schedule: Schedule, cycle: Cycle, requests: int) -> int:
+    """Over how many of the passes + 1 phases requests are spread, at least 1.
 
     Args:
         schedule: "grouped" takes as few as keep an iteration's rows within `GROUPED_ROWS`; when `requests` of them
             draft a token each and one group has k rows more, that is requests + k * group.
-        draft_tokens: k.
+        cycle: of all requests.
         requests: that decode.
     """
-    if schedule == "in_phase" or draft_tokens == 0:
+    if schedule == "in_phase" or cycle.passes == 0:
         return 1
-    group = _group(draft_tokens, requests)
+    group = _group(cycle.drafts, requests)
     if schedule != "grouped" or group < 1:
-        return draft_tokens + 1
-    return min(draft_tokens + 1, max(1, -(-requests // group)))
+        return cycle.passes + 1
+    return min(cycle.passes + 1, max(1, -(-requests // group)))
 
 
-def _group(draft_tokens: int, requests: int) -> int:
+def _group(drafts: int, requests: int) -> int:
     """Requests that may verify together within `GROUPED_ROWS`, 0 or less when there is no room for any."""
-    return (GROUPED_ROWS - requests) // draft_tokens
+    return (GROUPED_ROWS - requests) // drafts
 
 
-def most_together(schedule: Schedule, draft_tokens: int, slots: int) -> int:
+def most_together(schedule: Schedule, cycle: Cycle, slots: int) -> int:
     """Requests that may verify in one iteration, while some move from phase to phase, of up to `slots` requests."""
     if schedule == "in_phase":
         return slots
-    spread = 2 * -(-slots // (draft_tokens + 1))
+    spread = 2 * -(-slots // (cycle.passes + 1))
     if schedule == "grouped":
-        spread = max(spread, GROUPED_ROWS // (draft_tokens + 1))
+        spread = max(spread, GROUPED_ROWS // (cycle.drafts + 1))
     return min(slots, spread)
 
 
@@ -55,37 +57,42 @@ class Phases:
     """Chooses phases and keeps them balanced.
 
     Args:
-        draft_tokens: k; there are k + 1 phases.
+        cycle: of all requests; there are passes + 1 phases.
         schedule: "grouped" and "balanced" join the phase with the fewest bytes to read, of the first few or of all, and
             move requests when others come or leave; "random" draws a phase, "in_phase" lets all verify together.
         most: requests that can be scored in one iteration, all of a phase among them.
     """
 
-    def __init__(self, draft_tokens: int, schedule: Schedule, most: int) -> None:
-        self.count = draft_tokens + 1
+    def __init__(self, cycle: Cycle, schedule: Schedule, most: int) -> None:
+        self._cycle = cycle
         self.schedule = schedule
         self.most = most
         self._origin = 0
         self._random = Random(0)
 
+    @property
+    def count(self) -> int:
+        """Number of phases."""
+        return self._cycle.passes + 1
+
     def at(self, iteration: int) -> int:
         """The phase whose requests verify in an iteration."""
         return (iteration - self._origin) % self.count
 
-    def spread(self, draft_tokens: int, requests: Sequence[Request], now: int) -> None:
-        """Cycles have `draft_tokens` drafts from iteration `now` on: give every request a phase among the new ones.
+    def spread(self, cycle: Cycle, requests: Sequence[Request], now: int) -> None:
+        """Cycles are of this kind from iteration `now` on: give every request a phase among the new ones.
 
         A request finishes the cycle it is in, as it was meant to if that is soon enough, else with the new number of
-        drafts, as long as that phase is in use and gets no more than its share. Verified early, every request at once
+        passes, as long as that phase is in use and gets no more than its share. Verified early, every request at once
         would read its whole cache for few tokens. The phases in use are those in which most is due; after plain
         decoding, when all verify once for their first pillars, those that end a whole cycle later.
         """
-        former, self.count = self.count - 1, draft_tokens + 1
+        former, passes, self._cycle = self._cycle.passes, cycle.passes, cycle
         left, due = {}, [0] * self.count
         for request in requests:
             request.phase = None
             meant = former - request.passes
-            left[request] = meant if 0 <= meant <= draft_tokens else max(draft_tokens - request.passes, 0)
+            left[request] = meant if 0 <= meant <= passes else max(passes - request.passes, 0)
             due[left[request]] += request.reach
         used = self._used(len(requests))
         first = max(
@@ -93,7 +100,7 @@ class Phases:
             key=lambda at: (sum(due[(at + nth) % self.count] for nth in range(used)), due[at] > 0, -at),
         )
         if former == 0:
-            first = (draft_tokens + 2 - used) % self.count
+            first = (passes + 2 - used) % self.count
         self._origin = now + first
         share, most = sum(due) / used, self._most(len(requests))
         loads, counts = [0] * self.count, [0] * self.count
@@ -167,10 +174,10 @@ class Phases:
         """Most requests of a phase, of all of them: unequal lengths must not make a phase exceed the rows."""
         if self.schedule != "grouped" or self.count == 1:
             return self.most
-        return min(self.most, max(_group(self.count - 1, requests), -(-requests // self.count)))
+        return min(self.most, max(_group(self._cycle.drafts, requests), -(-requests // self.count)))
 
     def _used(self, requests: int) -> int:
-        return phases_in_use(self.schedule, self.count - 1, requests)
+        return phases_in_use(self.schedule, self._cycle, requests)
 
     def _loads(self, requests: Sequence[Request]) -> tuple[list[int], list[int]]:
         """Cached tokens and requests of each phase."""

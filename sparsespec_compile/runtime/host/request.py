@@ -121,7 +121,8 @@ class Request:
         weights: how often weights had changed when it was admitted: what it has computed before a change is not kept.
         phase: it verifies in the iterations for which `Phases.at` gives this; None before.
         passes: draft iterations of the cycle under way.
-        drafted: drafts of it at most; with proposals the device knows how many there are.
+        drafted: drafts of it at most.
+        counted: whether they are exactly so many; where it has judged proposals, the device alone knows.
         told_drafted: drafts of it as far as results have been read.
         drafter: the drafter of the planned drafts; None before the first.
         fresh: whether its pillars are from its last verification.
@@ -155,6 +156,7 @@ class Request:
     phase: int | None = None
     passes: int = 0
     drafted: int = 0
+    counted: bool = True
     told_drafted: int = 0
     drafter: Drafter | None = None
     fresh: bool = False

@@ -78,8 +78,10 @@ class Scheduler:
         # Requests that verify come first, and could fill the score buffer in every iteration: no prompt would end.
         ending = any(len(r.prompt) - r.prefilled <= self.limits.prefill_chunk for r in prompts)
         self._scored, self._kept = 0, int(ending and self.limits.scored > 1)
-        phase = self.phases.at(self.iteration)
-        work = [(r, item) for r in here if not r.prefilling and (item := self._decode(r, phase)) is not None]
+        decoding = [request for request in here if not request.prefilling]
+        due = {request for request in decoding if self._due(request)}
+        alone = not due and not prompts
+        work = [(r, item) for r in decoding if (item := self._decode(r, r in due, alone)) is not None]
         work.extend(self._prefill(prompts))
         self.iteration += bool(work)
         return work
@@ -89,7 +91,7 @@ class Scheduler:
         if cycle != self.cycle:
             self.cycle = cycle
             decoding = [request for request in self.running if request.phase is not None]
-            self.phases.spread(cycle.passes, decoding, self.iteration)
+            self.phases.spread(cycle, decoding, self.iteration)
 
     def release(self, request: Request) -> None:
         """Take back the slot and the pages of a request that ended."""
@@ -129,36 +131,48 @@ class Scheduler:
         request.slot = -1
         self.kv_cache.release(request)
 
-    def _decode(self, request: Request, phase: int) -> Work | None:
+    def _due(self, request: Request) -> bool:
+        """Whether it verifies in the next iteration, unless the score buffer is full."""
+        return self.phases.at(self.iteration) == request.phase or self._must(request)
+
+    def _must(self, request: Request) -> bool:
+        """Whether it cannot draft in the next iteration."""
+        # A cycle begun when there were more drafts may finish as it was meant to.
+        over = request.passes >= max(self.limits.cycle.passes, self.cycle.passes)
+        # No drafts before a verification has renewed its pillars.
+        return over or (self.cycle.drafter.keeps_index and not request.fresh)
+
+    def _decode(self, request: Request, due: bool, alone: bool) -> Work | None:
+        """A request's work; `alone`: whether the iteration holds nothing but drafts, and so may judge proposals.
+
+        Beside verifications rows are not free, and no copies of weights are read.
+        """
         cycle, passes, drafts = self.cycle, request.passes, request.drafted
         scores = cycle.drafter.keeps_index
-        stale = scores and not request.fresh  # no drafts before a verification has renewed its pillars
-        # A cycle begun when there were more drafts may finish as it was meant to.
-        longest = max(self.limits.cycle.passes, cycle.passes)
-        due = phase == request.phase or passes >= longest or stale
         full = scores and self._scored >= self.limits.scored - self._kept
-        if due and full and passes < longest and not stale:
+        if due and full and not self._must(request):
             due = False
-        rows, pass_rows = (drafts or cycle.proposed) + 1, cycle.drafter.pass_rows
-        made = drafts + 1 if pass_rows == 1 else min(drafts + pass_rows, cycle.drafts)
+        rows, pass_rows = (drafts or cycle.proposed) + 1, cycle.pass_rows if alone else 1
+        # Where proposals were judged, the device alone knows how many drafts there are.
+        counted = request.counted and (due or pass_rows == 1)
+        made = drafts + 1 if counted else max(drafts, min(drafts + pass_rows, cycle.drafts))
         if not self.kv_cache.cover(request, min(request.max_length, request.reach + (rows if due else made))):
             return None
-        # With proposals the device alone knows how many drafts there are.
-        told = pass_rows == 1 or passes == 0
+        # Slots with `most` get proposals.
+        most = cycle.drafts if cycle.proposals or not counted else 0
         if not due:
-            request.passes, request.drafted, request.drafter = passes + 1, made, cycle.drafter
-            offset = drafts if told else -1
-            return Work(request.slot, Mode.DRAFT, pass_rows, offset, logits=pass_rows, most=cycle.drafts)
+            request.passes, request.drafted, request.counted, request.drafter = passes + 1, made, counted, cycle.drafter
+            return Work(request.slot, Mode.DRAFT, pass_rows, drafts if counted else -1, logits=pass_rows, most=most)
         # Where the score buffer is full, the old pillars serve for one cycle more.
         scored = self._take_scores(rows) if scores and not full else 0
         # In the first cycle of a drafter that proposes, the tokens after the newest one are not drafts yet.
         drafter = request.drafter if drafts or request.drafter == cycle.drafter else None
-        whole = drafter == cycle.drafter and passes == cycle.passes and cycle.drafts > 0
-        request.passes, request.drafted, request.drafter = 0, 0, cycle.drafter
+        whole = drafter == cycle.drafter and passes == cycle.passes and 0 < (drafts or cycle.proposed) <= cycle.drafts
+        request.passes, request.drafted, request.counted, request.drafter = 0, 0, True, cycle.drafter
         request.unread += rows
         request.fresh = scored > 0 or (scores and request.fresh)
-        offset = 0 if told else -1
-        return Work(request.slot, Mode.VERIFY, rows, offset, (), rows, scored, drafter, whole)
+        offset = 0 if counted else -1
+        return Work(request.slot, Mode.VERIFY, rows, offset, (), rows, scored, drafter, whole, most)
 
     def _prefill(self, prompts: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk
@@ -187,7 +201,8 @@ class Scheduler:
             self.phases.rebalance(self.running)
             scored = self._take_scores(min(self.cycle.drafts + 1, rows)) if self.cycle.drafter.keeps_index else 0
             request.fresh, request.drafter = scored > 0, self.cycle.drafter
-            yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
+            most = self.cycle.drafts if self.cycle.proposals else 0
+            yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored, most=most)
 
     def _take_scores(self, rows: int) -> int:
         self._scored += 1

@@ -104,7 +104,7 @@ class Session:
             waiting=len(scheduler.waiting),
             pool_share=1 - pool.free / max(pool.pages, 1),
             host_bytes=self._tier.held * page.shape[1] * page.itemsize,
-            cycle=(cycle.drafter.name, cycle.drafts),
+            cycle=(cycle.name, cycle.drafts),
         )
 
     def restart(self) -> Stats:
@@ -255,7 +255,7 @@ class Session:
             prefill_chunk=config.prefill_chunk,
             prefix_caching=config.prefix_caching,
         )
-        phases = Phases(limits.cycle.passes, config.schedule, scored)
+        phases = Phases(limits.cycle, config.schedule, scored)
         scheduler = Scheduler(limits, kv_cache, phases)
         if self._chooser is not None:
             scheduler.set_cycle(self._chooser.current)
@@ -363,8 +363,9 @@ class Session:
                 continue  # it ended in an earlier iteration, which was read after this one had been enqueued
             if item.mode == Mode.DRAFT:
                 self._recorder.record_draft(request, request.told_drafted if item.offset < 0 else item.offset)
-                request.told_drafted = drafted[item.slot]
+                request.told_drafted = drafted[item.slot] if item.offset < 0 else item.offset + 1
                 continue
+            request.told_drafted = 0
             count, *drawn = tokens[item.slot]
             cached = request.cached
             failed = _undrawn(request, drawn[:count])
@@ -447,26 +448,27 @@ def _undrawn(request: Request, tokens: Sequence[int]) -> tuple[int, Exception] |
 def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]]:
     """Numbers of rows that iterations may have in which up to `slots` requests decode, by what they promise.
 
-    As many verify as their phases hold, half of the slots while their number changes. Where all verify, "auto" counts
-    the iterations that take hardly longer than those of one row each, with all slots in use: others may never occur.
+    As many verify as their phases hold, half of the slots while their number changes. Where all verify, or all judge
+    proposals, "auto" counts the iterations that take hardly longer than those of one row each: others may never occur.
     """
-    rows: dict[Promise, Sequence[int]] = {}
+    rows: dict[Promise, set[int]] = {promise: set() for promise in Promise}
     auto = config.draft_tokens == "auto"
     for cycle in cycles_of(config):
         drafts, promise = cycle.drafts, Promise.NO_SCORES
         if cycle.drafter.reads_scores:
             promise = Promise.ONLY_VERIFICATIONS_SCORED
         if cycle.passes:
-            pass_rows = cycle.drafter.pass_rows
             together = slots if config.schedule == "in_phase" else -(-slots // (cycle.passes + 1))
             if config.schedule == "grouped":
-                together = min(slots, max(together, GROUPED_ROWS // (cycle.passes + 1)))
-            most = slots * pass_rows + drafts * (max(together, slots // 2) if auto else together)
-            rows[promise] = range(1, most + 1)
-            if pass_rows > 1:
-                rows.setdefault(Promise.NO_SCORES, range(1, slots * pass_rows + 1))
+                together = min(slots, max(together, GROUPED_ROWS // (drafts + 1)))
+            most = slots + drafts * (max(together, slots // 2) if auto else together)
+            rows[promise].update(range(1, most + 1))
+            if cycle.proposals:
+                judged = slots * cycle.pass_rows
+                rows[Promise.NO_SCORES].update(range(1, (min(judged, GROUPED_ROWS) if auto else judged) + 1))
         elif drafts and not auto:
-            rows[promise] = range(1, slots * (drafts + 1) + 1)
+            rows[promise].update(range(1, slots * (drafts + 1) + 1))
         elif drafts and slots * (drafts + 1) <= GROUPED_ROWS:
-            rows[promise] = [*rows.get(promise, ()), slots * (drafts + 1)]
-    return {**rows, Promise.SINGLE_ROWS: range(1, slots + 1)}
+            rows[promise].add(slots * (drafts + 1))
+    rows[Promise.SINGLE_ROWS].update(range(1, slots + 1))
+    return {promise: sorted(numbers) for promise, numbers in rows.items() if numbers}

@@ -86,8 +86,9 @@ class Stats(JupyterMixin):
         iterations: passes of the graph, whatever they held.
         draft_weight_iterations: those of them that held drafts alone and ran with 8-bit weights.
         target_passes: verifications and prompts, one for each request they served: what plain decoding needs a token.
-        by_cycle: what became of drafts, by (drafter, drafts of a cycle); more than one only with "auto". Shorter cycles
-            (a request's first, and the one in which its text ends) are not counted here.
+        by_cycle: what became of drafts, by (drafter, drafts of a cycle); more than one only with "auto". With
+            proposals, the drafter is called as in "pillar+ngram", and a cycle may have fewer drafts. Shorter cycles (a
+            request's first, and the one in which its text ends) are not counted here.
         cached_tokens: prompt tokens that were not computed, because the pool held their K/V already.
         kv_read: key and value elements that drafts and verifications read from the pool.
         kv_read_plain: elements that plain decoding would have read for the same tokens.
@@ -224,7 +225,7 @@ class StatsRecorder:
 
     def begin_iteration(self, rows: int, cycle: Cycle, *, draft_weights: bool) -> None:
         """Count an iteration of `rows` packed rows in cycles of this kind; what is recorded next belongs to it."""
-        self._kind = (cycle.drafter.name, cycle.drafts)
+        self._kind = (cycle.name, cycle.drafts)
         self.stats.cycle_by_iteration.append(self._kind)
         self.stats.iterations_by_cycle[self._kind] += 1
         self.stats.iterations += 1

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from transformers import PreTrainedModel
 
@@ -187,6 +186,56 @@ def shape_env(graph_module: GraphModule) -> ShapeEnv:
     return environment
 
 
+@dataclass(frozen=True, eq=False)
+class Derivation:
+    """What a call's recorded value was computed from. It holds until the value, the call or an argument is another.
+
+    Attributes:
+        target: what was called.
+        arguments: with the identity of its value for each node.
+        values: the call's own, and those of the nodes, which are held so that no other takes their identity.
+    """
+
+    target: object
+    arguments: str
+    values: tuple[object, ...]
+
+    @classmethod
+    def of(cls, node: Node) -> Derivation:
+        values = (node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes))
+        return cls(node.target, cls._arguments_of(node), values)
+
+    @staticmethod
+    def _arguments_of(node: Node) -> str:
+        return repr(map_arg((node.args, node.kwargs), lambda source: f"%{id(source.meta.get('val'))}"))
+
+    def holds(self, node: Node) -> bool:
+        return (
+            node.target is self.target
+            and node.meta.get("val") is self.values[0]
+            and self._arguments_of(node) == self.arguments
+        )
+
+
+DERIVATION = "derivation"
+"""In the `meta` of a call: the `Derivation` of its value. Copies of a node take it with them."""
+
+
+def note_derivations(graph_module: GraphModule) -> None:
+    """Notes that the value of each call is the one that follows from its arguments, as in a graph just traced."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function":
+            node.meta[DERIVATION] = Derivation.of(node)
+
+
+def compute(node: Node, mode: FakeTensorMode) -> Any:
+    """The value of a call, from those of its inputs."""
+    target: Any = node.target
+    arguments, keywords = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with mode, python_dispatch(), torch.no_grad():
+        return target(*arguments, **keywords)
+
+
 def fill(graph_module: GraphModule) -> None:
     """Gives a value to each node that has none yet, from those of its inputs: to the nodes that a pass has added."""
     for node in graph_module.graph.nodes:
@@ -197,9 +246,8 @@ def fill(graph_module: GraphModule) -> None:
                 attribute(graph_module, str(node.target)), static_shapes=True
             )
             continue
-        arguments, keywords = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        with fake_mode(graph_module), python_dispatch(), torch.no_grad():
-            node.meta["val"] = node.target(*arguments, **keywords)
+        node.meta["val"] = compute(node, fake_mode(graph_module))
+        node.meta[DERIVATION] = Derivation.of(node)
 
 
 def attribute(graph_module: GraphModule, path: str) -> Tensor:
@@ -210,30 +258,3 @@ def attribute(graph_module: GraphModule, path: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise GraphInvariantError(f"{path} is a {type(value).__name__}; the graph may only read tensors.")
     return value
-
-
-def propagate(graph_module: GraphModule) -> None:
-    """Computes `meta["val"]` of every node again from those of the placeholders.
-
-    Raises:
-        GraphInvariantError: a node does not run on the shapes that reach it.
-    """
-    inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
-    tracker = _Propagation(graph_module, fake_mode(graph_module))
-    try:
-        with python_dispatch(), torch.no_grad():
-            tracker.propagate_dont_convert_inputs(*inputs)
-    except Exception as error:  # from any op's shape function: they raise what they like
-        raise GraphInvariantError(
-            f"{tracker.current} does not run on the shapes that reach it: {error}. A pass has left the graph broken."
-        ) from error
-
-
-class _Propagation(FakeTensorProp):
-    """Remembers which node is running, so that an error can name it."""
-
-    current: Node | None = None
-
-    def run_node(self, n: Node) -> Tensor:
-        self.current = n
-        return super().run_node(n)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsespec_compile.kernels.ops import AttentionSettings, SiteCall, SparseSpecError, attention_site
 
+from ..base import note_derivations
 from ..compat import mask_function, without_shape_cache
 from ..errors import (
     AttentionInterfaceError,
@@ -236,6 +237,7 @@ def _trace(packed: PackedModel, sites: tuple[Site, ...], reader: ExpertsReader) 
     graph_module = GraphModule(
         exported, exported.graph
     )  # without the exported module's hooks, which check its signature
+    note_derivations(graph_module)
     read_inner_tensors(graph_module)
     check_activations(graph_module, packed.model)
     return graph_module

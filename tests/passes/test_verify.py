@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from sparsespec_compile.kernels.ops import STEP_TENSORS, attention_site, dual_mode_attention
 from sparsespec_compile.passes import pipeline
-from sparsespec_compile.passes.base import GraphPass, PassContext, find_calls
+from sparsespec_compile.passes.base import GraphPass, PassContext, compute, find_calls
 from sparsespec_compile.passes.capture.capture import capture
 from sparsespec_compile.passes.errors import GraphInvariantError
 from sparsespec_compile.passes.layout import KVLayout
@@ -211,12 +211,62 @@ def test_a_wrong_record_of_a_shape_is_refused(bench, change):
         verify_shapes(graph_module)
 
 
-def test_a_graph_that_does_not_run_is_refused(bench):
+def other_weight(graph_module):
+    """One that the product can be computed with, of another number of columns."""
+    output, weight = (find_calls(graph_module.graph, aten.linear.default)[number] for number in (1, 0))
+    output.args = (output.args[0], weight.args[1])
+
+
+def other_target(graph_module):
+    find_calls(graph_module.graph, aten.linear.default)[0].target = aten.outer.default
+
+
+def other_constant(graph_module):
+    node = find_calls(graph_module.graph, aten.unsqueeze.default)[0]
+    node.args = (node.args[0], 0)
+
+
+CHANGES = {
+    other_weight: "linear.*was recorded as",
+    other_target: "linear.* does not run on the shapes that reach it",
+    other_constant: "unsqueeze.*was recorded as",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_call_that_has_been_changed_is_computed_anew(bench, change):
     graph_module, _ = copy_of(bench)
-    node = find_calls(graph_module.graph, aten.linear.default)[1]
-    node.args = (node.args[0], find_calls(graph_module.graph, aten.linear.default)[0].args[1])
-    with pytest.raises(GraphInvariantError, match="does not run on the shapes that reach it"):
+    change(graph_module)
+    with pytest.raises(GraphInvariantError, match=CHANGES[change]):
         verify_shapes(graph_module)
+
+
+def test_a_weight_of_another_shape_than_recorded_is_refused(bench):
+    graph_module, _ = copy_of(bench)
+    path = str(find_calls(graph_module.graph, aten.linear.default)[0].args[1].target)
+    other = torch.nn.Parameter(graph_module.get_parameter(path)[:-1].detach())
+    graph_module.get_submodule(path.rpartition(".")[0]).register_parameter(path.rpartition(".")[2], other)
+    with pytest.raises(GraphInvariantError, match="was recorded as"):
+        verify_shapes(graph_module)
+
+
+def test_what_follows_from_the_same_values_is_not_computed_again(bench, monkeypatch):
+    """And a record of other strides, which callers of regions read, is renewed, and what follows from it."""
+    computed = []
+    monkeypatch.setattr(
+        "sparsespec_compile.passes.proofs.verify.compute", lambda *given: computed.append(given[0]) or compute(*given)
+    )
+    graph_module, _ = copy_of(bench)
+    verify_shapes(graph_module)
+    computed.clear()
+    verify_shapes(graph_module)
+    assert computed == []
+    node = find_calls(graph_module.graph, aten.linear.default)[1]
+    before = node.meta["val"]
+    node.meta["val"] = before.transpose(1, 2).contiguous().transpose(1, 2)
+    verify_shapes(graph_module)
+    assert {node, *node.users} <= set(computed)
+    assert node.meta["val"].stride() == before.stride()
 
 
 class Sabotage(GraphPass):

@@ -1,7 +1,7 @@
 """What a launch goes by beside its tensors: the device's limits, the kind of step, and counters of its programs.
 
-A launcher sees sizes and no values, which lie on the device. Sizes tell a step that prefills from others. That no
-request has more than one row, or who gives out scores, they do not tell, so whoever knows it promises it. The kind of a
+A launcher sees sizes and no values, which lie on the device. Sizes tell a step that prefills from others. That every
+request drafts, or who gives out scores, they do not tell, so whoever knows it promises it. The kind of a
 step and its promise decide on tiles and on what a kernel can do.
 
 By the counters, the programs of a launch find out which of them ends last.
@@ -84,8 +84,8 @@ computing bounds it, not memory. A step in which all slots verify has fewer rows
 class StepKind(Enum):
     """Steps that deserve tiles of their own."""
 
-    SINGLE_ROWS = "single-rows"
-    """One row of each request, drafting or decoding plainly, and no scores."""
+    SMALL_TILES = "small-tiles"
+    """Drafts, and one row of each other request, and no scores."""
     UNSCORED = "unscored"
     """Without scores, and neither of the others."""
     MIXED = "mixed"
@@ -106,8 +106,8 @@ class Promise(IntEnum):
     """Prompts give out no scores, and verifications of ``ops.scored_rows_at_most`` rows at most."""
     NO_SCORES = 2
     """Nobody gives out scores."""
-    SINGLE_ROWS = 3
-    """Nor has any request more than one row."""
+    SMALL_TILES = 3
+    """Nor does any request need large tiles: it drafts, or has a single row."""
 
 
 _promised: ContextVar[Promise] = ContextVar("promised", default=Promise.NOTHING)
@@ -139,8 +139,8 @@ def present_promise() -> Promise:
 
 def kind_of_step(rows: int, q_heads: int, requests: int) -> StepKind:
     """The kind of a step of so many packed rows and request slots: all that a captured step may go by but promises."""
-    if present_promise() is Promise.SINGLE_ROWS:
-        return StepKind.SINGLE_ROWS
+    if present_promise() is Promise.SMALL_TILES:
+        return StepKind.SMALL_TILES
     if rows * q_heads >= LARGE_STEP_PAIRS and rows >= LARGE_STEP_ROWS * requests:
         return StepKind.PREFILL
     return StepKind.UNSCORED if present_promise() is Promise.NO_SCORES else StepKind.MIXED

@@ -70,7 +70,8 @@ class Step:
         scored = {item.mode for item in self.work if item.scored}
         if scored:
             return Promise.NOTHING if Mode.PREFILL in scored else Promise.ONLY_VERIFICATIONS_SCORED
-        return Promise.SINGLE_ROWS if all(item.rows == 1 for item in self.work) else Promise.NO_SCORES
+        small = all(item.rows == 1 or item.mode == Mode.DRAFT for item in self.work)
+        return Promise.SMALL_TILES if small else Promise.NO_SCORES
 
     def fewest_bytes(self) -> int:
         """Bytes that any kernel must move: each key and value read once, the step's own rows in and out."""

@@ -103,12 +103,12 @@ def default_tiling(layer: Layer, kind: StepKind, limits: DeviceLimits) -> Tiling
     # Tiles of others take more registers than a thread of two warps has.
     light = layer.dtype != torch.float32 and small_tile(layer.group) == 16 and layer.token_bytes <= 1024
     tiling = (
-        _for_single_rows(layer, limits) if kind is StepKind.SINGLE_ROWS and light else _for_any(layer, kind, limits)
+        _for_small_tiles(layer, limits) if kind is StepKind.SMALL_TILES and light else _for_any(layer, kind, limits)
     )
-    return replace(tiling, scored_ahead=0) if kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED) else tiling
+    return replace(tiling, scored_ahead=0) if kind in (StepKind.SMALL_TILES, StepKind.UNSCORED) else tiling
 
 
-def _for_single_rows(layer: Layer, limits: DeviceLimits) -> Tiling:
+def _for_small_tiles(layer: Layer, limits: DeviceLimits) -> Tiling:
     """Small tiles alone, of programs as small as may be: while one starts a unit, others of its processor read."""
     pairs = small_tile(layer.group)
     block_n = 1 << max(4, min(6, (16384 // layer.token_bytes).bit_length() - 1))

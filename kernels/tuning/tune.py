@@ -34,10 +34,11 @@ from .measure import Call, Heads, Step, Work, make_step, replay_ms
 from .tiling import Layer, Tiling, cache_path, can_be_kept, default_tiling, entry_key, save
 
 STEPS: dict[StepKind, dict[str, list[Work]]] = {
-    StepKind.SINGLE_ROWS: {
+    StepKind.SMALL_TILES: {
         "decode": [Work(Mode.VERIFY, 8192)] * 16,
         "decode 1024": [Work(Mode.VERIFY, 1024)] * 64,
         "draft": [Work(Mode.DRAFT, 8192, pillars=410)] * 57,
+        "draft, judging": [Work(Mode.DRAFT, 8192, 3, pillars=410)] * 64,
     },
     StepKind.UNSCORED: {
         "verify": [Work(Mode.VERIFY, 8192, 9)] * 16,
@@ -120,7 +121,7 @@ def layer_of(heads: Heads) -> Layer:
 def candidate_tilings(default: Tiling, kind: StepKind) -> list[Tiling]:
     """The default first, then tiles around it: other blocks, depths, warps, programs and costs of a unit."""
     found = [default]
-    if kind is not StepKind.SINGLE_ROWS:
+    if kind is not StepKind.SMALL_TILES:
         for big_n, big_ahead in itertools.product((32, 64), (1, 2, 3, 4)):
             found.append(replace(default, big_n=min(big_n, default.block_n), big_ahead=big_ahead))
     if kind is StepKind.MIXED:

@@ -224,8 +224,8 @@ def calls_of(compiled: CompiledModel, config: SpecConfig) -> list[Call]:
     drafters = drafters_of(config)
     reads_scores = any(drafter.reads_scores for drafter in drafters)
     any_work = Promise.NOTHING if reads_scores else Promise.NO_SCORES
-    unscored = config.most_proposals > 0 or not all(drafter.reads_scores for drafter in drafters)
-    few = {Promise.SINGLE_ROWS, *([Promise.NO_SCORES] if unscored else [])} - {any_work}
+    unscored = not all(drafter.reads_scores for drafter in drafters)
+    few = {Promise.SMALL_TILES, *([Promise.NO_SCORES] if unscored else [])} - {any_work}
     # A region's layouts are renewed when it is verified; those of the flat graph are as they were before projections
     # were fused. Regions come in the order of their calls, and so do their attention nodes, one for each layer.
     nodes = (node for name in regions.calls for node in find_calls(regions.region(name).graph, dual_mode_attention))

@@ -317,7 +317,7 @@ def _give_drafts(step: Step, drafts: DraftGraph, memory: Memory | None) -> None:
     step.drafts = drafts
     if memory is not None:
         rows = min(max(step.state.capacity.slots, MIN_ROWS), drafts.most_rows)
-        step(rows, rows, Variant(promise=Promise.SINGLE_ROWS, draft_weights=True))
+        step(rows, rows, Variant(promise=Promise.SMALL_TILES, draft_weights=True))
 
 
 def _workspace_bytes(step: Step, memory: Memory | None) -> int:

@@ -181,7 +181,7 @@ def test_auto_compiles_what_each_drafter_takes(compiled):
     """A third kernel without scores, for iterations that verify drafts from the text."""
     calls = calls_of(compiled, ss.SpecConfig())
     promises = {call.promise for call in calls if isinstance(call, Attention)}
-    assert promises == {Promise.NOTHING, Promise.NO_SCORES, Promise.SINGLE_ROWS}
+    assert promises == {Promise.NOTHING, Promise.NO_SCORES, Promise.SMALL_TILES}
     assert {type(call) for call in calls} == {Attention, Draw, Selection, Proposals}
 
 

@@ -56,7 +56,7 @@ What is promised stands in the name."""
 MOST_SLOTS = "most slots"
 """In the name of what is compiled for as many requests as settings allow."""
 
-PROMISES = {"single rows": Promise.SINGLE_ROWS, "unscored": Promise.NO_SCORES}
+PROMISES = {"single rows": Promise.SMALL_TILES, "unscored": Promise.NO_SCORES}
 
 SHARED_KIB = {80: 164, 86: 100, 90: 228}
 """Of a multiprocessor, by compute capability."""

@@ -128,7 +128,18 @@ def unscored(requests: list[Request]) -> list[Request]:
     return [dataclasses.replace(request, score_rows=0) for request in requests]
 
 
-@pytest.mark.parametrize("requests", [SINGLE, unscored(LONG), unscored(MIXED)], ids=["kept", "broken", "broken, short"])
+JUDGING = [
+    Request(Mode.DRAFT, cached=75, rows=3, pillars=41, recent=70),
+    Request(Mode.DRAFT, cached=150, rows=6, pillars=70, recent=140),
+    Request(Mode.DRAFT, cached=31, rows=2, pillars=3, recent=31),
+    Request(Mode.DRAFT, cached=64, rows=3),
+]
+"""Drafts of several rows, which fit a small tile or take two."""
+
+
+@pytest.mark.parametrize(
+    "requests", [SINGLE, JUDGING, unscored(LONG), unscored(MIXED)], ids=["kept", "judging", "broken", "broken, short"]
+)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -137,9 +148,9 @@ def unscored(requests: list[Request]) -> list[Request]:
         pytest.param(Shape(page_size=16, window=32, chunked=True), marks=pytest.mark.slow),
     ],
 )
-def test_steps_promised_to_have_single_rows(requests: list[Request], shape: Shape, device: str) -> None:
+def test_steps_promised_to_need_small_tiles(requests: list[Request], shape: Shape, device: str) -> None:
     """They take tiles of their own. A step that breaks the promise is right as well."""
-    with promised(Promise.SINGLE_ROWS):
+    with promised(Promise.SMALL_TILES):
         check(build(shape, requests, torch.bfloat16), torch.bfloat16, device)
 
 
@@ -150,7 +161,7 @@ def test_steps_promised_to_have_no_scores(requests: list[Request], window: int, 
         check(build(Shape(page_size=16, window=window), requests, torch.bfloat16), torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("promise", [Promise.NO_SCORES, Promise.SINGLE_ROWS])
+@pytest.mark.parametrize("promise", [Promise.NO_SCORES, Promise.SMALL_TILES])
 def test_scores_that_a_step_promised_not_to_ask_for_are_not_written(promise: Promise, device: str) -> None:
     """Its rows are right, and so are the pool and everything else in the scores."""
     case = build(Shape(page_size=16), LONG, torch.bfloat16)
@@ -269,7 +280,7 @@ def test_rows_take_nothing_from_tokens_that_they_do_not_see(
 def test_rows_promised_to_be_single_take_nothing_from_others(device: str) -> None:
     case = with_not_finite(build(Shape(), unscored(HIDDEN), torch.bfloat16), torch.nan)
     actual = case.to(torch.bfloat16, device)
-    with promised(Promise.SINGLE_ROWS):
+    with promised(Promise.SMALL_TILES):
         check_hidden(case, launch(actual), actual, 0.05)
 
 

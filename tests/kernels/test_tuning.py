@@ -55,7 +55,7 @@ def test_the_users_file_comes_before_the_shipped_one(files: Path) -> None:
     assert choose() == OTHER
     tiles.save({key: DEFAULT}, files)
     assert choose() == DEFAULT
-    for kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED, StepKind.PREFILL):
+    for kind in (StepKind.SMALL_TILES, StepKind.UNSCORED, StepKind.PREFILL):
         assert choose(kind) == default_tiling(LAYER, kind, LIMITS) != DEFAULT
 
 
@@ -106,15 +106,15 @@ def test_kinds_of_steps() -> None:
         assert kind_of_step(rows, 32, requests) is StepKind.MIXED, "all slots may verify"
     for rows, requests in ((8192, 1), (2048, 64)):
         assert kind_of_step(rows, 32, requests) is StepKind.PREFILL
-    with promised(Promise.SINGLE_ROWS):
-        assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
+    with promised(Promise.SMALL_TILES):
+        assert kind_of_step(64, 32, 64) is StepKind.SMALL_TILES
         with promised(Promise.ONLY_VERIFICATIONS_SCORED):
             assert kind_of_step(64, 32, 64) is StepKind.MIXED
         with promised(Promise.NO_SCORES):
             assert kind_of_step(64, 32, 64) is StepKind.UNSCORED
             assert kind_of_step(8192, 32, 1) is StepKind.PREFILL
-        assert kind_of_step(64, 32, 64) is StepKind.SINGLE_ROWS
-    with pytest.raises(KeyboardInterrupt), promised(Promise.SINGLE_ROWS):
+        assert kind_of_step(64, 32, 64) is StepKind.SMALL_TILES
+    with pytest.raises(KeyboardInterrupt), promised(Promise.SMALL_TILES):
         raise KeyboardInterrupt
     assert kind_of_step(64, 32, 64) is StepKind.MIXED
 
@@ -123,7 +123,7 @@ def test_a_step_is_measured_under_the_promise_that_an_engine_would_make() -> Non
     drafts, scored = Work(Mode.DRAFT, 9, pillars=2), Work(Mode.VERIFY, 9, 3, 2, True)
     prompt = Work(Mode.PREFILL, 0, 4, scored=True)
     for work, promise in (
-        ([drafts], Promise.SINGLE_ROWS),
+        ([drafts], Promise.SMALL_TILES),
         ([drafts, replace(scored, scored=False)], Promise.NO_SCORES),
         ([drafts, scored], Promise.ONLY_VERIFICATIONS_SCORED),
         ([scored, prompt], Promise.NOTHING),
@@ -137,7 +137,7 @@ def test_default_tiles_fill_a_multiprocessor() -> None:
     large = default_tiling(LAYER, StepKind.PREFILL, LIMITS)
     assert (large.programs_per_sm, large.big_m, large.registers) == (1, 128, None)
     assert replace(DEFAULT, programs_per_sm=3).registers == 168
-    single = default_tiling(LAYER, StepKind.SINGLE_ROWS, LIMITS)
+    single = default_tiling(LAYER, StepKind.SMALL_TILES, LIMITS)
     assert (single.programs_per_sm, single.num_warps, single.big_m, single.registers) == (4, 2, 16, None)
 
 
@@ -151,7 +151,7 @@ def test_default_tiles_fill_a_multiprocessor() -> None:
     ],
 )
 def test_programs_of_single_rows_fit_the_shared_memory(layer: Layer, shared: int, programs: int) -> None:
-    tiling = default_tiling(layer, StepKind.SINGLE_ROWS, DeviceLimits("NVIDIA Test", 86, 80, shared * 1024))
+    tiling = default_tiling(layer, StepKind.SMALL_TILES, DeviceLimits("NVIDIA Test", 86, 80, shared * 1024))
     assert tiling.programs_per_sm == programs
     tile = 2 * tiling.block_n * layer.token_bytes + 16 * layer.key_dim * 2
     assert programs * (tile + 1024) <= shared * 1024
@@ -185,13 +185,13 @@ def test_as_many_parts_are_asked_for_at_a_time_as_registers_hold(pairs: int, dim
 )
 def test_layers_with_no_registers_to_spare_take_one_kind_of_tiles(layer: Layer) -> None:
     mixed = default_tiling(layer, StepKind.MIXED, LIMITS)
-    assert default_tiling(layer, StepKind.SINGLE_ROWS, LIMITS) == replace(mixed, scored_ahead=0)
+    assert default_tiling(layer, StepKind.SMALL_TILES, LIMITS) == replace(mixed, scored_ahead=0)
 
 
 def test_only_kernels_of_steps_with_scores_can_give_them_out() -> None:
     """The others are smaller by what that takes."""
     for kind in StepKind:
-        unscored = kind in (StepKind.SINGLE_ROWS, StepKind.UNSCORED)
+        unscored = kind in (StepKind.SMALL_TILES, StepKind.UNSCORED)
         assert (default_tiling(LAYER, kind, LIMITS).scored_ahead == 0) == unscored
 
 

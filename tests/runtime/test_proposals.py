@@ -2,7 +2,9 @@
 
 import pytest
 
+from sparsespec_compile.kernels.launch import Promise
 from sparsespec_compile.kernels.ops import Mode
+from sparsespec_compile.runtime.device.inputs import Work, promise_of
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.scheduler import Scheduler
 
@@ -75,6 +77,15 @@ def test_proposals_are_judged_in_iterations_of_nothing_but_drafts(monkeypatch):
     assert mixed
     assert set().union(*alone) == {(Mode.DRAFT, 3)}
     assert {rows for work in mixed for mode, rows in work if mode == Mode.DRAFT} == {1}
+
+
+def test_iterations_that_judge_proposals_take_small_tiles():
+    """As drafts do that read pillars, whatever their rows: kernels with large tiles as well take twice as long."""
+    drafts = [Work(slot, Mode.DRAFT, 3, offset=-1, logits=3, most=6) for slot in range(4)]
+    plain = Work(4, Mode.VERIFY, 1, logits=1)
+    assert promise_of(drafts, reads_scores=True) is Promise.SMALL_TILES
+    assert promise_of([*drafts, plain], reads_scores=True) is Promise.ONLY_VERIFICATIONS_SCORED
+    assert promise_of([*drafts, plain], reads_scores=False) is Promise.NO_SCORES
 
 
 def test_a_text_ends_at_its_length_in_the_midst_of_proposals():

@@ -119,13 +119,13 @@ def test_steps_that_decode_are_captured_beforehand(toy, monkeypatch):
     """
     runner, events = recorded(toy, monkeypatch)
     several = Promise.ONLY_VERIFICATIONS_SCORED
-    runner.prepare({several: range(1, 11), Promise.SINGLE_ROWS: range(1, 3)})
-    assert events == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SINGLE_ROWS)]
-    runner.prepare({several: range(1, 34), Promise.SINGLE_ROWS: range(1, 3)})
+    runner.prepare({several: range(1, 11), Promise.SMALL_TILES: range(1, 3)})
+    assert events == [(100, Promise.NOTHING), (2, several), (16, several), (2, Promise.SMALL_TILES)]
+    runner.prepare({several: range(1, 34), Promise.SMALL_TILES: range(1, 3)})
     assert events[4:] == [(64, several)]
     plain, events = recorded(toy, monkeypatch)
-    plain.prepare({Promise.SINGLE_ROWS: range(1, 3)})
-    assert events == [(100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)]
+    plain.prepare({Promise.SMALL_TILES: range(1, 3)})
+    assert events == [(100, Promise.NOTHING), (2, Promise.SMALL_TILES)]
 
 
 def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
@@ -137,20 +137,20 @@ def test_what_reads_no_scores_takes_kernels_that_give_none(toy, monkeypatch):
 def test_the_largest_step_is_captured_first_and_for_any_rows(toy, monkeypatch):
     """The others fit into its memory; of single rows there are never so many."""
     runner, events = recorded(toy, monkeypatch)
-    for rows, variant in ((2, Variant(promise=Promise.SINGLE_ROWS)), (60, Variant())):
+    for rows, variant in ((2, Variant(promise=Promise.SMALL_TILES)), (60, Variant())):
         runner(rows, rows, variant)
-    largest, few = (100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)
+    largest, few = (100, Promise.NOTHING), (2, Promise.SMALL_TILES)
     assert events == [largest, few, "replay", (64, Promise.NOTHING), "replay"]
 
 
 def test_drafts_with_8_bit_weights_are_captured_beside_other_single_rows(toy, monkeypatch):
     runner, events = recorded(toy, monkeypatch, draft_weights="int8")
-    single, drafts = (Variant(promise=Promise.SINGLE_ROWS, draft_weights=both) for both in (False, True))
+    single, drafts = (Variant(promise=Promise.SMALL_TILES, draft_weights=both) for both in (False, True))
     runner(2, 2, drafts)
-    largest, few = (100, Promise.NOTHING), (2, Promise.SINGLE_ROWS)
+    largest, few = (100, Promise.NOTHING), (2, Promise.SMALL_TILES)
     assert events == [largest, few, "replay"]
     assert [key[1].draft_weights for key in runner._captured] == [False, True], "the largest does all that others do"
-    runner.prepare({Promise.SINGLE_ROWS: range(1, 3)})
+    runner.prepare({Promise.SMALL_TILES: range(1, 3)})
     assert events[3:] == [few]
     runner(2, 2, single)
     assert events[4:] == ["replay"]
@@ -220,7 +220,7 @@ def test_drafts_and_plain_decoding_alone_are_a_variant_of_their_own(toy, monkeyp
     prompts = [any(item.scored and item.mode == Mode.PREFILL for item in work) for work in planned]
     for variant, alone, prompt_ends in zip(variants, single, prompts, strict=True):
         several = Promise.NOTHING if prompt_ends else Promise.ONLY_VERIFICATIONS_SCORED
-        assert variant.promise is (Promise.SINGLE_ROWS if alone else several)
+        assert variant.promise is (Promise.SMALL_TILES if alone else several)
     assert len(variants) > sum(single) + sum(prompts) > sum(single)
     assert len(single) > sum(single) > len(single) // 2
     assert renewed == [place for place, alone in enumerate(single) if not alone]
@@ -233,15 +233,15 @@ def test_rows_of_decoding():
     def scored(slots, **settings):
         return rows(slots, **settings)["ONLY_VERIFICATIONS_SCORED"]
 
-    assert rows(64, draft_tokens=0) == {"SINGLE_ROWS": 64}
-    assert rows(64, draft_tokens=8) == {"ONLY_VERIFICATIONS_SCORED": 64 + 8 * 28, "SINGLE_ROWS": 64}
+    assert rows(64, draft_tokens=0) == {"SMALL_TILES": 64}
+    assert rows(64, draft_tokens=8) == {"ONLY_VERIFICATIONS_SCORED": 64 + 8 * 28, "SMALL_TILES": 64}
     assert scored(64, draft_tokens=8, schedule="in_phase") == 64 * 9
     assert scored(64, draft_tokens=8, schedule="balanced") == 64 + 8 * 8
     assert scored(2, draft_tokens=8) == 2 * 9
     assert scored(512, draft_tokens=8) == 512 + 8 * 57
     assert scored(64, draft_tokens="auto", max_draft_tokens=8) == 64 + 64 * 4
-    assert rows(64, draft_tokens=8, drafter="window") == {"NO_SCORES": 64 + 8 * 28, "SINGLE_ROWS": 64}
-    assert rows(64, draft_tokens=8, drafter="ngram") == {"NO_SCORES": 64 * 9, "SINGLE_ROWS": 64}
+    assert rows(64, draft_tokens=8, drafter="window") == {"NO_SCORES": 64 + 8 * 28, "SMALL_TILES": 64}
+    assert rows(64, draft_tokens=8, drafter="ngram") == {"NO_SCORES": 64 * 9, "SMALL_TILES": 64}
 
 
 def test_few_steps_of_drafts_from_the_text_are_captured_beforehand():
@@ -259,7 +259,7 @@ def test_few_steps_of_drafts_from_the_text_are_captured_beforehand():
     for slots in (1, 64):
         both, pillars = rows(slots), rows(slots, drafter="pillar")
         assert {promise: both[promise] for promise in pillars} == pillars
-    proposed = [rows(slots, draft_proposals="auto")[Promise.NO_SCORES] for slots in (1, 20, 64, 200)]
+    proposed = [rows(slots, draft_proposals="auto")[Promise.SMALL_TILES] for slots in (1, 20, 64, 200)]
     assert [{*range(1, most + 1)} <= set(one) for one, most in zip(proposed, (6, 120, 256, 256), strict=True)] == [
         True
     ] * 4
@@ -301,7 +301,7 @@ def test_an_engine_captures_before_it_runs(toy, monkeypatch):
     run(engine, requests_of((3,), 20))
     # What failed is not asked for again.
     several = "ONLY_VERIFICATIONS_SCORED"
-    assert prepared == [{several: 8 * 5, "SINGLE_ROWS": 8}, {several: 5, "SINGLE_ROWS": 1}]
+    assert prepared == [{several: 8 * 5, "SMALL_TILES": 8}, {several: 5, "SMALL_TILES": 1}]
 
 
 def test_a_state_serves_calls_of_different_shapes_without_being_rebuilt(toy):
@@ -386,7 +386,7 @@ class TestCapturedStep:
             step.fill([single])
             step.replay(*counts)
         several = Promise.ONLY_VERIFICATIONS_SCORED
-        filled = [Promise.SINGLE_ROWS, several, Promise.SINGLE_ROWS, several, Promise.NOTHING]
+        filled = [Promise.SMALL_TILES, several, Promise.SMALL_TILES, several, Promise.NOTHING]
         assert variants == [*filled, *[Promise.NOTHING] * 3]
 
     def test_pages_may_lie_anywhere(self, toy):

@@ -80,13 +80,12 @@ class StepRunner:
         if self._graphs is None:
             return
         asked = [self._largest]
-        alone = {Promise.SINGLE_ROWS, *([Promise.NO_SCORES] if self.step.proposals else [])}  # as drafts alone promise
         for promise, numbers in rows.items():
             drafts, kind = self.step.drafts, with_processing(Variant(promise=promise), processing)
             kind = self.step.whole_rows_where_needed(kind, filters)
             sizes = [padded(number, self._sizes) for number in numbers]
             asked += [(size, kind) for size in sizes]
-            if promise in alone and drafts is not None:
+            if promise is Promise.SMALL_TILES and drafts is not None:
                 by_copies = replace(kind, draft_weights=True)
                 asked += [(size, by_copies) for size in sizes if size <= drafts.most_rows]
         missing = [key for key in dict.fromkeys(asked) if key not in self._captured and key not in self._refused]

@@ -76,9 +76,9 @@ def promise_of(work: Iterable[Work], reads_scores: bool) -> Promise:
         rows = max(rows, item.rows)
         scored = scored or item.scored > 0
         prompts_scored = prompts_scored or (item.scored > 0 and item.mode == Mode.PREFILL)
-    if rows <= 1 and not scored:
-        return Promise.SINGLE_ROWS
-    if not reads_scores or (only_drafts and not scored):
+    if not scored and (only_drafts or rows <= 1):
+        return Promise.SMALL_TILES
+    if not reads_scores:
         return Promise.NO_SCORES
     return Promise.NOTHING if prompts_scored else Promise.ONLY_VERIFICATIONS_SCORED
 

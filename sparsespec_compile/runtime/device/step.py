@@ -51,7 +51,7 @@ class Variant:
 
     Attributes:
         logprobs: some request wants the log-probabilities of its tokens.
-        promise: what attention need not do, so that it may take kernels that cannot. `SINGLE_ROWS` also says that no
+        promise: what attention need not do, so that it may take kernels that cannot. `SMALL_TILES` also says that no
             pillars are renewed.
         draft_weights: every row is a draft, so that the graph with 8-bit weights runs.
         whole_rows: where ranks share the vocabulary, that they exchange logits: some request has filters, has its

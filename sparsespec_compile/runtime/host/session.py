@@ -465,10 +465,10 @@ def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]
             rows[promise].update(range(1, most + 1))
             if cycle.proposals:
                 judged = slots * cycle.pass_rows
-                rows[Promise.NO_SCORES].update(range(1, (min(judged, GROUPED_ROWS) if auto else judged) + 1))
+                rows[Promise.SMALL_TILES].update(range(1, (min(judged, GROUPED_ROWS) if auto else judged) + 1))
         elif drafts and not auto:
             rows[promise].update(range(1, slots * (drafts + 1) + 1))
         elif drafts and slots * (drafts + 1) <= GROUPED_ROWS:
             rows[promise].add(slots * (drafts + 1))
-    rows[Promise.SINGLE_ROWS].update(range(1, slots + 1))
+    rows[Promise.SMALL_TILES].update(range(1, slots + 1))
     return {promise: sorted(numbers) for promise, numbers in rows.items() if numbers}

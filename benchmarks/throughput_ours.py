@@ -164,6 +164,8 @@ class Ours:
     def _run(self, load: Load) -> Measured:
         fast, clock = self._fast, Clock(load)
         texts: list[list[int]] = [[] for _ in load.prompts]
+        # Slots hold texts of the run before, which are the same: n-grams would know what comes.
+        fast._engine._session.forget_ended_texts()
         with_draft_weights: dict[int, int] = {}  # iterations with 8-bit weights, by all iterations
         with fast.stream(load.prompts, _sampling(load)) as pieces:
             for piece in pieces:

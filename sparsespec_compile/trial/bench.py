@@ -240,7 +240,7 @@ def _timed(
     written: list[Written] = []
     for nth, asked in enumerate(rounds):
         bar.set_description(f"{what}, {f'run {nth}' if nth else 'warm-up'}")
-        engine._engine.forget_prefixes()
+        engine._engine.forget_texts()
         start = time.perf_counter()
         one = write(engine, asked, max_new_tokens, bar)
         seconds.append(time.perf_counter() - start)

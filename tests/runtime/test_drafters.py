@@ -194,6 +194,27 @@ def test_drafts_are_counted_for_who_made_them(monkeypatch):
     assert any(drafts > accepted for drafts, accepted in told["ngram"])
 
 
+def test_texts_that_have_ended_are_searched_until_they_are_forgotten():
+    """A request writes what an earlier one wrote, which stands in another slot."""
+    toy, (request, longer) = Toy(), requests_of((30, 9), 60, temperature=1.0)
+    engine = toy.engine(draft_tokens=4, drafter="ngram", max_requests=3)
+
+    def again():
+        """Iterations of the request, after one in which another outlives it and keeps the first slot from it."""
+        assert run(engine, [Request(request.prompt, 60, request.params)]) == [toy.decode(request)]
+        return engine.stats.iterations
+
+    def beside_another():
+        run(engine, [Request(longer.prompt, 90, longer.params), Request(request.prompt, 60, request.params)])
+
+    alone = again()
+    beside_another()
+    assert again() < 0.6 * alone
+    beside_another()
+    engine.forget_texts()
+    assert again() == alone
+
+
 def test_the_first_verification_after_plain_decoding_tells_nothing_of_drafts_from_the_text(monkeypatch):
     """Nothing was looked up before it."""
     monkeypatch.setattr(Foresight, "look", lambda foresight, requests: iter(()))

@@ -209,12 +209,13 @@ class Engine:
         self._turns.require_outside()
         self._turns.command(action)
 
-    def forget_prefixes(self) -> None:
-        """Let later requests find nothing that the pool holds of earlier ones, as for measuring them."""
+    def forget_texts(self) -> None:
+        """Let later requests find nothing of ended ones, as for measuring them: neither K/V nor n-grams."""
 
         def action() -> None:
             if self._session is not None:
                 self._session.forget_prefixes()
+                self._session.forget_ended_texts()
 
         self._turns.require_outside()
         self._turns.command(action)

@@ -56,6 +56,11 @@ class Scheduler:
         self._kept = 0
 
     @property
+    def free_slots(self) -> list[int]:
+        """Slots without a request."""
+        return list(self._free_slots)
+
+    @property
     def busy(self) -> bool:
         """Whether any request is running or waiting."""
         return bool(self.running or self.waiting)

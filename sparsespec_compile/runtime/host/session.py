@@ -234,6 +234,12 @@ class Session:
         """Let no page be found by later requests."""
         self._scheduler.kv_cache.forget_prefixes()
 
+    def forget_ended_texts(self) -> None:
+        """Let n-grams be searched in no text that has ended."""
+        free = self._scheduler.free_slots
+        with self._stream.active():
+            self.state.length[torch.tensor(free, device=self.state.device)] = 0
+
     def shut_down(self) -> None:
         """Wait for everything that was enqueued, before the memory of state and host tier is given back."""
         self._stream.record().wait()

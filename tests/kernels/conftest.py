@@ -1,5 +1,6 @@
 """Where the Triton kernels run: in Triton's interpreter on CPU, or on the GPU under the mark `gpu`."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -44,8 +45,9 @@ def last_program_first(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every Triton function to the interpreter, and teach that to multiply bfloat16.
 
-    TRITON_INTERPRET alone acts only on functions defined after it is set, those of triton.language included, and other
-    test folders may have imported Triton before this one is collected.
+    TRITON_INTERPRET stays as it is: it acts only on functions defined after it is set, those of triton.language included,
+    other test folders may have imported Triton before this one is collected, and what it acts on is not sent through
+    `call`.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is published for Linux only")
     from triton.runtime.jit import JITFunction
@@ -73,7 +75,9 @@ def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
         prepared.add(seen)
         return function(*arguments, **named)
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # What it computes for each sum and product to look for overflows it drops, as it has no `debug`.
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
     monkeypatch.setattr(JITFunction, "__call__", call)
     monkeypatch.setattr(JITFunction, "__getitem__", launch)
 
@@ -84,8 +88,4 @@ def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
         bits = operand.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
 
-    monkeypatch.setattr(
-        interpreter.interpreter_builder,
-        "create_dot",
-        lambda a, b, *rest: multiply(widened(a), widened(b), *rest),
-    )
+    monkeypatch.setattr(builder, "create_dot", lambda a, b, *rest: multiply(widened(a), widened(b), *rest))

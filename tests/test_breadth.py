@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "breadth.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import breadth  # noqa: E402
 
 EQUAL = (
     "cohere2",
@@ -59,6 +62,8 @@ def test_text_is_huggingfaces_or_the_refusal_is_named(equal, refused, tmp_path):
         if family in refused:
             assert outcome["status"] == "refused", (family, outcome["why"])
             assert outcome["why"].startswith(REFUSED[family]), (family, outcome["why"])
+            if family == "lfm2":
+                assert outcome["stands_for"] == "LFM2-1.2B: convolutions and attention"
         else:
             assert outcome["status"] == "equal", (family, outcome["why"])
             assert outcome["layers"] == 4, family
@@ -66,24 +71,36 @@ def test_text_is_huggingfaces_or_the_refusal_is_named(equal, refused, tmp_path):
             assert outcome["distinct"] > 10, "a text of a few tokens proves little"
 
 
-def test_a_family_is_examined_again_beside_the_outcomes_of_others(tmp_path):
+def test_a_family_is_examined_again_beside_the_outcomes_of_others(tmp_path, monkeypatch):
+    """What an examination finds is made up."""
+    examined = []
+
+    def walk(families, seconds, workers):
+        examined.append(families)
+        return [breadth.Outcome(family, "refused", f"look {len(examined)}", sources="now") for family in families]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["breadth.py", *map(str, arguments)])
+        breadth.main()
+
+    monkeypatch.setattr(breadth, "walk", walk)
+    monkeypatch.setattr(breadth, "sources", lambda: "now")
     json_file, table = tmp_path / "breadth.json", tmp_path / "breadth.md"
-    _walk("--families", "bart", "lfm2", "--json", json_file)
+    run("--families", "bart", "lfm2", "--json", json_file)
     result = json.loads(json_file.read_text())
     bart, lfm2 = result["outcomes"]
-    assert lfm2["stands_for"] == "LFM2-1.2B: convolutions and attention"
     result["outcomes"] = [{**bart, "sources": "older", "why": "kept"}, {**lfm2, "sources": "older", "why": "dropped"}]
     json_file.write_text(json.dumps(result))
-    _walk("--families", "lfm2", "--keep", json_file, "--json", json_file, "--markdown", table)
+    run("--families", "lfm2", "--keep", json_file, "--json", json_file, "--markdown", table)
     kept, again = json.loads(json_file.read_text())["outcomes"]
     assert kept == {**bart, "sources": "older", "why": "kept"}
-    assert again == {**lfm2, "sources": again["sources"]}
-    assert again["sources"] != "older"
+    assert again == {**lfm2, "why": "look 2"}
+    assert [list(families) for families in examined] == [["bart", "lfm2"], ["lfm2"]]
     assert "1 of the outcomes are of an earlier state" in table.read_text()
     result["environment"]["transformers"] = "another"
     json_file.write_text(json.dumps(result))
-    with pytest.raises(subprocess.CalledProcessError):
-        _walk("--families", "lfm2", "--keep", json_file)
+    with pytest.raises(SystemExit, match="examine all again"):
+        run("--families", "lfm2", "--keep", json_file)
 
 
 def _walk(*arguments):

@@ -147,13 +147,16 @@ class TestSampling:
     def test_text_is_plain_samplings_for_20_seeds_alone_and_in_company(self, fast, plain, batch, arguments):
         seeds = [10**17 + seed for seed in range(20)]
         prompt, mask = batch["input_ids"][1:2], batch["attention_mask"][1:2]
-        together = fast.generate(
-            prompt.expand(20, -1), mask.expand(20, -1), max_new_tokens=NEW, do_sample=True, seed=seeds, **arguments
+        settings = {"max_new_tokens": NEW, "do_sample": True, **arguments}
+        together, expected = (
+            one.generate(prompt.expand(20, -1), mask.expand(20, -1), seed=seeds, **settings) for one in (fast, plain)
         )
         assert len({tuple(row) for row in together.tolist()}) == 20
-        for row, seed in zip(together, seeds, strict=True):
-            alone = plain.generate(prompt, mask, max_new_tokens=NEW, do_sample=True, seed=[seed], **arguments)
-            assert torch.equal(row, alone[0])
+        assert torch.equal(together, expected)
+        for number in (0, 7, 19):
+            for one in (fast, plain):
+                alone = one.generate(prompt, mask, seed=[seeds[number]], **settings)
+                assert torch.equal(together[number], alone[0])
 
     def test_one_seed_for_a_batch_gives_each_request_its_own(self, fast, plain, batch):
         same_prompt = batch["input_ids"][1:2].expand(6, -1)

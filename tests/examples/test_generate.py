@@ -15,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_solves_a_puzzle_and_compares_with_plain_decoding():
-    result = run("--max-new-tokens", "150")
+    result = run("--max-new-tokens", "60")
     assert result.returncode == 0, result.stderr
     assert "solve " in result.stdout
     assert "text equals plain decoding's: yes" in result.stdout

@@ -45,9 +45,8 @@ def last_program_first(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every Triton function to the interpreter, and teach that to multiply bfloat16.
 
-    TRITON_INTERPRET stays as it is: it acts only on functions defined after it is set, those of triton.language included,
-    other test folders may have imported Triton before this one is collected, and what it acts on is not sent through
-    `call`.
+    TRITON_INTERPRET stays as it is. It acts only on functions defined after it is set, those of triton.language
+    included, and other test folders may have imported Triton before; and what it acts on is not sent through `call`.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is published for Linux only")
     from triton.runtime.jit import JITFunction

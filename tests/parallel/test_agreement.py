@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +180,9 @@ def one_stays_away(rank, size, told):
     together = agreement(rank, size, TIMEOUT)
     iterate(together)
     if rank == 1:
-        time.sleep(9)  # alive, but not in the iteration in which rank 0 waits
+        began = time.monotonic()
+        while "RanksEndedError" not in Path(f"{told}0").read_text() and time.monotonic() < began + 60:
+            time.sleep(0.1)  # alive, but not in the iteration in which rank 0 waits
         return None
     return until_ended(together)
 

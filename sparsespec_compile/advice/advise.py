@@ -1,9 +1,12 @@
 """`advise`: whether speculation pays for a model, a device and a workload, before anything is compiled."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.jupyter import JupyterMixin
 from rich.text import Text
@@ -21,11 +24,12 @@ from sparsespec_compile.advice.prediction import (
     predict_cycle,
     workload,
 )
-from sparsespec_compile.config import Drafter, DraftWeights, SpecConfig
+from sparsespec_compile.config import AUTO_PROPOSALS, Drafter, DraftWeights, SpecConfig
 from sparsespec_compile.errors import AdviceError
 from sparsespec_compile.passes.cost.terms import IterationCost, distinct_experts
 from sparsespec_compile.runtime.device.drafters import cycles_of
 from sparsespec_compile.runtime.device.weights import MOST_ROWS
+from sparsespec_compile.runtime.host.phases import expected_drafts
 
 MAX_DRAFT_TOKENS = 16
 """Longest cycle that is considered."""
@@ -45,6 +49,7 @@ class Choice:
     Attributes:
         draft_tokens: k; 0 = plain decoding.
         drafter: "pillar" or "ngram".
+        draft_proposals: as in `SpecConfig`.
         budget_ratio: as in `SpecConfig`.
         budget: cached positions that a draft reads at the workload's length; 0 where no pass drafts.
         accepted: mean accepted drafts of a cycle.
@@ -54,6 +59,7 @@ class Choice:
 
     draft_tokens: int
     drafter: Drafter
+    draft_proposals: int
     budget_ratio: float
     budget: int
     accepted: float
@@ -72,6 +78,7 @@ class Advice(JupyterMixin):
         plain: decoding without speculation.
         speculative: the best choice with k >= 1 and drafts by the model, also when it does not pay.
         ngrams: the best choice with drafts from the text itself; None = how many of them are right was not given.
+        both: the best choice with drafts by the model that judge proposals from the text; None likewise.
         break_even_length: shortest mean cached length at which speculation pays with this batch, None when it does
             not even at the model's longest.
         experts: of a mixture, experts of a layer that one row of each request chooses on average, and all of them.
@@ -83,6 +90,7 @@ class Advice(JupyterMixin):
     plain: Choice
     speculative: Choice
     ngrams: Choice | None
+    both: Choice | None
     break_even_length: int | None
     experts: tuple[float, int] | None = None
 
@@ -104,7 +112,7 @@ class Advice(JupyterMixin):
     @property
     def best(self) -> Choice:
         """What is advised."""
-        choices = [self.plain, self.speculative, *([] if self.ngrams is None else [self.ngrams])]
+        choices = [choice for choice in (self.plain, self.speculative, self.ngrams, self.both) if choice is not None]
         return max(choices, key=lambda choice: choice.tokens_per_second)
 
     def config(self) -> SpecConfig:
@@ -112,6 +120,7 @@ class Advice(JupyterMixin):
         return SpecConfig(
             draft_tokens=self.best.draft_tokens,
             drafter=self.best.drafter,
+            draft_proposals=self.best.draft_proposals,
             budget_ratio=self.best.budget_ratio,
             draft_weights=self.draft_weights,
         )
@@ -140,6 +149,9 @@ class Advice(JupyterMixin):
         ]
         if self.ngrams is not None:
             lines.append(f"drafts from the text: {self._line(self.ngrams)}")
+        if self.both is not None:
+            lines.append(f"both:                 {self._line(self.both)},")
+            lines.append(f"  draft_proposals={self.both.draft_proposals}")
         if self.experts is not None:
             read, count = self.experts
             rows = "1 draft row chooses" if load.batch == 1 else f"{load.batch} draft rows choose"
@@ -212,6 +224,7 @@ def advise(
         plain=_plain(costs, ceilings, load),
         speculative=_best(costs, ceilings, load, ways),
         ngrams=None if ngram_acceptance is None else _best_ngrams(costs, ceilings, load, ngram_acceptance),
+        both=None if ngram_acceptance is None else _best_of_both(costs, ceilings, load, ways, ngram_acceptance),
         break_even_length=_break_even(costs, ceilings, load.batch, ways, positions),
         experts=_experts_read(config, load.batch),
     )
@@ -233,14 +246,25 @@ def _config(model_or_config: PreTrainedModel | PreTrainedConfig) -> tuple[PreTra
 
 
 def _choice(
-    costs: Costs, ceilings: Ceilings, load: Workload, settings: SpecConfig, budget: int, curve: Curve
+    costs: Costs,
+    ceilings: Ceilings,
+    load: Workload,
+    settings: SpecConfig,
+    budget: int,
+    curve: Curve,
+    right: np.ndarray | None = None,
 ) -> Choice:
+    """`right`: probability that the first 1, 2, ... proposals are all right; None = there are none."""
     (kind,) = cycles_of(settings)
-    mean = accepted(curve, kind.drafts)
+    made = kind.drafts if right is None else expected_drafts(kind, right, settings.schedule, load.batch)
+    few = math.floor(made)
+    mean = accepted(curve, few)
+    if made > few:  # between whole numbers of drafts, in proportion
+        mean += (made - few) * (accepted(curve, few + 1) - mean)
     time = predict_cycle(costs.exact, kind, settings.schedule, load.length, load.batch, ceilings, costs.drafts)
     tokens = load.batch * (mean + 1) / (kind.passes + 1)
     speeds = tokens / time.seconds, tokens / time.light_seconds
-    return Choice(kind.drafts, settings.drafter, settings.budget_ratio, budget, mean, *speeds)
+    return Choice(kind.drafts, settings.drafter, kind.proposals, settings.budget_ratio, budget, mean, *speeds)
 
 
 def _plain(costs: Costs, ceilings: Ceilings, load: Workload) -> Choice:
@@ -254,6 +278,18 @@ def _best(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Cu
             settings = SpecConfig(draft_tokens=k, drafter="pillar", budget_ratio=ratio)
             budget = settings.budget(round(load.length))
             choices.append(_choice(costs, ceilings, load, settings, budget, curve))
+    return max(choices, key=lambda choice: choice.tokens_per_second)
+
+
+def _best_of_both(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Curve], ngrams: Curve) -> Choice:
+    up_to = np.array([accepted(ngrams, drafts) for drafts in range(AUTO_PROPOSALS[-1] + 1)])
+    right, choices = np.diff(up_to), []
+    for ratio, curve in ways.items():
+        for k, proposals in itertools.product(range(2, MAX_DRAFT_TOKENS + 1), AUTO_PROPOSALS):
+            if proposals < k:
+                settings = SpecConfig(draft_tokens=k, draft_proposals=proposals, drafter="pillar", budget_ratio=ratio)
+                budget = settings.budget(round(load.length))
+                choices.append(_choice(costs, ceilings, load, settings, budget, curve, right))
     return max(choices, key=lambda choice: choice.tokens_per_second)
 
 

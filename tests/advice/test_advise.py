@@ -37,7 +37,8 @@ def test_speculation_pays_for_long_contexts():
     assert got.speculate
     assert 1.3 < got.speedup < got.light_speedup < 3.0
     assert got.best is got.speculative
-    expected = ss.SpecConfig(draft_tokens=got.best.draft_tokens, drafter="pillar", draft_weights="exact")
+    settings = {"draft_tokens": got.best.draft_tokens, "draft_proposals": 0, "draft_weights": "exact"}
+    expected = ss.SpecConfig(drafter="pillar", **settings)
     assert got.config() == expected
     assert got.best.budget == 410
     assert got.best.accepted == pytest.approx(sum(0.9**i for i in range(1, got.best.draft_tokens + 1)))
@@ -47,18 +48,33 @@ def test_drafts_from_the_text_pay_where_rows_cost_little():
     """With one request every draft that is right is a gain; at length drafts by the model save the cache's bytes."""
     alone, many = (advice(1024, batch, acceptance=0.7, ngram_acceptance=0.3) for batch in (1, 64))
     assert alone.best is alone.ngrams
-    assert alone.config() == ss.SpecConfig(draft_tokens=alone.best.draft_tokens, drafter="ngram", draft_weights="exact")
+    settings = {"draft_tokens": alone.best.draft_tokens, "draft_proposals": 0, "draft_weights": "exact"}
+    assert alone.config() == ss.SpecConfig(drafter="ngram", **settings)
     assert alone.best.tokens_per_second == pytest.approx(alone.plain.tokens_per_second / 0.7, rel=0.02)
     assert many.ngrams.draft_tokens < alone.ngrams.draft_tokens, "rows of 64 requests are no longer free"
     assert many.ngrams.tokens_per_second > many.speculative.tokens_per_second
     long = advice(16384, 64, acceptance=0.9, ngram_acceptance=0.3)
-    assert long.best is long.speculative
+    assert long.best.drafter == "pillar"
     assert "drafts from the text: " in str(long)
     assert long.ngrams.budget == 0
     assert advice().ngrams is None
     assert "from the text" not in str(advice())
     with pytest.raises(AdviceError, match="must be a probability"):
         advice(ngram_acceptance=1.5)
+
+
+def test_both_pay_where_iterations_of_drafts_have_few_rows():
+    few, many = (advice(8192, batch, 0.98, ngram_acceptance=0.4, draft_weights="fp8") for batch in (16, 64))
+    assert few.best is few.both
+    assert few.both.tokens_per_second > 1.2 * max(few.speculative.tokens_per_second, few.ngrams.tokens_per_second)
+    assert few.config().draft_proposals == few.both.draft_proposals >= 2
+    assert f"draft_proposals={few.both.draft_proposals}" in str(few)
+    gain = [got.both.tokens_per_second / got.speculative.tokens_per_second for got in (few, many)]
+    assert gain[0] > gain[1]
+    assert few.both.accepted < few.both.draft_tokens
+    without = advice(8192, 16, 0.98, ngram_acceptance=0.0, draft_weights="fp8")
+    assert without.best is without.speculative
+    assert advice().both is None
 
 
 def test_an_explanation_says_what_else_auto_chooses_among():

@@ -11,7 +11,6 @@ are, and compares what followed with what was written: a few tokens of one reque
 requests, which takes 2 to 4 ms.
 """
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from sparsespec_compile.runtime.host.iteration_times import (
     MeasuredTimes,
     PredictedTimes,
 )
-from sparsespec_compile.runtime.host.phases import phases_in_use
+from sparsespec_compile.runtime.host.phases import expected_drafts
 from sparsespec_compile.runtime.host.request import Request
 
 _TOKENS = 24
@@ -294,23 +293,13 @@ class CycleChooser:
         return (mean + 1) / (self._passes + 1), deviation / (mean + 1)
 
     def _drafts_made(self, requests: int) -> np.ndarray:
-        """Expected drafts of each cycle, [n]: as many as it has, or with proposals what its draft iterations make.
-
-        Each of these makes a draft. Those in which nobody verifies also keep the first proposals that are right, until
-        there are as many drafts as a cycle may have; their sum is taken to be normally distributed.
-        """
+        """Expected drafts of each cycle, [n]."""
         made = self._most_drafts.astype(float)
         if self._ngrams is None or not self._proposals.any():
             return made
-        right = self._acceptance[self._ngrams].rates()
+        right = np.cumprod(self._acceptance[self._ngrams].rates())
         for at in np.flatnonzero(self._proposals):
-            cycle = self._cycles[at]
-            all_right = np.cumprod(right[: cycle.proposals])  # of the first 1, 2, ... proposals
-            kept = all_right.sum()
-            variance = ((2 * np.arange(len(all_right)) + 1) * all_right).sum() - kept**2
-            judging = cycle.passes + 1 - phases_in_use(self._schedule, cycle, requests)
-            mean, deviation = cycle.passes + judging * kept, math.sqrt(max(judging * variance, 1e-9))
-            made[at] -= _mean_below(cycle.drafts - mean, deviation)
+            made[at] = expected_drafts(self._cycles[at], right, self._schedule, requests)
         return made
 
 
@@ -351,13 +340,6 @@ class _Acceptance:
         share = (1 - rate) / (rate * (self._tries + _GUESS_VERIFIED + 1))
         behind = np.maximum(expected[None, 1:] - expected[:-1, None], 0.0)  # [draft, number of drafts]
         return np.stack([expected, np.concatenate([[0.0], np.sqrt(share @ behind**2)])])
-
-
-def _mean_below(limit: float, deviation: float) -> float:
-    """Mean of what a normal variable of mean 0 falls short of `limit` by, where it does: E[max(limit - x, 0)]."""
-    z = limit / deviation
-    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return deviation * density + limit * 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
 def _load(lengths: list[int]) -> Load:

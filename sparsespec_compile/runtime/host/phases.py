@@ -7,8 +7,11 @@ whole caches at once does not keep a GPU busy. So requests are spread over no mo
 call for.
 """
 
+import math
 from collections.abc import Sequence
 from random import Random
+
+import numpy as np
 
 from sparsespec_compile.config import Schedule
 from sparsespec_compile.runtime.device.drafters import Cycle
@@ -41,6 +44,31 @@ def phases_in_use(schedule: Schedule, cycle: Cycle, requests: int) -> int:
 def _group(drafts: int, requests: int) -> int:
     """Requests that may verify together within `GROUPED_ROWS`, 0 or less when there is no room for any."""
     return (GROUPED_ROWS - requests) // drafts
+
+
+def expected_drafts(cycle: Cycle, right: np.ndarray, schedule: Schedule, requests: int) -> float:
+    """Mean drafts of a cycle: as many as it has, or with proposals what its draft iterations make.
+
+    Each of these makes a draft. Those in which nobody verifies also keep the first proposals that are right, until
+    there are as many drafts as a cycle may have; their sum is taken to be normally distributed.
+
+    Args:
+        cycle: of all requests.
+        right: [at least as many as proposals], probability that the first 1, 2, ... proposals are all right.
+        schedule: as in `phases_in_use`.
+        requests: that decode.
+    """
+    if not cycle.proposals:
+        return float(cycle.drafts)
+    all_right = right[: cycle.proposals]
+    kept = float(all_right.sum())
+    variance = float(((2 * np.arange(len(all_right)) + 1) * all_right).sum()) - kept**2
+    judging = cycle.passes + 1 - phases_in_use(schedule, cycle, requests)
+    room, deviation = cycle.drafts - cycle.passes - judging * kept, math.sqrt(max(judging * variance, 1e-9))
+    # What a normal variable falls short of the room by, where it does: E[max(room - x, 0)].
+    short = room / deviation
+    density = math.exp(-0.5 * short * short) / math.sqrt(2 * math.pi)
+    return cycle.drafts - deviation * density - room * 0.5 * (1 + math.erf(short / math.sqrt(2)))
 
 
 def most_together(schedule: Schedule, cycle: Cycle, slots: int) -> int:

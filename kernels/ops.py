@@ -62,12 +62,19 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
 ``sparsespec::propose_ngrams(tokens, length, wanted, most) -> ()``
     tokens [at least B, N] int64, a text in each row, is written; length [B] int32, the position of a text's newest
     token, 0 where there is no text; wanted [B] int32, how many tokens to propose, 0 to leave a row alone; most, an
-    upper bound of it. For a row with wanted[b] > 0 the longest suffix of tokens[b, :length[b] + 1], of NGRAM_TOKENS
-    tokens at most, that occurs before its own end, or before the newest token of one of the other B texts, is looked
-    up. Of several places those in the text itself come first, then the latest position, then the first text. An
-    occurrence may overlap the suffix. The tokens that followed it are written to positions length[b] + 1 and on,
-    wanted[b] of them, as far as the row goes; behind the end of a text its last length - match tokens repeat. A row
-    without such an occurrence is left as it is.
+    upper bound of it. For a row with wanted[b] > 0 a place is looked up: a position before the newest token of the
+    text itself or of one of the other B texts. The tokens behind the place are written to positions length[b] + 1 and
+    on, wanted[b] of them, as far as the row goes; behind the end of a text its last length - place tokens repeat.
+    The text's last NGRAM_TOKENS tokens are compared with those up to the place, one by one at the same distance.
+    The text's newest token must be equal, or the one before it. Equal tokens count up to the first three unequal
+    ones in a row, and a text's start ends the comparison. So a place may differ in single tokens, such as the number
+    of a line, and even in the newest. Places are taken in this order:
+    1. the last NGRAM_SUFFIX tokens are equal;
+    2. at least NGRAM_EQUAL tokens are equal;
+    3. more of the last tokens are equal, up to the first unequal one: the longest suffix.
+    Among places of 1, and of 2, come first those with more equal tokens, then those in the text itself; among suffixes
+    of one length those in the text itself, then those with more equal tokens. Then come the latest position and the
+    first text. Without a place the newest token repeats.
 
 ``sparsespec::halved_product(x, weight) -> [2, ..., N]``
     x [..., K], weight [N, K] contiguous, K even, one dtype: two tensors whose sum is ``x @ weight.T``, each rounded to
@@ -181,6 +188,8 @@ __all__ = [
     "MEASURING_PILLARS",
     "MEASURING_POSITIONS",
     "MOST_NGRAM",
+    "NGRAM_EQUAL",
+    "NGRAM_SUFFIX",
     "NGRAM_TOKENS",
     "PROCESSING",
     "PROCESSING_HEAD",
@@ -437,8 +446,11 @@ MEASURING_PILLARS = 8
 positions together, but so many pillars at least."""
 
 
-NGRAM_TOKENS = 16
-"""Tokens of the longest suffix that is looked up in a text."""
+NGRAM_TOKENS = 24
+"""Tokens at the end of a text that are compared with those up to a place."""
+
+NGRAM_SUFFIX, NGRAM_EQUAL = 6, 10
+"""Equal tokens that make a place better than others: at the very end, or among all that are compared."""
 
 
 PROCESSING = ("repetition", "presence", "frequency", "ngram", "prompt")

@@ -68,7 +68,7 @@ class SpecConfig(Settings, error=ConfigError):
             and "ngram" pays more at the time. Most are passes of the model that read, besides the tokens since the last
             verification, "pillar": the positions with the highest attention in that verification (paper, PillarAttn);
             "window": the first 4 and the latest ones (StreamingLLM), as many as "pillar" would read; "full":
-            everything. "ngram" takes no pass: what followed the text's last 1 to 16 tokens where they occur before, in
+            everything. "ngram" takes no pass: what followed the place that is most like the text's last 24 tokens, in
             the text itself or in another one of the batch, is proposed, and every iteration verifies.
         draft_proposals: "auto", or the number, 0 to 8, of tokens that are proposed as by "ngram" behind the newest
             draft, and that each draft iteration judges besides: those that it would have drafted itself are drafts at

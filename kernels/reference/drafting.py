@@ -2,44 +2,105 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..checks import check_proposals, check_select
-from ..ops import NGRAM_TOKENS
+from ..ops import NGRAM_EQUAL, NGRAM_SUFFIX, NGRAM_TOKENS
 
 
 def propose_ngrams(tokens: Tensor, length: Tensor, wanted: Tensor, most: int) -> None:
-    """Write what followed the longest earlier occurrence of each text's suffix behind the text; see ``kernels.ops``."""
+    """Write what followed the place that is most like each text's end behind the text; see ``kernels.ops``."""
     check_proposals(tokens, length, wanted, most)
+    room = tokens.shape[1] - 1 - length
+    asked = [(b, count) for b, count in enumerate(torch.minimum(wanted.clamp(max=most), room).tolist()) if count > 0]
+    if not asked:
+        return
     texts, lengths = tokens[: length.shape[0]], length.tolist()
-    for b, (newest, count) in enumerate(zip(lengths, wanted.tolist(), strict=True)):
-        count = min(count, most, tokens.shape[1] - newest - 1)
-        found = _longest_match(texts, length, b, newest) if count > 0 else None
-        if found is not None:
-            source, match = found
-            nth = torch.arange(count, device=tokens.device) % (lengths[source] - match)
-            texts[b, newest + 1 : newest + 1 + count] = texts[source, match + 1 + nth]
+    end = max(lengths) + 1
+    # Behind one another, each with as many tokens before it as are compared, so that no comparison leaves its text.
+    line = pad(texts[:, :end], (NGRAM_TOKENS, 0), value=_NONE)
+    known = torch.arange(-NGRAM_TOKENS, end, device=tokens.device)
+    known = ((known >= 0) & (known < length[:, None])).flatten()
+    for b, count in asked:
+        newest = lengths[b]
+        source, place = _best_place(line, known, b, newest)
+        nth = torch.arange(count, device=tokens.device) % (lengths[source] - place)
+        texts[b, newest + 1 : newest + 1 + count] = texts[source, place + 1 + nth]
 
 
-def _longest_match(texts: Tensor, length: Tensor, b: int, newest: int) -> tuple[int, int] | None:
-    """Text and position at which the best earlier occurrence of a text's suffix ends; None without one.
+_NONE = -1
+"""No token."""
 
-    Suffixes of up to ``NGRAM_TOKENS`` tokens count; an occurrence in the text itself may overlap the suffix.
+
+def _best_place(line: Tensor, known: Tensor, b: int, newest: int) -> tuple[int, int]:
+    """Text and position that are most like the end of text b; without any, the position before its newest token.
+
+    Args:
+        line: texts, each behind NGRAM_TOKENS times no token [B, NGRAM_TOKENS + positions].
+        known: [elements of line], whether a position is before the newest token of its text.
+        b: number of the text.
+        newest: position of its newest token.
     """
-    end = int(length.max())
-    known = torch.arange(end, device=texts.device) < length[:, None]
-    source, place = ((texts[:, :end] == texts[b, newest]) & known).nonzero(as_tuple=True)
-    if not len(source):
-        return None
-    for back in range(1, min(NGRAM_TOKENS, newest + 1)):
-        longer = (place >= back) & (texts[source, place - back] == texts[b, newest - back])
-        if not longer.any():
-            break
-        source, place = source[longer], place[longer]
-    own = source == b
-    if own.any():
-        return b, int(place[own].max())
-    best = int(place.max())
-    return int(source[place == best].min()), best
+    last = line[b, newest + 1 : newest + 1 + NGRAM_TOKENS].flip(0)
+    last = last.masked_fill(last == _NONE, _NONE - 1)  # which does not equal what is before another text
+    width, line = line.shape[1], line.flatten()
+    known = known.clone()
+    known[1:] &= (line[1:] == last[0]) | (line[:-1] == last[1])
+    at = known.nonzero().flatten()
+    if not len(at):
+        return b, newest - 1
+    own = (at // width == b).int()
+    rank = _rank(_equal_bits(line, at, last), own)
+    at = at[rank == rank.max()]
+    source, place = at // width, at % width - NGRAM_TOKENS
+    latest = place.max()
+    return int(source[place == latest].min()), int(latest)
+
+
+def _equal_bits(line: Tensor, at: Tensor, last: Tensor) -> Tensor:
+    """Which tokens up to each place `at` [n] of a line equal the last ones, the newest first: bit k, int32 [n]."""
+    back = torch.arange(NGRAM_TOKENS, device=at.device)
+    power = torch.pow(2.0, back)  # sums of which are exact in float32
+
+    def bits(at: Tensor, part: slice) -> Tensor:
+        return ((line[at[:, None] - back[part]] == last[part]).float() @ power[part]).int()
+
+    equal = bits(at, slice(_FIRST))
+    # Few places go on: three unequal tokens in a row end most of them early.
+    further = ((_three_unequal(equal) & ((1 << (_FIRST - 2)) - 1)) == 0).nonzero().flatten()
+    equal[further] |= bits(at[further], slice(_FIRST, None))
+    return equal
+
+
+_FIRST = 8
+"""Tokens that are compared at every place."""
+
+
+def _rank(equal: Tensor, own: Tensor) -> Tensor:
+    """The order of places but for their positions, by the bits of their equal tokens; own: 1 for the text's own."""
+    three = _three_unequal(equal)
+    count = _ones(equal & ((three & -three) - 1))
+    suffix = ((~equal & (equal + 1)) - 1) & _WHOLE
+    level = torch.where(suffix == _WHOLE, _WHOLE + 1, torch.where(count >= NGRAM_EQUAL, _WHOLE, suffix))
+    return level * 64 + torch.where(level >= _WHOLE, count * 2 + own, own * 32 + count)
+
+
+_WHOLE = (1 << NGRAM_SUFFIX) - 1
+"""The bits of a suffix that is long enough; those of shorter ones are less."""
+
+
+def _three_unequal(equal: Tensor) -> Tensor:
+    """Bits k of which k, k + 1 and k + 2 are unequal."""
+    return ~(equal | (equal >> 1) | (equal >> 2))
+
+
+def _ones(bits: Tensor) -> Tensor:
+    """Number of ones among NGRAM_TOKENS bits."""
+    ones = _ONES.to(bits.device)
+    return ones[bits & 0xFFF] + ones[bits >> 12]
+
+
+_ONES = torch.tensor([number.bit_count() for number in range(1 << 12)], dtype=torch.int32)
 
 
 def select_pillars(

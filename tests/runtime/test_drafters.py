@@ -290,7 +290,9 @@ def test_the_host_looks_up_what_the_device_does(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     lengths, drafts = (40, 1, 33, 64, 12), 3
     tokens = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=generator)
-    tokens[3, 10:30] = tokens[0, 5:25]
+    tokens[3, 10:50] = tokens[0, :40]
+    tokens[3, [14, 21, 22, 30, 37, 44]] = vocabulary  # lines that differ in single tokens
+    tokens[4] = vocabulary + 1  # of which nothing is known at the first token: it repeats
     texts = Texts([row[:count].numpy() for row, count in zip(tokens, lengths, strict=True)])
     right = []
     for own, count in enumerate(lengths):
@@ -304,6 +306,8 @@ def test_the_host_looks_up_what_the_device_does(vocabulary):
             expected = int((proposed[own, ahead] == tokens[own, ahead]).int().cumprod(0).sum())
             assert texts.right_ngrams(own, newest, drafts) == expected
             right.append(expected)
+        again = [texts.right_ngrams(own, newest, drafts) for newest in reversed(range(count - drafts))]
+        assert again == right[: -len(again) - 1 : -1]
     assert {0, drafts} <= set(right)
 
 

@@ -118,12 +118,13 @@ class WindowDrafter(Drafter):
 
 
 class NgramDrafter(Drafter):
-    """Proposes what followed the text's last tokens where they occur before, in it or in another slot's text.
+    """Proposes what followed the place before, in the text or in another slot's, that is most like the text's end.
 
     Prompts are searched too, and texts that have ended until their slot has a new one. It runs no pass of the model:
     every iteration verifies, and yields one token at least. (Prompt lookup decoding, Saxena 2023, and SuffixDecoding,
     arXiv 2411.04975, which also searches other requests' outputs; here on the device, so that the host need not know
-    the text, and without an index.)
+    the text, and without an index. Both look for equal suffixes. Here single tokens of a place may differ as well, so
+    that drafts go on along a line of which the number is another.)
     """
 
     name = "ngram"

@@ -133,21 +133,32 @@ def scale_of_all_rows(x):
     return x / x.abs().amax()
 
 
+MIXING = {
+    token_shift: "pad",
+    recurrence: "cumsum",
+    own_attention: "matmul",
+    batch_norm: "mean",
+    scale_of_all_rows: "amax",
+}
+
+
+@pytest.mark.parametrize("change", MIXING, ids=lambda change: change.__name__)
+def test_mixing_of_every_kind_is_found_where_it_happens(monkeypatch, change):
+    find(patched(monkeypatch, change), MIXING[change])
+
+
 @pytest.mark.parametrize(
-    ("change", "operation"),
-    [
-        (token_shift, "pad"),
-        (recurrence, "cumsum"),
-        (own_attention, "matmul"),
-        (batch_norm, "mean"),
-        (scale_of_all_rows, "amax"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    "change",
+    [pytest.param(change, marks=() if change is token_shift else pytest.mark.slow) for change in MIXING],
+    ids=lambda change: change.__name__,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_mixing_of_every_kind_is_found_where_it_happens(monkeypatch, change, operation, dtype):
+def test_mixing_is_found_beside_coarse_rounding(monkeypatch, change):
+    find(patched(monkeypatch, change).to(torch.bfloat16), MIXING[change])
+
+
+def find(model, operation):
     with pytest.raises(RowMixingError, match=rf"= aten\.{operation}\..*layers\.0\.mlp.*mixes rows"):
-        probe(patched(monkeypatch, change).to(dtype))
+        probe(model)
 
 
 @pytest.mark.parametrize("source", ["q", "k", "v"])

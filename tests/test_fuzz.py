@@ -19,9 +19,16 @@ NEAR_TIE = 1e-3
 """Difference of logits below which two float32 programs may choose differently."""
 
 
+FAMILIES = ("llama", "qwen2", "gemma2", "qwen3", "gemma3_text", "mistral", "llama4_text", "olmo2", "smollm3")
+"""In an order in which the first seeds draw models with chunks, with windows and with neither."""
+
+
 def random_model(chance: random.Random) -> PreTrainedModel:
-    """Any family, one to three layers, up to 17 query heads to a KV head, narrow heads, windows from 2 positions on."""
-    family = chance.choice(["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "olmo2", "smollm3"])
+    """Any family, one to three layers, up to 17 query heads to a KV head, narrow heads, windows from 2 positions on.
+
+    Llama-4 has chunks in place of windows, in some of its layers, and experts in some.
+    """
+    family = chance.choice(FAMILIES)
     width, kv_heads, layers = chance.choice([2, 6, 8, 10, 16]), chance.choice([1, 2]), chance.choice([1, 2, 3])
     heads = kv_heads * chance.choice([1, 1, 2, 3, 4, 8, 17])
     window = chance.choice([2, 3, 5, 13, 30])
@@ -39,6 +46,16 @@ def random_model(chance: random.Random) -> PreTrainedModel:
             "layer_types": chance.choices(["sliding_attention", "full_attention"], k=layers),
         },
         "smollm3": {"no_rope_layers": chance.choices([0, 1], k=layers)},
+        "llama4_text": {
+            "attention_chunk_size": window,
+            "no_rope_layers": chance.choices([0, 1], k=layers),
+            "moe_layers": [layer for layer in range(layers) if chance.random() < 0.5],
+            "intermediate_size_mlp": 40,
+            "num_local_experts": 3,
+            "num_experts_per_tok": chance.choice([1, 2]),
+            "floor_scale": window,
+            "attn_scale": 0.5,
+        },
     }
     torch.manual_seed(chance.randrange(2**31))
     config = AutoConfig.for_model(

@@ -58,12 +58,13 @@ def test_drafts_that_were_not_made_are_not_judged():
 
 def test_proposals_are_judged_in_iterations_of_nothing_but_drafts(monkeypatch):
     """Where others verify, rows are not free, and weights are read as they are."""
-    seen = []
+    seen, proposed = [], []
     plan = Scheduler.plan
 
     def planned(scheduler):
         work = plan(scheduler)
         seen.append({(item.mode, item.rows) for _, item in work})
+        proposed.append({item.proposes for _, item in work})
         return work
 
     monkeypatch.setattr(Scheduler, "plan", planned)
@@ -77,6 +78,8 @@ def test_proposals_are_judged_in_iterations_of_nothing_but_drafts(monkeypatch):
     assert mixed
     assert set().union(*alone) == {(Mode.DRAFT, 3)}
     assert {rows for work in mixed for mode, rows in work if mode == Mode.DRAFT} == {1}
+    judged = [work == {(Mode.DRAFT, 3)} for work in seen[3:]]  # all prompts were read by then
+    assert proposed[2:-1] == [{one} for one in judged], "and searched for in the iteration before"
 
 
 def test_iterations_that_judge_proposals_take_small_tiles():

@@ -36,8 +36,8 @@ class Work(NamedTuple):
             pillars. Of more rows in a verification, the last `kernels.ops.scored_rows_at_most` count.
         drafter: the drafter of the drafts that are verified, None = no drafts; for statistics, not read on the device.
         whole_cycle: whether they are of as many draft iterations as cycles have at the time; likewise.
-        most: drafts of the cycle at most, those there are included; it binds drafts with offset -1. Slots in which it
-            is above 0 get proposals.
+        most: drafts with offset -1: drafts of the cycle at most, those there are included.
+        proposes: whether the slot gets proposals, for the next iteration to judge.
     """
 
     slot: int
@@ -50,6 +50,7 @@ class Work(NamedTuple):
     drafter: Drafter | None = None
     whole_cycle: bool = False
     most: int = 0
+    proposes: bool = False
 
 
 class PageUpdate(NamedTuple):
@@ -96,6 +97,7 @@ _SLOT_FIELDS = (
     "logit_start",
     "logit_count",
     "most",
+    "proposes",
     "max_length",
     "top_k",
     "temperature",
@@ -104,8 +106,8 @@ _SLOT_FIELDS = (
     "seed_low",
     "seed_high",
 )
-_WORK_FIELDS = 9  # the first ones are anew in every iteration, the others stay while a request keeps its slot
-_WORK_NUMBERS = ("slot", "mode", "rows", "offset", "logits", "scored", "most")  # of `Work`
+_WORK_FIELDS = 10  # the first ones are anew in every iteration, the others stay while a request keeps its slot
+_WORK_NUMBERS = ("slot", "mode", "rows", "offset", "logits", "scored", "most", "proposes")  # of `Work`
 _ROW_FIELDS = ("row_slot", "row_place", "row_token")
 _ALIGNED = 4
 """Alignment of fields, in values (16 bytes): every compiled region would copy an input that is less aligned."""
@@ -153,7 +155,7 @@ class StepInputs:
         scored: int32 [S], trailing rows that choose the next pillars, as in `Work`.
         score_slot: int32 [S], row of the score buffer that they are written to.
         logit_start, logit_count: int32 [S], which of the rows with logits belong to a slot.
-        most: int32 [S], as in `Work`.
+        most, proposes: int32 [S], as in `Work`.
         max_length: int32 [S], prompt and new tokens together at most.
         temperature, top_p, min_p: float32 [S]; top_k: int32 [S]; as in `DrawParams`.
         seed_low, seed_high: int32 [S], the bits of the seed.
@@ -171,7 +173,7 @@ class StepInputs:
         views = {name: self.flat[span] for name, span in sizes.spans().items()}
         self.mode, self.row_start, self.rows, self.offset = (views[name] for name in _SLOT_FIELDS[:4])
         self.scored, self.score_slot, self.logit_start, self.logit_count = (views[name] for name in _SLOT_FIELDS[4:8])
-        self.most, self.max_length = views["most"], views["max_length"]
+        self.most, self.proposes, self.max_length = (views[name] for name in ("most", "proposes", "max_length"))
         self.row_slot, self.row_place, self.row_token = (views[name] for name in _ROW_FIELDS)
         self.logit_rows = views["logit_rows"]
         self.update_at, self.update_page = views["update_at"], views["update_page"]
@@ -248,7 +250,8 @@ class InputPacker:
         row_start, logit_start = row_end - rows, logit_end - logits
         score_slot = np.where(scored > 0, np.cumsum(scored > 0) - 1, 0)
         self._work[:, slot] = (
-            *(given["mode"], row_start, rows, given["offset"], scored, score_slot, logit_start, logits, given["most"]),
+            *(given["mode"], row_start, rows, given["offset"], scored, score_slot, logit_start, logits),
+            *(given["most"], given["proposes"]),
         )
         views["row_slot"][:row] = np.repeat(slot, rows)
         views["row_place"][:row] = np.arange(row) - np.repeat(row_start, rows)

@@ -355,7 +355,7 @@ def accept(
 
 def propose(state: State, inputs: StepInputs, final: Tensor, most: int) -> None:
     """Propose `most` tokens behind the newest token or draft of slots that judge proposals next. final: int32 [S]."""
-    wanted = torch.where(((final > 0) | (inputs.mode == _DRAFT)) & (inputs.most > 0), most, 0).int()
+    wanted = torch.where(((final > 0) | (inputs.mode == _DRAFT)) & (inputs.proposes > 0), most, 0).int()
     torch.ops.sparsespec.propose_ngrams(state.tokens, state.length + state.drafted, wanted, most)
 
 

@@ -88,6 +88,10 @@ class Scheduler:
         alone = not due and not prompts
         work = [(r, item) for r in decoding if (item := self._decode(r, r in due, alone)) is not None]
         work.extend(self._prefill(prompts))
+        following = self.phases.at(self.iteration + 1)
+        if self.cycle.proposals and all(request.phase != following for request in decoding):
+            # The next iteration may hold nothing but drafts.
+            work = [(request, item._replace(proposes=True)) for request, item in work]
         self.iteration += bool(work)
         return work
 
@@ -163,11 +167,10 @@ class Scheduler:
         made = drafts + 1 if counted else max(drafts, min(drafts + pass_rows, cycle.drafts))
         if not self.kv_cache.cover(request, min(request.max_length, request.reach + (rows if due else made))):
             return None
-        # Slots with `most` get proposals.
-        most = cycle.drafts if cycle.proposals or not counted else 0
         if not due:
             request.passes, request.drafted, request.counted, request.drafter = passes + 1, made, counted, cycle.drafter
-            return Work(request.slot, Mode.DRAFT, pass_rows, drafts if counted else -1, logits=pass_rows, most=most)
+            offset = drafts if counted else -1
+            return Work(request.slot, Mode.DRAFT, pass_rows, offset, logits=pass_rows, most=cycle.drafts)
         # Where the score buffer is full, the old pillars serve for one cycle more.
         scored = self._take_scores(rows) if scores and not full else 0
         # In the first cycle of a drafter that proposes, the tokens after the newest one are not drafts yet.
@@ -177,7 +180,7 @@ class Scheduler:
         request.unread += rows
         request.fresh = scored > 0 or (scores and request.fresh)
         offset = 0 if counted else -1
-        return Work(request.slot, Mode.VERIFY, rows, offset, (), rows, scored, drafter, whole, most)
+        return Work(request.slot, Mode.VERIFY, rows, offset, (), rows, scored, drafter, whole)
 
     def _prefill(self, prompts: list[Request]) -> Iterator[tuple[Request, Work]]:
         left = self.limits.prefill_chunk
@@ -206,8 +209,7 @@ class Scheduler:
             self.phases.rebalance(self.running)
             scored = self._take_scores(min(self.cycle.drafts + 1, rows)) if self.cycle.drafter.keeps_index else 0
             request.fresh, request.drafter = scored > 0, self.cycle.drafter
-            most = self.cycle.drafts if self.cycle.proposals else 0
-            yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored, most=most)
+            yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)
 
     def _take_scores(self, rows: int) -> int:
         self._scored += 1

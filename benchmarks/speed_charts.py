@@ -91,13 +91,15 @@ def is_default(settings: dict[str, Any]) -> bool:
 
 
 def settings_name(settings: dict[str, Any]) -> str:
-    """Settings in words: "8 drafts" by pillars, "3 drafts, ngram", or "default"."""
+    """Settings in words: "8 drafts" by pillars, "8 drafts, 2 proposals", "3 drafts, ngram", or "default"."""
     if is_default(settings):
         return "default"
     shown = {name: value for name, value in settings.items() if getattr(SpecConfig(), name) != value}
     drafts = shown.pop("draft_tokens", "auto")
     shown.pop("drafter", None) if settings.get("drafter") == "pillar" else None
     words = ["no drafts" if drafts == 0 else f"{drafts} drafts"]
+    if "draft_proposals" in shown:
+        words.append(f"{shown.pop('draft_proposals')} proposals")
     words += [str(value) if isinstance(value, str) else f"{name}={value}" for name, value in shown.items()]
     return ", ".join(words)
 

@@ -100,7 +100,7 @@ def _ones(bits: Tensor) -> Tensor:
     return ones[bits & 0xFFF] + ones[bits >> 12]
 
 
-_ONES = torch.tensor([number.bit_count() for number in range(1 << 12)], dtype=torch.int32)
+_ONES = torch.tensor([number.bit_count() for number in range(1 << 12)], dtype=torch.int32, device="cpu")
 
 
 def select_pillars(

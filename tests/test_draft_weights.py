@@ -247,6 +247,15 @@ def test_a_captured_step_keeps_the_copies_that_it_reads():
     assert copies.held_bytes == 0
 
 
+def test_a_loop_of_one_s_own_renews_the_copies_with_each_text(monkeypatch):
+    made, copy = [], DraftCopies._copy
+    monkeypatch.setattr(DraftCopies, "_copy", lambda copies: made.append(1) or copy(copies))
+    step = with_settings(compiled("qwen3")).capture(2, 64)
+    texts_of_two = [decode(step, [5, 9, 3]) for _ in range(2)]
+    assert texts_of_two[0] == texts_of_two[1]
+    assert made == [1, 1]
+
+
 def decode(step, prompt):
     """A loop of one's own: four drafts, then their verification; each a replay."""
     step.begin(0, len(prompt) + NEW)

@@ -157,11 +157,18 @@ class Play:
                     client.cancel([chance.choice([request for request in requests if request in client.live])])
                 if client.live:
                     self.engine.drive(client)
+                self._check_pages(requests)
                 iterations += 1
                 if ends():
                     return False
                 assert iterations < MOST_ITERATIONS, "no progress"
         return True
+
+    def _check_pages(self, requests: list[Request]) -> None:
+        """Nobody holds more than what it was admitted for."""
+        if self.engine._session is not None:
+            kv_cache = self.engine._session._scheduler.kv_cache
+            assert all(request.pages_held <= kv_cache.largest(request) for request in requests)
 
     def _check(self, request: Request, text: list[int], *, whole: bool) -> None:
         if request.finish_reason in (FinishReason.LENGTH, FinishReason.STOP):

@@ -99,7 +99,8 @@ def settings_name(settings: dict[str, Any]) -> str:
     shown.pop("drafter", None) if settings.get("drafter") == "pillar" else None
     words = ["no drafts" if drafts == 0 else f"{drafts} drafts"]
     if "draft_proposals" in shown:
-        words.append(f"{shown.pop('draft_proposals')} proposals")
+        proposals = shown.pop("draft_proposals")
+        words.append(f"{proposals} proposal{'s' if proposals != 1 else ''}")
     words += [str(value) if isinstance(value, str) else f"{name}={value}" for name, value in shown.items()]
     return ", ".join(words)
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 import sparsespec_compile.kernels  # noqa: F401  registers the ops
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.advice.explain import Explanation, explain
-from sparsespec_compile.advice.prediction import DraftCost
+from sparsespec_compile.advice.prediction import draft_cost
 from sparsespec_compile.compile.forms import Form, Forms
 from sparsespec_compile.config import SpecConfig
 from sparsespec_compile.errors import (
@@ -445,7 +445,7 @@ class OptimizedModel:
         draft, run = self._compiled.draft, self._engine.drafts
         drafts = None
         if draft is not None and run is not None:
-            drafts = DraftCost(graph_cost(draft.graph_module), run.most_rows)
+            drafts = draft_cost(graph_cost(draft.graph_module), run.copies.kind)
         explanation = explain(cost, self.spec_config, lengths, batch, device, drafts)
         self._reader().check_length(max(lengths) if isinstance(lengths, Sequence) else lengths)
         if not rich.get_console().is_jupyter:

@@ -21,6 +21,7 @@ from sparsespec_compile.advice.prediction import (
     Workload,
     accepted,
     curves,
+    draft_cost,
     predict_cycle,
     workload,
 )
@@ -28,7 +29,6 @@ from sparsespec_compile.config import AUTO_PROPOSALS, Drafter, DraftWeights, Spe
 from sparsespec_compile.errors import AdviceError
 from sparsespec_compile.passes.cost.terms import IterationCost, distinct_experts
 from sparsespec_compile.runtime.device.drafters import cycles_of
-from sparsespec_compile.runtime.device.weights import MOST_ROWS
 from sparsespec_compile.runtime.host.phases import expected_drafts
 
 MAX_DRAFT_TOKENS = 16
@@ -209,7 +209,7 @@ def advise(
     config, dtype = _config(model_or_config)
     kind = SpecConfig(draft_weights=draft_weights).draft_weights
     cost, ceilings, load = config_cost(config, dtype), ceilings_of(device), workload(lengths, batch)
-    narrow = DraftCost(config_cost(config, dtype, draft_weights=True), MOST_ROWS.get(kind, max(MOST_ROWS.values())))
+    narrow = draft_cost(config_cost(config, dtype, draft_weights=True), "int8" if kind == "int8" else "fp8")
     costs = Costs(cost, None if kind == "exact" else narrow)
     ways, positions = curves(acceptance), config.to_dict()["max_position_embeddings"]
     if load.length > positions:

@@ -5,12 +5,11 @@
 **Speed of light**: all bytes at the read ceiling or all FLOPs at theirs, whichever takes longer.
 
 **Prediction**: term by term, what a kernel reads again included. Reading and computing overlap, but not fully where
-both matter; with x and y the time that each would take alone, sqrt(x^2 + y^2) follows measured steps from 2 to 256
-rows. Each launch adds its overhead, each request its own to attention, and giving out scores one more, for however few
-requests.
+both matter; with x and y the time that each would take alone, (x^n + y^n)^(1/n) follows measured steps from 2 to 256
+rows, with n = 3 for products and 2 for others. Each launch adds its overhead, each request its own to attention, and
+giving out scores one more, for however few requests.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +20,7 @@ from sparsespec_compile.config import Schedule, SpecConfig
 from sparsespec_compile.errors import AdviceError
 from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
 from sparsespec_compile.runtime.device.drafters import Cycle
+from sparsespec_compile.runtime.device.weights import MOST_ROWS
 from sparsespec_compile.runtime.host.iteration_times import IterationTime
 from sparsespec_compile.runtime.host.phases import phases_in_use
 
@@ -104,6 +104,9 @@ def _probability(value: object) -> float:
 _REMEMBERED = 1024
 """Predictions of iterations that are kept."""
 
+_OVERLAP = 3.0
+"""The exponent n of products."""
+
 OVERHEAD = "launches"
 """Name under which the overhead of all launches is given."""
 
@@ -156,10 +159,29 @@ class DraftCost:
     Attributes:
         cost: of the same terms as that of the others.
         most_rows: rows of the largest iteration that has it; larger ones cost what the others do.
+        flops_rate: FLOPs a second of its products, over those of others.
+        overhead_s: of each of its products, beside that of others.
     """
 
     cost: IterationCost
     most_rows: int
+    flops_rate: float = 1.0
+    overhead_s: float = 0.0
+
+    def ceilings(self, ceilings: Ceilings) -> Ceilings:
+        """What the device can do in these iterations."""
+        rate, overhead = ceilings.flops_per_s * self.flops_rate, ceilings.gemm_overhead_s + self.overhead_s
+        return replace(ceilings, flops_per_s=rate, gemm_overhead_s=overhead)
+
+
+_FLOPS_RATE, _OVERHEAD_S = {"int8": 1.0, "fp8": 2.0}, {"int8": 0.0, "fp8": 3.4e-6}
+"""Of products with copies of a kind, see `DraftCost`. Tensor cores compute twice as fast in fp8, for which rows become
+8-bit numbers too: what that takes is fitted to 11 kinds of cycles on an H200 (benchmarks/LOG.md, 2026-12-01)."""
+
+
+def draft_cost(cost: IterationCost, kind: str) -> DraftCost:
+    """What iterations of nothing but drafts cost with copies of weights; `kind` as in `SpecConfig.draft_weights`."""
+    return DraftCost(cost, MOST_ROWS[kind], _FLOPS_RATE[kind], _OVERHEAD_S[kind])
 
 
 def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Prediction:
@@ -183,11 +205,12 @@ def predict_mean(
 ) -> Prediction:
     """The mean time of an iteration, of kinds with given weights that add up to 1."""
 
-    def cost_of(iteration: Iteration) -> IterationCost:
-        other = drafts is not None and not iteration.verifying and iteration.rows <= drafts.most_rows
-        return drafts.cost if drafts is not None and other else cost
+    def predicted(iteration: Iteration) -> Prediction:
+        if drafts is None or iteration.verifying or iteration.rows > drafts.most_rows:
+            return predict(cost, iteration, ceilings)
+        return predict(drafts.cost, iteration, drafts.ceilings(ceilings))
 
-    parts = [(weight, predict(cost_of(iteration), iteration, ceilings)) for weight, iteration in mix]
+    parts = [(weight, predicted(iteration)) for weight, iteration in mix]
     terms = [
         TermTime(
             times[0].name,
@@ -297,7 +320,8 @@ def _term_time(term: Term, size: float, flops: float, again: float, ceilings: Ce
     gathered, attention = term.kind == "draft", term.kind in ("draft", "verify")
     reading = (size + again) / (ceilings.gather_bytes_per_s if gathered else ceilings.read_bytes_per_s)
     computing = flops / (ceilings.attention_flops_per_s if attention else ceilings.flops_per_s)
-    return TermTime(term.name, size, flops, math.hypot(reading, computing))
+    overlap = _OVERLAP if term.kind == "gemm" else 2.0
+    return TermTime(term.name, size, flops, (reading**overlap + computing**overlap) ** (1 / overlap))
 
 
 def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> float:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparsespec_compile.advice.ceilings import ceilings_of
-from sparsespec_compile.advice.prediction import DraftCost, iteration_time
+from sparsespec_compile.advice.prediction import draft_cost, iteration_time
 from sparsespec_compile.compile.ranks import ranks_of
 from sparsespec_compile.compile.warm_up import kernels_compiled_beside
 from sparsespec_compile.config import SpecConfig
@@ -30,7 +30,7 @@ from sparsespec_compile.runtime.device.drafters import cycles_of
 from sparsespec_compile.runtime.device.graphs import padded, row_counts
 from sparsespec_compile.runtime.device.inputs import MIN_ROWS
 from sparsespec_compile.runtime.device.step import Forward, as_it_is, without_autocast
-from sparsespec_compile.runtime.device.weights import MOST_ROWS, DraftCopies, DraftGraph
+from sparsespec_compile.runtime.device.weights import DraftCopies, DraftGraph
 from sparsespec_compile.runtime.host.iteration_times import IterationTime
 
 
@@ -95,7 +95,7 @@ def _predicted(
         cost = graph_cost(compiled.graph_module)
         drafts = None
         if compiled.draft is not None and kind is not None:
-            drafts = DraftCost(graph_cost(compiled.draft.graph_module), MOST_ROWS[kind])
+            drafts = draft_cost(graph_cost(compiled.draft.graph_module), kind)
         ceilings = ceilings_of(device if config.ceilings is None else config.ceilings)
     except (CostModelError, CeilingsError):
         return None, None

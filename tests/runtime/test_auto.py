@@ -117,6 +117,26 @@ def test_texts_do_not_depend_on_whether_proposals_are_judged(monkeypatch, seed, 
     assert names == {"pillar", "pillar+ngram", "ngram"}
 
 
+def test_another_number_of_requests_is_chosen_for_at_once():
+    """The choice for the few that are left at the end of a batch is none for the many of the next one."""
+    asked = []
+
+    class Asked(Changing):
+        def choose(self, lengths):
+            asked.append((engine.stats.iterations, len(lengths)))
+            return self.current
+
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=2, drafter="full", max_requests=8)
+    engine._chooser = Asked(cycles_of(engine.config))
+    run(engine, requests_of((5,), 20))
+    assert asked[0] == (1, 1)
+    asked.clear()
+    run(engine, requests_of((5, 7, 9, 4, 8, 6), 30))
+    at, requests = asked[0]
+    assert (requests, at) == (6, 1), "of six requests after one, in the first iteration that was read"
+    assert [at for at, _ in asked][1:2] == [17], "and not again before it is time"
+
+
 def test_without_predictions_nothing_is_proposed():
     """Rows of proposals are taken for nearly free, as they are on a GPU."""
     settings = {"draft_tokens": "auto", "min_budget": 4}

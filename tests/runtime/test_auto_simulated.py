@@ -9,9 +9,8 @@ import torch
 import sparsespec_compile as ss
 from sparsespec_compile.advice.ceilings import H200
 from sparsespec_compile.advice.config_cost import config_cost
-from sparsespec_compile.advice.prediction import DraftCost, iteration_time
+from sparsespec_compile.advice.prediction import draft_cost, iteration_time
 from sparsespec_compile.runtime.device.drafters import NgramDrafter, PillarDrafter
-from sparsespec_compile.runtime.device.weights import MOST_ROWS
 from sparsespec_compile.runtime.host.cycle_chooser import chooser_for
 
 from ..support.simulation import AS_TIMED, COST, QWEN3_8B, SHARP, Simulation, Text, as_run
@@ -28,7 +27,7 @@ WORKLOADS = {
 }
 
 PREDICTED = iteration_time(COST, "grouped", H200, padded=as_run)
-COPIES = DraftCost(config_cost(QWEN3_8B, torch.bfloat16, draft_weights=True), MOST_ROWS["fp8"])
+COPIES = draft_cost(config_cost(QWEN3_8B, torch.bfloat16, draft_weights=True), "fp8")
 PREDICTED_WITH_COPIES = iteration_time(COST, "grouped", H200, COPIES, as_run)
 
 DRAFT_WEIGHTS = 0.6
@@ -101,7 +100,7 @@ def test_proposals_are_judged_where_rows_are_free(workload, gain):
     judged = max(by_hand(workload, text, "pillar", 12, proposals=proposals, **timed) for proposals in (2, 3))
     assert judged > gain * without
     speed, cycles = by_default(workload, text, runs=3, engines=2, **timed)
-    assert speed > 0.95 * judged, cycles
+    assert speed > 0.97 * judged, cycles
     share = sum(count for (name, _), count in cycles.items() if "+" in name) / cycles.total()
     assert share > 0.8 or workload == "1x8192"
 
@@ -114,9 +113,8 @@ def test_proposals_that_are_never_right_are_not_judged():
 NUMBERS = {"ngram": (1, 2, 3, 6, 12), "pillar": (2, 3, 4, 6, 8, 12)}
 
 
-BARS = {"16x8192": 0.94, "64x8192": 0.91}
-"""Where few requests verify, numbers of 4 to 8 drafts differ by less than a run tells, and trials go on. With 64 long
-texts and 8-bit copies the mean of four engines is 7% slower (benchmarks/LOG.md)."""
+BARS = {"16x8192": 0.95, "64x8192": 0.95}
+"""Where few requests verify, numbers of 4 to 8 drafts differ by less than a run tells, and trials go on."""
 
 
 @pytest.mark.slow

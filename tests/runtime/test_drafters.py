@@ -188,7 +188,7 @@ def test_drafts_are_counted_for_who_made_them(monkeypatch):
         return [cycle for first in cycles for second in cycles for cycle in (first, second)]
 
     monkeypatch.setattr(drafters, "_AUTO", ("full", "ngram"))
-    _, told = in_order(monkeypatch, order, requests_of((1, 5, 23, 40, 11), 90))
+    _, told = in_order(monkeypatch, order, requests_of((1, 5, 23, 40, 11), 150))
     assert all(drafts == accepted for drafts, accepted in told["full"])
     assert max(drafts for drafts, _ in told["full"]) == 4
     assert any(drafts > accepted for drafts, accepted in told["ngram"])

@@ -30,7 +30,7 @@ from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.host.phases import Phases
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
-from sparsespec_compile.runtime.host.session import _CHOICE_EVERY
+from sparsespec_compile.runtime.host.session import _CHOICE_EVERY, is_other_load
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -106,6 +106,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
+        self._chosen_for = 0
         self._ngrams = next((c.drafter for c in cycles_of(self.config) if isinstance(c.drafter, NgramDrafter)), None)
         self._proposer = NgramDrafter(self.config)
 
@@ -182,8 +183,12 @@ class Simulation:
         decoding = [request.reach for request in scheduler.running if request.phase is not None]
         if took is not None:
             self.chooser.took(took, decoding)
-        if landed % _CHOICE_EVERY != 1:
+        other_load = is_other_load(len(decoding), self._chosen_for)
+        if other_load:
+            self.chooser.began()
+        if not other_load and landed % _CHOICE_EVERY != 1:
             return
+        self._chosen_for = len(decoding)
         if self._ngrams is not None and scheduler.cycle.drafter != self._ngrams and landed > 1 and decoding:
             for _ in range(14):  # as `Foresight` gives of 24 tokens or so
                 most = self.config.most_draft_tokens

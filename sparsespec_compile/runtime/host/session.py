@@ -40,6 +40,9 @@ from sparsespec_compile.runtime.host.stats import Occupancy, Stats, StatsRecorde
 _CHOICE_EVERY = 16
 """Iterations between two choices of the cycle."""
 
+_OTHER_LOAD = 1.5
+"""Factor in the number of decoding requests at which it chooses at once."""
+
 _STALLED_ITERATIONS = 2000
 """Iterations in a row without a token, a prompt's row or a page on its way, after which something must be wrong."""
 
@@ -86,6 +89,7 @@ class Session:
         self._scheduler = self._new_scheduler()
         self._landed_at = math.nan
         self._idle_iterations = 0
+        self._chosen_for = 0  # requests that decoded at the latest choice
         self._added: dict[Request, float] = {}
         self._processed_slots: set[int] = set()
 
@@ -399,7 +403,7 @@ class Session:
         return outputs
 
     def _choose_drafts(self, work: list[tuple[Request, Work]]) -> None:
-        """Report the iteration's time to the chooser, and every `_CHOICE_EVERY` iterations apply its choice."""
+        """Report the iteration's time to the chooser, and now and then apply its choice."""
         if self._chooser is None:
             return
         now = time.perf_counter()
@@ -408,7 +412,11 @@ class Session:
         steady = len(self._flight) == self._flight.depth - 1
         if steady and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
             self._chooser.took(seconds, decoding)
-        if self._recorder.stats.iterations % _CHOICE_EVERY == 1:
+        other_load = is_other_load(len(decoding), self._chosen_for)
+        if other_load:
+            self._chooser.began()
+        if other_load or self._recorder.stats.iterations % _CHOICE_EVERY == 1:
+            self._chosen_for = len(decoding)
             self._foresee()
             self._scheduler.set_cycle(self._chooser.choose(decoding))
 
@@ -449,6 +457,14 @@ def _undrawn(request: Request, tokens: Sequence[int]) -> tuple[int, Exception] |
         place = list(tokens).index(NO_TOKEN)
         return place, no_token_left(first + place, -math.inf)
     return None
+
+
+def is_other_load(requests: int, before: int) -> bool:
+    """Whether so many decoding requests deserve a new choice at once, after one for another number of them.
+
+    A batch ends with few requests, for which another cycle is best than for the many with which the next one begins.
+    """
+    return requests > 0 and not before / _OTHER_LOAD < requests < before * _OTHER_LOAD
 
 
 def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]]:

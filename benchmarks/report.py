@@ -8,6 +8,7 @@ each engine with its settings on each workload, with the fields in `FIELDS`. mat
 
 import argparse
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -146,18 +147,15 @@ def matplotlib_module(name: str) -> ModuleType:
         ) from error
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(draw: Callable[[list[dict[str, Any]], Path], None], name: str, description: str | None) -> None:
+    """The command that draws a chart of the results; `name` is that of its file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS, help="the results")
-    parser.add_argument("--png", type=Path, default=CHARTS / "throughput.png", help="where to write the chart")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    parser.add_argument("--png", type=Path, default=CHARTS / name, help="where to write the chart")
+    arguments = parser.parse_args()
     draw(read_rows(arguments.json), arguments.png)
     print(f"wrote {arguments.png}")
 
 
 if __name__ == "__main__":
-    main()
+    command(draw, "throughput.png", __doc__)

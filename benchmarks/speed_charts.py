@@ -9,12 +9,11 @@ the workloads of drafts as the model makes them: what sparse attention saves gro
 not. A dot is what default settings reach, a dash the best fixed ones.
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from report import CHARTS, OURS, RESULTS, ReportError, matplotlib_module, read_rows
+from report import OURS, ReportError, command, matplotlib_module
 from workloads import workload as parsed
 from wrong_drafts import rate_for
 
@@ -169,18 +168,5 @@ def _rates(axis: Any) -> None:
     above.set_xlabel("accepted of 8", fontsize=9)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="the results")
-    parser.add_argument("--png", type=Path, default=CHARTS / "speed.png", help="where to write the chart")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    draw(read_rows(arguments.json), arguments.png)
-    print(f"wrote {arguments.png}")
-
-
 if __name__ == "__main__":
-    main()
+    command(draw, "speed.png", __doc__)

@@ -26,15 +26,18 @@ def shared_by(ranks):
     return {"tensor_parallel": ranks, "rank_timeout": 600.0}
 
 
-def texts(ranks, family, settings, drafts, drafter="pillar"):
-    """Greedy and sampled text, and acceptance, of a model that `ranks` ranks share; 1 for a whole one."""
+def texts(ranks, family, settings, drafts, drafter="pillar", **more):
+    """Greedy and sampled text, and acceptance, of a model that `ranks` ranks share; 1 for a whole one.
+
+    Acceptance is NaN with "auto", which chooses by times.
+    """
     input_ids, mask = left_padded(*LENGTHS)
     budget = {"min_budget": 12, "budget_ratio": 0.01}
-    config = ss.SpecConfig(draft_tokens=drafts, drafter=drafter, **budget, **shared_by(ranks))
+    config = ss.SpecConfig(draft_tokens=drafts, drafter=drafter, **budget, **more, **shared_by(ranks))
     fast = ss.optimize(tiny(family, **settings), config)
     request = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS}
     greedy = fast.generate(input_ids, do_sample=False, **request)
-    accepted = fast.stats.accepted_per_cycle
+    accepted = math.nan if drafts == "auto" else fast.stats.accepted_per_cycle
     return greedy, fast.generate(input_ids, do_sample=True, seed=3, temperature=2.0, **request), accepted
 
 
@@ -75,13 +78,13 @@ def check_narrow(size, settings):
         assert bad[2] < 0.1
 
 
-def on_rank(rank, size, cases):
-    return [texts(size, *case) for case in cases]
+def on_rank(rank, size, cases, more):
+    return [texts(size, *case, **more) for case in cases]
 
 
-def check(size, *cases):
-    alone = [texts(1, *case) for case in cases]
-    for found in run_ranks(on_rank, size, cases, timeout=600):
+def check(size, *cases, **more):
+    alone = [texts(1, *case, **more) for case in cases]
+    for found in run_ranks(on_rank, size, cases, more, timeout=600):
         for (*written, accepted), (*expected, expected_accepted) in zip(found, alone, strict=True):
             assert all(map(torch.equal, written, expected))
             # Sums in another order choose other pillars where scores are about equal: drafts may differ, texts not.
@@ -91,6 +94,17 @@ def check(size, *cases):
 
 def test_two_ranks_write_the_text_of_one():
     check(2, ("llama", EVEN, 4), ("llama", EVEN, 4, "ngram"))
+
+
+def test_two_ranks_judge_the_same_proposals():
+    check(2, ("llama", EVEN, 6), draft_proposals=2)
+
+
+@pytest.mark.slow
+def test_ranks_choose_the_same_cycles():
+    """By the times of one of them, proposals among what it chooses from."""
+    check(2, ("llama", EVEN, "auto", "auto"), ceilings=ss.H200)
+    check(4, ("qwen3", TIED, "auto", "auto"), ceilings=ss.H200)
 
 
 def test_two_ranks_draft_with_8_bit_weights_and_their_text_does_not_depend_on_them():

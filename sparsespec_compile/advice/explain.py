@@ -19,7 +19,7 @@ from sparsespec_compile.runtime.host.phases import phases_in_use
 
 WIDTH = 80
 """Columns of what `print` shows; rich and notebooks take what room they have."""
-_NGRAMS_SHOWN = (1, 3, 8)
+_NGRAMS_SHOWN, _PROPOSALS_SHOWN = (1, 3, 8), (1, 3)
 LEGEND = (
     "T rows, R rows with logits, D drafting and V verifying requests, L mean cached length, k drafts of a cycle, "
     "b cached positions that a draft reads"
@@ -39,6 +39,8 @@ class Explanation(JupyterMixin):
         plain: times of plain decoding, for comparison.
         drafts: bytes and FLOPs of iterations of nothing but drafts, where they read 8-bit weights.
         ngrams: times with drafts from the text, by their number; empty where the settings allow none.
+        judging: cycles whose draft iterations judge proposals, and times; empty likewise, and where the settings have
+            no other cycles.
     """
 
     cost: IterationCost
@@ -49,6 +51,7 @@ class Explanation(JupyterMixin):
     plain: Prediction
     drafts: IterationCost | None = None
     ngrams: Mapping[int, Prediction] = field(default_factory=dict)
+    judging: Mapping[Cycle, Prediction] = field(default_factory=dict)
 
     def __rich__(self) -> Group:
         return Group(self._times(), self._formulas(), *self.lines())
@@ -75,13 +78,21 @@ class Explanation(JupyterMixin):
             f"plain decoding: predicted {self.plain.seconds * 1e3:.3g} ms, speed of light "
             f"{self.plain.light_seconds * 1e3:.3g} ms, longest: {self.plain.dominating.name}",
             *self._ngram_lines(),
+            *self._judging_lines(),
         ]
 
     def _ngram_lines(self) -> list[str]:
         return [
-            f"{drafts} drafts from the text: predicted {time.seconds * 1e3:.3g} ms, faster than plain decoding if more "
-            f"than {time.seconds / self.plain.seconds - 1:.2f} of them are accepted"
+            f"{_counted(drafts, 'draft')} from the text: predicted {time.seconds * 1e3:.3g} ms, faster than plain "
+            f"decoding if more than {time.seconds / self.plain.seconds - 1:.2f} of them are accepted"
             for drafts, time in self.ngrams.items()
+        ]
+
+    def _judging_lines(self) -> list[str]:
+        return [
+            f"{_counted(kind.passes, 'draft iteration')} that judge {_counted(kind.proposals, 'proposal')}, "
+            f"for up to {kind.drafts} drafts: predicted {time.seconds * 1e3:.3g} ms"
+            for kind, time in self.judging.items()
         ]
 
     def _draft_lines(self) -> list[str]:
@@ -114,6 +125,10 @@ class Explanation(JupyterMixin):
         for term in self.cost.terms:
             table.add_row(term.name, str(term.bytes), str(term.flops))
         return table
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def explain(
@@ -150,6 +165,12 @@ def explain(
         for kind in cycles
         if isinstance(kind.drafter, NgramDrafter) and kind.drafts in _NGRAMS_SHOWN
     }
+    # Of the cycles with the most drafts, those with the fewest iterations.
+    judging = {
+        kind.proposals: kind
+        for kind in reversed(cycles[:-1])
+        if kind.proposals in _PROPOSALS_SHOWN and kind.drafts == cycles[-1].drafts
+    }
     return Explanation(
         cost,
         config,
@@ -159,4 +180,5 @@ def explain(
         predicted(plain),
         None if drafts is None else drafts.cost,
         ngrams,
+        {kind: predicted(kind) for kind in reversed(judging.values())},
     )

@@ -90,6 +90,17 @@ def test_an_explanation_says_what_else_auto_chooses_among():
     assert ngrams.prediction == shown.ngrams[3]
 
 
+def test_an_explanation_has_cycles_that_judge_proposals():
+    cost = config_cost(LLAMA_8B, torch.bfloat16)
+    shown = explain(cost, ss.SpecConfig(), 8192, 16, "H200")
+    assert [(kind.passes, kind.proposals, kind.drafts) for kind in shown.judging] == [(8, 1, 12), (6, 3, 12)]
+    lines = [line for line in shown.lines() if "proposal" in line]
+    assert lines[1].startswith("6 draft iterations that judge 3 proposals, for up to 12 drafts: predicted ")
+    assert len(lines) == 2
+    assert not explain(cost, ss.SpecConfig(draft_proposals=0), 8192, 16, "H200").judging
+    assert not explain(cost, ss.SpecConfig(draft_tokens=12, draft_proposals=2), 8192, 16, "H200").judging
+
+
 def test_an_explanation_counts_rows_for_proposals():
     cost = config_cost(LLAMA_8B, torch.bfloat16)
     alone, judged = (

@@ -60,11 +60,11 @@ rows of the score buffer, S positions for which scores can be kept, M pillars th
     anyone. Scores are ordered as floating-point numbers (0.0 and -0.0 are equal; a NaN ranks by its bit pattern).
 
 ``sparsespec::propose_ngrams(tokens, length, wanted, most) -> ()``
-    tokens [at least B, N] int64, a text in each row, is written; length [B] int32, the position of a text's newest
-    token, 0 where there is no text; wanted [B] int32, how many tokens to propose, 0 to leave a row alone; most, an
-    upper bound of it. For a row with wanted[b] > 0 a place is looked up: a position before the newest token of the
-    text itself or of one of the other B texts. The tokens behind the place are written to positions length[b] + 1 and
-    on, wanted[b] of them, as far as the row goes; behind the end of a text its last length - place tokens repeat.
+    tokens [at least B, N] int64, a text in each row, ids below 2**31, is written; length [B] int32, the position of a
+    text's newest token, 0 where there is no text; wanted [B] int32, how many tokens to propose, 0 to leave a row alone;
+    most, an upper bound of it. For a row with wanted[b] > 0 a place is looked up: a position before the newest token of
+    the text itself or of one of the other B texts. The tokens behind the place are written to positions length[b] + 1
+    and on, wanted[b] of them, as far as the row goes; behind the end of a text its last length - place tokens repeat.
     The text's last NGRAM_TOKENS tokens are compared with those up to the place, one by one at the same distance.
     The text's newest token must be equal, or the one before it. Equal tokens count up to the first three unequal
     ones in a row, and a text's start ends the comparison. So a place may differ in single tokens, such as the number

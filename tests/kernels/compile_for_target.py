@@ -123,7 +123,7 @@ def main() -> None:
     capability, layers = int(sys.argv[1]), sys.argv[2:]
     target = GPUTarget("cuda", capability, 32)
     limits = DeviceLimits("none", capability, _PROCESSORS, SHARED_KIB[capability] * 1024)
-    for module in (launcher, pillars, quantised, experts):
+    for module in (launcher, ngrams, pillars, quantised, experts):
         module.device_limits = lambda _: limits
     launches: list[Launch] = []
     programs = 1

@@ -185,6 +185,48 @@ def test_triton(device):
     assert torch.equal(propose(propose_ngrams, texts, wanted, device), expected)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 16])
+def test_places_of_long_texts(parts, device, monkeypatch):
+    """Places at the ends of what the kernel looks at, lists and ranks at a time, and of the parts of a text."""
+    from sparsespec_compile.kernels.drafting import ngrams
+
+    monkeypatch.setattr(ngrams, "_MOST_PARTS", parts)
+    chunk, batch = ngrams._ROWS * ngrams._LANES, ngrams._BATCH
+    text = [*range(100, 100 + 3 * chunk + 8)]
+
+    def check(*texts):
+        got = propose(ngrams.propose_ngrams, texts, [2] + [0] * (len(texts) - 1), device)
+        newest = len(texts[0])
+        assert got[0, newest : newest + 2].tolist() == expected_of(texts, 0, 2)
+
+    for place in (0, 1, 22, chunk - 1, chunk, chunk + 22, 2 * chunk - 1, 2 * chunk, 3 * chunk, 3 * chunk + 5):
+        ending = text[max(place - 23, 0) : place + 1]
+        # Such places in the second text are worse by the first of their 24 tokens.
+        check([*text, 5, *ending], [5, 5, 5, *ending[1:], 6, 7])
+        if place:  # the newest token differs
+            check([*text, 5, *ending[:-1], 4], [6] * 30)
+        same = [6] * place + ending[-1:]
+        for latest, first in ((place, place), (place, place - 1), (max(place - 1, 0), place)):
+            check([ending[-1]], [*same[place - latest :], 7, 8], [*same[place - first :], 9, 10])
+    for count in (batch - 1, batch, batch + 1, 2 * batch, 2 * batch + 1, chunk):
+        listed = [one for nth in range(count) for one in (5, 200 + nth, 201 + nth)]
+        check([*listed, 5])
+        for best in (0, 1, count // 2, count - 1):
+            check([*listed[: 3 * best], 4, *listed[3 * best :], 4, 5])
+    check([5] * (2 * chunk + 1))
+    check([7], [5] * chunk + [7] * (chunk + batch + 2) + [8])
+
+
+def test_no_texts(device):
+    from sparsespec_compile.kernels.drafting.ngrams import propose_ngrams
+
+    none = torch.zeros(0, dtype=torch.int32, device=device)
+    tokens = torch.full((1, 8), SENTINEL, device=device)
+    for op in (propose_ngrams, ops.propose_ngrams):
+        op(tokens, none, none, MOST)
+    assert tokens.eq(SENTINEL).all()
+
+
 @pytest.mark.parametrize("op", ["reference", "triton"])
 @pytest.mark.parametrize("vocabulary", [2, 3, 6, 30])
 def test_small_texts(op, vocabulary, device):

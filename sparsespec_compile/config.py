@@ -75,8 +75,8 @@ class SpecConfig(Settings, error=ConfigError):
             once. So a cycle of `draft_tokens` drafts has fewer draft iterations, as many as make so many drafts if
             proposals are right as often as expected; with fewer right ones it has fewer drafts. Iterations in which
             other requests verify or read prompts judge none. "auto": where `draft_tokens` and `drafter` are "auto", and
-            times can be predicted, it is part of their choice, else 0. A number above 0 needs one of `draft_tokens`,
-            and a drafter that runs the model.
+            times can be predicted, it is part of their choice, else 0. A number above 0 needs `draft_tokens` to
+            be a larger number, or 0, and a drafter that runs the model.
         local_ratio: share of the "pillar" budget, in [0, 1], that is spent on the positions just before the last
             verification instead of on the highest scores. 0 is the paper's choice.
         draft_weights: what drafts read of the weights. "int8" and "fp8": copies in 8 bits with a scale for each output,
@@ -157,7 +157,7 @@ class SpecConfig(Settings, error=ConfigError):
 
     def __post_init__(self) -> None:
         if not isinstance(self.draft_tokens, str) or self.draft_tokens != "auto":
-            self._check_int("draft_tokens", 0, 64)
+            self._check_int("draft_tokens", 0, 64, or_else='"auto"')
         self._check_int("max_draft_tokens", 1, 64)
         if self.ceilings is not None and not isinstance(self.ceilings, Ceilings):
             raise ConfigError(f"ceilings must be Ceilings(...) or None, got {self.ceilings!r}.")
@@ -166,16 +166,16 @@ class SpecConfig(Settings, error=ConfigError):
         self._check_int("max_requests", 1, MOST_REQUESTS)
         self._check_int("prefill_chunk", 1, 2**20)
         if self.pool_tokens is not None:
-            self._check_int("pool_tokens", self.page_size, 2**40)
+            self._check_int("pool_tokens", self.page_size, 2**40, or_else="None")
         if self.tensor_parallel is not None:
-            self._check_int("tensor_parallel", 1, 2**10)
+            self._check_int("tensor_parallel", 1, 2**10, or_else="None")
         timeout = self.rank_timeout
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 1 <= timeout <= 86400:
             raise ConfigError(f"rank_timeout must be a number of seconds from 1 to 86400, got {timeout!r}.")
         if self.max_length is not None:
-            self._check_int("max_length", 2, 2**31 - 1)
+            self._check_int("max_length", 2, 2**31 - 1, or_else="None")
         if self.host_pool_tokens is not None:
-            self._check_int("host_pool_tokens", 0, 2**40)
+            self._check_int("host_pool_tokens", 0, 2**40, or_else="None")
         for name in ("prefix_caching", "overlap", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -190,17 +190,17 @@ class SpecConfig(Settings, error=ConfigError):
 
     def _check_proposals(self) -> None:
         proposals = self.draft_proposals
-        if proposals == "auto":
+        if isinstance(proposals, str) and proposals == "auto":
             return
-        if isinstance(proposals, bool) or not isinstance(proposals, int) or not 0 <= proposals <= 8:
-            raise ConfigError(f'draft_proposals must be "auto" or an integer from 0 to 8, got {proposals!r}.')
+        self._check_int("draft_proposals", 0, 8, or_else='"auto"')
+        proposals = int(proposals)
         if not proposals or self.draft_tokens == 0:  # plain decoding drafts nothing
             return
         if self.draft_tokens == "auto" or self.drafter == "ngram":
             raise ConfigError(
-                f"draft_proposals is {self.draft_proposals} with draft_tokens={self.draft_tokens!r} and "
-                f"drafter={self.drafter!r}. It takes a number of draft_tokens, and a drafter that runs the model. Set "
-                'both, or draft_proposals="auto" or 0.'
+                f"draft_proposals is {proposals} with draft_tokens={self.draft_tokens!r} and drafter={self.drafter!r}. "
+                f"Set draft_tokens to a number above {proposals}, and drafter to pillar, window or full, or leave "
+                'draft_proposals at "auto".'
             )
         if proposals >= self.draft_tokens:
             raise ConfigError(
@@ -208,10 +208,12 @@ class SpecConfig(Settings, error=ConfigError):
                 f"least; got {self.draft_proposals}."
             )
 
-    def _check_int(self, name: str, low: int, high: int) -> None:
+    def _check_int(self, name: str, low: int, high: int, or_else: str | None = None) -> None:
+        """`or_else`: what is allowed besides, and was looked for before."""
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+            besides = "" if or_else is None else f" or {or_else}"
+            raise ConfigError(f"{name} must be an integer from {low} to {high}{besides}, got {value!r}.")
 
     def _check_ratio(self, name: str, *, zero: bool) -> None:
         value = getattr(self, name)
@@ -221,7 +223,7 @@ class SpecConfig(Settings, error=ConfigError):
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from sparsespec_compile.config import SpecConfig
@@ -51,6 +52,10 @@ def test_bad_values(name, value, allowed):
 def test_proposals_go_with_more_drafts_by_the_model(settings, message):
     with pytest.raises(ConfigError, match=message):
         SpecConfig(draft_proposals=2, **settings)
+    with pytest.raises(
+        ConfigError, match="Set draft_tokens to a number above 2, and drafter to pillar, window or full"
+    ):
+        SpecConfig(draft_proposals=2, drafter="ngram", draft_tokens=4)
     assert dataclasses.replace(SpecConfig(draft_tokens=4, draft_proposals=2), draft_tokens=0).draft_proposals == 2
 
 
@@ -73,3 +78,19 @@ def test_frozen_and_replaceable():
 @pytest.mark.parametrize(("length", "budget"), [(0, 128), (2560, 128), (2561, 129), (8192, 410), (131072, 6554)])
 def test_budget_is_the_papers(length, budget):
     assert SpecConfig().budget(length) == budget
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("draft_tokens", "Auto", 'from 0 to 64 or "auto"'),
+        ("draft_proposals", "two", 'from 0 to 8 or "auto"'),
+        ("pool_tokens", 1.5, "or None"),
+        ("max_length", "long", "or None"),
+        ("drafter", np.array(["pillar", "ngram"]), "must be one of 'auto'"),
+        ("schedule", np.array(["grouped", "random"]), "must be one of 'grouped'"),
+    ],
+)
+def test_errors_name_all_that_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=allowed):
+        SpecConfig(**{name: value})

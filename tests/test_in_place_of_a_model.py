@@ -59,11 +59,6 @@ class TestPipeline:
         assert "text" in repr(pipes[1])
 
 
-def test_an_unknown_command_says_which_there_are(capsys):
-    assert main(["unknown"]) == main([]) == 2
-    assert "serve" in capsys.readouterr().err
-
-
 def test_a_command_without_its_extra_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "sparsespec_compile.integrations.serve", raising=False)

@@ -31,6 +31,8 @@ from sparsespec_compile.passes.cost.terms import IterationCost, distinct_experts
 from sparsespec_compile.runtime.device.drafters import cycles_of
 from sparsespec_compile.runtime.host.phases import expected_drafts
 
+_NGRAMS = "ngram_acceptance"
+
 MAX_DRAFT_TOKENS = 16
 """Longest cycle that is considered."""
 
@@ -79,8 +81,8 @@ class Advice(JupyterMixin):
         speculative: the best choice with k >= 1 and drafts by the model, also when it does not pay.
         ngrams: the best choice with drafts from the text itself; None = how many of them are right was not given.
         both: the best choice with drafts by the model that judge proposals from the text; None likewise.
-        break_even_length: shortest mean cached length at which speculation pays with this batch, None when it does
-            not even at the model's longest.
+        break_even_length: shortest mean cached length at which drafts by the model pay with this batch, None when they
+            do not even at the model's longest.
         experts: of a mixture, experts of a layer that one row of each request chooses on average, and all of them.
     """
 
@@ -96,13 +98,13 @@ class Advice(JupyterMixin):
 
     @property
     def speedup(self) -> float:
-        """Predicted speed of the best speculation over plain decoding."""
-        return self.speculative.tokens_per_second / self.plain.tokens_per_second
+        """Predicted speed of the fastest speculation over plain decoding; below 1 where none pays."""
+        return self._speculation.tokens_per_second / self.plain.tokens_per_second
 
     @property
     def light_speedup(self) -> float:
-        """The same at the speed of light."""
-        return self.speculative.light_tokens_per_second / self.plain.light_tokens_per_second
+        """The same choice at the speed of light."""
+        return self._speculation.light_tokens_per_second / self.plain.light_tokens_per_second
 
     @property
     def speculate(self) -> bool:
@@ -112,7 +114,12 @@ class Advice(JupyterMixin):
     @property
     def best(self) -> Choice:
         """What is advised."""
-        choices = [choice for choice in (self.plain, self.speculative, self.ngrams, self.both) if choice is not None]
+        return max(self.plain, self._speculation, key=lambda choice: choice.tokens_per_second)
+
+    @property
+    def _speculation(self) -> Choice:
+        """The fastest choice with drafts."""
+        choices = [choice for choice in (self.speculative, self.ngrams, self.both) if choice is not None]
         return max(choices, key=lambda choice: choice.tokens_per_second)
 
     def config(self) -> SpecConfig:
@@ -123,6 +130,7 @@ class Advice(JupyterMixin):
             draft_proposals=self.best.draft_proposals,
             budget_ratio=self.best.budget_ratio,
             draft_weights=self.draft_weights,
+            max_requests=max(self.workload.batch, SpecConfig().max_requests),
         )
 
     @property
@@ -144,7 +152,7 @@ class Advice(JupyterMixin):
             f"drafts by the model:  {self._line(self.speculative)}",
             f"  budget_ratio={self.speculative.budget_ratio:g} ({self.speculative.budget:,} positions), "
             f"{self._weights}",
-            f"  speedup {self.speedup:.2f}, {self.light_speedup:.2f} at the speed of light; with this batch they",
+            f"  speedup {self._over_plain(self.speculative)} at the speed of light; with this batch they",
             f"  pay {limit}",
         ]
         if self.ngrams is not None:
@@ -159,6 +167,10 @@ class Advice(JupyterMixin):
             if read < 0.8 * count:
                 lines.append("  draft steps of few requests read few experts, verifications more")
         return "\n".join(lines)
+
+    def _over_plain(self, choice: Choice) -> str:
+        light = choice.light_tokens_per_second / self.plain.light_tokens_per_second
+        return f"{choice.tokens_per_second / self.plain.tokens_per_second:.2f}, {light:.2f}"
 
     @staticmethod
     def _line(choice: Choice) -> str:
@@ -192,11 +204,11 @@ def advise(
         lengths: cached length of the requests, or a sample of their lengths, of which the mean counts.
         batch: requests decoded together.
         acceptance: the probability p that a draft is right when all before it were (a = p + p^2 + ... + p^k); or a
-            function from k to a; or a mapping from `budget_ratio` to one of these. Only the mapping lets the budget
-            be chosen: how acceptance depends on it is a property of the model, to be measured.
+            function from k, 1 to 16, to a; or a mapping from `budget_ratio` to one of these. Only the mapping lets the
+            budget be chosen: how acceptance depends on it is a property of the model, to be measured.
         draft_weights: as in `SpecConfig`; "auto" is taken for 8 bits, as on a GPU with memory for them.
-        ngram_acceptance: of drafts from the text itself, as `acceptance` but for the mapping; such as 0.3 for ordinary
-            documents. None = they are left out.
+        ngram_acceptance: of drafts from the texts of the batch, as `acceptance` but for the mapping; such as 0.3 for
+            ordinary documents. None = they are left out.
 
     Raises:
         CostModelError: the family or the dtype is unknown.
@@ -253,12 +265,14 @@ def _choice(
     budget: int,
     curve: Curve,
     right: np.ndarray | None = None,
+    name: str = "acceptance",
 ) -> Choice:
-    """`right`: probability that the first 1, 2, ... proposals are all right; None = there are none."""
+    """`right`: probability that the first 1, 2, ... proposals are all right; None = there are none. `name`: of the
+    argument that the curve is."""
     (kind,) = cycles_of(settings)
     made = kind.drafts if right is None else expected_drafts(kind, right, settings.schedule, load.batch)
     few = math.floor(made)
-    mean = accepted(curve, few)
+    mean = accepted(curve, few, name)
     if made > few:  # between whole numbers of drafts, in proportion
         mean += (made - few) * (accepted(curve, few + 1) - mean)
     time = predict_cycle(costs.exact, kind, settings.schedule, load.length, load.batch, ceilings, costs.drafts)
@@ -282,7 +296,7 @@ def _best(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Cu
 
 
 def _best_of_both(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Curve], ngrams: Curve) -> Choice:
-    up_to = np.array([accepted(ngrams, drafts) for drafts in range(AUTO_PROPOSALS[-1] + 1)])
+    up_to = np.array([accepted(ngrams, drafts, _NGRAMS) for drafts in range(AUTO_PROPOSALS[-1] + 1)])
     right, choices = np.diff(up_to), []
     for ratio, curve in ways.items():
         for k, proposals in itertools.product(range(2, MAX_DRAFT_TOKENS + 1), AUTO_PROPOSALS):
@@ -295,7 +309,7 @@ def _best_of_both(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[f
 
 def _best_ngrams(costs: Costs, ceilings: Ceilings, load: Workload, curve: Curve) -> Choice:
     settings = [SpecConfig(draft_tokens=k, drafter="ngram") for k in range(1, MAX_DRAFT_TOKENS + 1)]
-    choices = [_choice(costs, ceilings, load, one, 0, curve) for one in settings]
+    choices = [_choice(costs, ceilings, load, one, 0, curve, name=_NGRAMS) for one in settings]
     return max(choices, key=lambda choice: choice.tokens_per_second)
 
 

@@ -71,15 +71,26 @@ class Explanation(JupyterMixin):
             f"each request verifies in one of {passes + 1} iterations; {requests} requests share {phases} of them"
             if passes
             else "all requests verify in every iteration",
+            *(
+                [f"iterations of nothing but drafts judge {_counted(kind.proposals, 'proposal')} of each request"]
+                if kind.proposals
+                else []
+            ),
             f"predicted {mean.seconds * 1e3:.3g} ms an iteration; speed of light {mean.light_seconds * 1e3:.3g} ms, "
             f"{mean.roofline_share:.0%} of the prediction",
             f"longest: {top.name}, {top.seconds / mean.seconds:.0%}",
             *self._draft_lines(),
             f"plain decoding: predicted {self.plain.seconds * 1e3:.3g} ms, speed of light "
             f"{self.plain.light_seconds * 1e3:.3g} ms, longest: {self.plain.dominating.name}",
+            *self._choice_lines(),
             *self._ngram_lines(),
             *self._judging_lines(),
         ]
+
+    def _choice_lines(self) -> list[str]:
+        if self.config.draft_tokens != "auto":
+            return []
+        return [f'"auto" chooses among {len(cycles_of(self.config))} kinds of cycles; shown is that of the most passes']
 
     def _ngram_lines(self) -> list[str]:
         return [

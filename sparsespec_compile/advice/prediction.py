@@ -16,7 +16,7 @@ from functools import lru_cache
 from numbers import Integral
 
 from sparsespec_compile.advice.ceilings import Ceilings
-from sparsespec_compile.config import Schedule, SpecConfig
+from sparsespec_compile.config import MOST_REQUESTS, Schedule, SpecConfig
 from sparsespec_compile.errors import AdviceError
 from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
 from sparsespec_compile.runtime.device.drafters import Cycle
@@ -52,13 +52,14 @@ def workload(lengths: int | Sequence[int], batch: int) -> Workload:
         batch: requests decoded together.
 
     Raises:
-        AdviceError: a length or the batch is not a positive integer, or there is no length.
+        AdviceError: a length is not a positive integer, there is none, or the batch is no number of requests that can
+            be decoded together.
     """
     sample = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     if not sample or not all(_positive(length) for length in sample):
         raise AdviceError(f"lengths must be a positive integer or a sequence of such, got {lengths!r}.")
-    if not _positive(batch):
-        raise AdviceError(f"batch must be a positive integer, got {batch!r}.")
+    if not _positive(batch) or batch > MOST_REQUESTS:
+        raise AdviceError(f"batch must be an integer from 1 to {MOST_REQUESTS:,}, got {batch!r}.")
     return Workload(sum(sample) / len(sample), batch)
 
 
@@ -66,18 +67,26 @@ def _positive(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
-def accepted(curve: Curve, draft_tokens: int) -> float:
+def accepted(curve: Curve, draft_tokens: int, name: str = "acceptance") -> float:
     """Mean accepted drafts of a cycle of k, 0 to k.
 
     A draft counts when all before it in its cycle were right. With a probability p that is the sum of p^i for i from
     1 to k, p (1 - p^k) / (1 - p).
 
+    Args:
+        curve: the probability, or a function, which is not asked for k = 0.
+        draft_tokens: k.
+        name: of the argument that the curve is, for errors.
+
     Raises:
         AdviceError: p is not in [0, 1], or the function gives less than 0 or more than k.
     """
-    mean = curve(draft_tokens) if callable(curve) else sum(_probability(curve) ** i for i in range(1, draft_tokens + 1))
+    if not callable(curve):
+        probability = _probability(curve, name)
+        return float(sum(probability**i for i in range(1, draft_tokens + 1)))
+    mean = curve(draft_tokens) if draft_tokens else 0.0
     if not isinstance(mean, int | float) or not 0 <= mean <= draft_tokens:
-        raise AdviceError(f"acceptance({draft_tokens}) must be from 0 to {draft_tokens}, got {mean!r}.")
+        raise AdviceError(f"{name}({draft_tokens}) must be from 0 to {draft_tokens}, got {mean!r}.")
     return float(mean)
 
 
@@ -95,9 +104,10 @@ def curves(acceptance: Acceptance) -> dict[float, Curve]:
     return {SpecConfig(budget_ratio=ratio).budget_ratio: curve for ratio, curve in acceptance.items()}
 
 
-def _probability(value: object) -> float:
+def _probability(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise AdviceError(f"acceptance must be a probability in [0, 1], a function of k or a mapping, got {value!r}.")
+        allowed = "a function of k" if name != "acceptance" else "a function of k or a mapping"
+        raise AdviceError(f"{name} must be a probability in [0, 1], {allowed}, got {value!r}.")
     return float(value)
 
 

@@ -108,7 +108,7 @@ class SamplingParams(Settings, error=SamplingError):
         if not _is_list(strings) or not all(isinstance(one, str) and one for one in strings):
             raise SamplingError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
         tokens = () if self.stop_token_ids is None else self.stop_token_ids
-        if not _is_list(tokens) or not all(_is_token(one) for one in tokens):
+        if isinstance(tokens, bytes) or not _is_list(tokens) or not all(_is_token(one) for one in tokens):
             raise SamplingError(f"stop_token_ids must be a sequence of token ids, got {self.stop_token_ids!r}.")
         self.draw(0 if self.seed is None else self.seed)
         asked_processing(vars(self), sampled=True)

@@ -59,8 +59,13 @@ def test_drafts_from_the_text_pay_where_rows_cost_little():
     assert long.ngrams.budget == 0
     assert advice().ngrams is None
     assert "from the text" not in str(advice())
-    with pytest.raises(AdviceError, match="must be a probability"):
+    with pytest.raises(
+        AdviceError, match=r"^ngram_acceptance must be a probability in \[0, 1\], a function of k, got 1.5"
+    ):
         advice(ngram_acceptance=1.5)
+    asked = set()
+    advice(ngram_acceptance=lambda k: asked.add(k) or 0.3)
+    assert asked == set(range(1, 17))
 
 
 def test_both_pay_where_iterations_of_drafts_have_few_rows():
@@ -72,6 +77,8 @@ def test_both_pay_where_iterations_of_drafts_have_few_rows():
     gain = [got.both.tokens_per_second / got.speculative.tokens_per_second for got in (few, many)]
     assert gain[0] > gain[1]
     assert few.both.accepted < few.both.draft_tokens
+    assert few.speedup == few.both.tokens_per_second / few.plain.tokens_per_second
+    assert few.light_speedup == few.both.light_tokens_per_second / few.plain.light_tokens_per_second
     without = advice(8192, 16, 0.98, ngram_acceptance=0.0, draft_weights="fp8")
     assert without.best is without.speculative
     assert advice().both is None
@@ -98,7 +105,19 @@ def test_an_explanation_has_cycles_that_judge_proposals():
     assert lines[1].startswith("6 draft iterations that judge 3 proposals, for up to 12 drafts: predicted ")
     assert len(lines) == 2
     assert not explain(cost, ss.SpecConfig(draft_proposals=0), 8192, 16, "H200").judging
-    assert not explain(cost, ss.SpecConfig(draft_tokens=12, draft_proposals=2), 8192, 16, "H200").judging
+    fixed = explain(cost, ss.SpecConfig(draft_tokens=12, draft_proposals=2), 8192, 16, "H200")
+    assert not fixed.judging
+    assert "iterations of nothing but drafts judge 2 proposals of each request" in fixed.lines()
+    assert '"auto" chooses among 64 kinds of cycles; shown is that of the most passes' in shown.lines()
+    assert not any("kinds of cycles" in line for line in fixed.lines())
+
+
+def test_advice_is_for_requests_that_are_decoded_together():
+    assert advice(batch=128).config().max_requests == 128
+    assert advice(batch=4).config().max_requests == ss.SpecConfig().max_requests
+    for wrong in (0, 1025):
+        with pytest.raises(AdviceError, match=f"batch must be an integer from 1 to 1,024, got {wrong}"):
+            advice(batch=wrong)
 
 
 def test_an_explanation_counts_rows_for_proposals():
@@ -248,7 +267,7 @@ def test_a_model_gives_what_its_configuration_gives():
         ({"lengths": 8192.0}, AdviceError, "lengths must be"),
         ({"lengths": None}, AdviceError, "lengths must be"),
         ({"lengths": 10**7}, AdviceError, "10,000,000 tokens on average, and the model has"),
-        ({"batch": 0}, AdviceError, "batch must be a positive integer, got 0"),
+        ({"batch": 0}, AdviceError, "batch must be an integer from 1 to 1,024, got 0"),
         ({"batch": True}, AdviceError, "batch must be"),
         ({"acceptance": 1.5}, AdviceError, "a probability in .0, 1."),
         ({"acceptance": "high"}, AdviceError, "a probability in"),

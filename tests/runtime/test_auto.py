@@ -12,6 +12,7 @@ from sparsespec_compile.errors import CeilingsError, ConfigError, CostModelError
 from sparsespec_compile.runtime.build import capacity_for
 from sparsespec_compile.runtime.device.drafters import cycles_of, drafters_of
 from sparsespec_compile.runtime.host.cycle_chooser import chooser_for
+from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.stats import Stats
 
 from ..support.models import left_padded, tiny
@@ -135,6 +136,22 @@ def test_another_number_of_requests_is_chosen_for_at_once():
     at, requests = asked[0]
     assert (requests, at) == (6, 1), "of six requests after one, in the first iteration that was read"
     assert [at for at, _ in asked][1:2] == [17], "and not again before it is time"
+
+
+def test_few_requests_that_come_and_go_leave_time_to_measure():
+    """Two at a time: one more or less is no other load."""
+    asked = []
+
+    class Asked(Changing):
+        def choose(self, lengths):
+            asked.append(len(lengths))
+            return self.current
+
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=2, drafter="full", max_requests=2)
+    engine._chooser = Asked(cycles_of(engine.config))
+    prompts = [request.prompt for request in requests_of([5] * 25, 1)]
+    run(engine, [Request(prompt, 3 + 5 * (nth % 4)) for nth, prompt in enumerate(prompts)])
+    assert len(asked) <= engine.stats.iterations // 16 + 1
 
 
 def test_without_predictions_nothing_is_proposed():

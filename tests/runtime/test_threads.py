@@ -171,7 +171,9 @@ def test_a_text_beyond_the_models_positions_starts_while_no_other_runs(toy):
 
 
 def test_a_text_longer_than_the_settings_allow(toy):
-    with pytest.raises(PoolTooSmallError, match=r"longer than the 20 .* or raise SpecConfig.max_length, 20\.$"):
+    with pytest.raises(
+        PoolTooSmallError, match=r"longer than the 20 .* or raise SpecConfig.max_length, which is 20\.$"
+    ):
         run(engine_of(toy, max_length=20), requests_of((5,), 50))
 
 

@@ -97,5 +97,17 @@ def test_what_cannot_be_done_is_said(folder, command, options, says, capsys):
 def test_other_refusals(folder, tmp_path, capsys):
     assert main(["audit", str(tmp_path), "--prompts", str(folder / "prompts.jsonl")]) == 2
     assert f"CommandError: No model can be loaded from {tmp_path}" in capsys.readouterr().err
-    assert main(["nothing"]) == 2
-    assert "serve,audit,bench" in capsys.readouterr().err
+
+
+def test_help_names_the_commands_and_a_wrong_one_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for command, does in (("serve", "server"), ("audit", "texts"), ("bench", "gain")):
+        assert any(line.split()[:1] == [command] and does in line for line in said.splitlines())
+    for wrong in ([], ["sing"]):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        assert ended.value.code == 2
+    assert "serve" in capsys.readouterr().err

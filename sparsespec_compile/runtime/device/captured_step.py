@@ -118,6 +118,8 @@ class Bounds:
         if len(item.tokens) != (item.rows if prefills else 0):
             needs = f"one for each of the {item.rows} rows" if prefills else "none: they are on the device"
             raise ConfigError(f"tokens must be {needs}, got {len(item.tokens)}{where}.")
+        if item.proposes:
+            raise ConfigError(f"proposes must be False, got {item.proposes!r}{where}: captured steps propose nothing.")
         for token in item.tokens:
             _require_range("tokens", token, 0, (self.vocabulary or 2**31) - 1, where=where)
 

@@ -26,10 +26,10 @@ from sparsespec_compile.runtime.device.weights import DraftGraph
 _PROMISED_IN_CYCLES = {True: Promise.ONLY_VERIFICATIONS_SCORED, False: Promise.NO_SCORES}
 """What iterations promise in which requests verify drafts of a drafter that reads scores, or does not."""
 
-# torch.compile takes a tensor and an enum for unequal
 NO_TOKEN = -1
 """Told in place of a token where processing has forbidden every token."""
 
+# torch.compile takes a tensor and an enum for unequal.
 _DRAFT, _VERIFY, _PREFILL = (int(mode) for mode in (Mode.DRAFT, Mode.VERIFY, Mode.PREFILL))
 
 Forward = Callable[..., Tensor]

@@ -74,9 +74,8 @@ class Engine:
         self._drafters = drafters_of(config)
         self._session: Session | None = None
         self._longest = 0  # tokens of the longest request for which a state was built
-        self._chooser: CycleChooser | AgreedChooser | None = (
-            None  # what it learns of device and texts is kept from call to call
-        )
+        # What it learns of device and texts is kept from call to call.
+        self._chooser: CycleChooser | AgreedChooser | None = None
         self._turns = Turns(self._fail)  # `changed` guards what follows, and is notified of every change
         self._clients: list[Client] = []
         self._owners: dict[Request, Client] = {}

@@ -28,8 +28,8 @@ def phases_in_use(schedule: Schedule, cycle: Cycle, requests: int) -> int:
     """Over how many of the passes + 1 phases requests are spread, at least 1.
 
     Args:
-        schedule: "grouped" takes as few as keep an iteration's rows within `GROUPED_ROWS`; when `requests` of them
-            draft a token each and one group has k rows more, that is requests + k * group.
+        schedule: "grouped" takes as few as keep an iteration's rows within `GROUPED_ROWS`. With a row for each request,
+            and k more for each that verifies, these are requests + k * group.
         cycle: of all requests.
         requests: that decode.
     """

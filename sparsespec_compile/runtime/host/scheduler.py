@@ -22,7 +22,7 @@ class Limits:
 
     Attributes:
         slots: requests that hold a slot together.
-        cycle: the longest cycle, and the first.
+        cycle: the longest cycle, and the first unless "auto" sets another one.
         prefill_chunk: prompt tokens of one iteration, all requests together.
         scored: requests whose index a verification can renew in one iteration.
     """

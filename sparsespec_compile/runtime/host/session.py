@@ -40,8 +40,9 @@ from sparsespec_compile.runtime.host.stats import Occupancy, Stats, StatsRecorde
 _CHOICE_EVERY = 16
 """Iterations between two choices of the cycle."""
 
-_OTHER_LOAD = 1.5
-"""Factor in the number of decoding requests at which it chooses at once."""
+_OTHER_LOAD, _OTHER_REQUESTS = 1.5, 4
+"""Factor and difference in the number of decoding requests at which it chooses at once. Where a few requests come and
+go all the time, choices at once would leave no time to measure anything."""
 
 _STALLED_ITERATIONS = 2000
 """Iterations in a row without a token, a prompt's row or a page on its way, after which something must be wrong."""
@@ -137,12 +138,11 @@ class Session:
             )
         longest = max(request.max_length for request in requests)
         if longest > self.room:
-            remedy = (
-                "raise SpecConfig.max_length or pool_tokens. (A text beyond the model's positions may start while no "
-            )
-            remedy += "other is running.)"
+            remedy = "raise SpecConfig.max_length or pool_tokens."
             if self.room == self._config.max_length:
-                remedy = f"raise SpecConfig.max_length, {self.room}."
+                remedy = f"raise SpecConfig.max_length, which is {self.room}."
+            elif self._config.max_length is None:
+                remedy += " (A text beyond the model's positions may start while no other is running.)"
             raise PoolTooSmallError(
                 f"A request of {longest} tokens, prompt and max_new_tokens, is longer than the {self.room} that the "
                 f"engine's state has room for. Lower max_new_tokens, shorten the prompt, or {remedy}"
@@ -464,7 +464,8 @@ def is_other_load(requests: int, before: int) -> bool:
 
     A batch ends with few requests, for which another cycle is best than for the many with which the next one begins.
     """
-    return requests > 0 and not before / _OTHER_LOAD < requests < before * _OTHER_LOAD
+    far = abs(requests - before) >= _OTHER_REQUESTS
+    return requests > 0 and far and not before / _OTHER_LOAD < requests < before * _OTHER_LOAD
 
 
 def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]]:

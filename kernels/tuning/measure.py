@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..launch import Promise
-from ..ops import STEP_TENSORS, Mode
+from ..ops import STEP_TENSORS, AttentionCall, AttentionSettings, Mode, StepTensors
 
 Call = Callable[[], object]
 
@@ -62,8 +62,11 @@ class Step:
 
     def arguments(self) -> tuple[object, ...]:
         """The op's arguments, in order."""
-        names = ("q", "k", "v", "kv", "scores", *STEP_TENSORS, "pillar_index")
-        return (*(self.tensors[name] for name in names), self.heads.key_dim**-0.5, 0, 0.0, None)
+        given = self.tensors
+        step = StepTensors(*(given[name] for name in STEP_TENSORS))
+        settings = AttentionSettings(scale=self.heads.key_dim**-0.5, window=0, softcap=0.0)
+        tensors = {name: given[name] for name in ("q", "k", "v", "kv", "scores", "pillar_index")}
+        return AttentionCall(**tensors, step=step, settings=settings).arguments()
 
     def promise(self) -> Promise:
         """The promise that an engine would make for such a step."""

@@ -15,6 +15,7 @@ from sparsespec_compile.runtime.device.inputs import Work
 from sparsespec_compile.runtime.device.sampling import DrawParams
 from sparsespec_compile.runtime.host.frames import Flight, Frame
 from sparsespec_compile.runtime.host.host_tier import HostTier
+from sparsespec_compile.runtime.host.kv_cache import most_pages
 from sparsespec_compile.runtime.host.page_pool import PagePool
 from sparsespec_compile.runtime.host.request import FinishReason, Request
 
@@ -165,10 +166,14 @@ class Play:
         return True
 
     def _check_pages(self, requests: list[Request]) -> None:
-        """Nobody holds more than what it was admitted for."""
+        """Nobody holds more than what it was admitted for, or, until it gives back a page of its prompt, may hold."""
         if self.engine._session is not None:
             kv_cache = self.engine._session._scheduler.kv_cache
-            assert all(request.pages_held <= kv_cache.largest(request) for request in requests)
+            layout, *sizes = kv_cache._layout, kv_cache._cycle_tokens, kv_cache._prefill_chunk
+            for request in requests:
+                given_back = any(table.first for table in request.page_tables)
+                whole = most_pages(layout, request.max_length, *sizes)
+                assert request.pages_held <= (kv_cache.largest(request) if given_back else whole)
 
     def _check(self, request: Request, text: list[int], *, whole: bool) -> None:
         if request.finish_reason in (FinishReason.LENGTH, FinishReason.STOP):
@@ -178,9 +183,9 @@ class Play:
             assert not whole or request.finish_reason in (FinishReason.CANCELLED, FinishReason.MEMORY)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(10), 1021])  # the last one holds more pages behind a window than any other
 def test_texts_are_plain_decodings(seed, monkeypatch):
-    Play(seed, monkeypatch, crowded=seed % 2 == 0).run()
+    Play(seed, monkeypatch, crowded=seed < 10 and seed % 2 == 0).run()
 
 
 def test_the_callers_stream_goes_on_behind_the_engines(monkeypatch):

@@ -113,7 +113,7 @@ def test_only_iterations_that_need_it_process_logits(toy):
     assert step.variant([], processing=[Processing(repetition=1.5)]) == Variant(
         promise=step.variant([]).promise, processed=True
     )
-    assert step.variant([], processing=[Processing(), Processing(ngram=2)]).ngrams
+    assert step.variant([], processing=[Processing(), Processing(ngram=2)]).no_repeats
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Variant:
         whole_rows: where ranks share the vocabulary, that they exchange logits: some request has filters, has its
             logits processed, or wants log-probabilities.
         processed: some request's logits go through `process_logits`.
-        ngrams: some request also forbids n-grams to occur twice.
+        no_repeats: some request also forbids n-grams to occur twice.
     """
 
     logprobs: bool = False
@@ -65,7 +65,7 @@ class Variant:
     draft_weights: bool = False
     whole_rows: bool = False
     processed: bool = False
-    ngrams: bool = False
+    no_repeats: bool = False
 
 
 class Results(NamedTuple):
@@ -257,7 +257,7 @@ class Step:
 def with_processing(variant: Variant, processing: Iterable[Processing]) -> Variant:
     """A variant that does this to logits, for each request that has some."""
     asked = list(processing)
-    return replace(variant, processed=bool(asked), ngrams=any(one.ngram > 0 for one in asked))
+    return replace(variant, processed=bool(asked), no_repeats=any(one.ngram > 0 for one in asked))
 
 
 def _updates(drafter: Drafter) -> bool:
@@ -324,7 +324,7 @@ def accept(
     if variant.processed:
         most = results.logprobs.shape[1]
         where = (state.tokens, slot, drawn_position, state.processing)
-        drawn_from = process_logits(drawn_from, *where, most, variant.ngrams)
+        drawn_from = process_logits(drawn_from, *where, most, variant.no_repeats)
     drawn = draw(drawn_from, settings, drawn_position, vocabulary, variant.whole_rows)
     told = drawn
     if variant.processed:

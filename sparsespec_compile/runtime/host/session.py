@@ -346,7 +346,7 @@ class Session:
             # end, and no others.
             wanting = [request for request, _ in work if request.logprobs or request.processing is not None]
             failed = [self._fail(request, error) for request in wanting if not request.finished]
-            variant = replace(variant, logprobs=False, processed=False, ngrams=False)
+            variant = replace(variant, logprobs=False, processed=False, no_repeats=False)
             self._stream.run(partial(self._runner, rows, logits, variant, of_slot))
         step = self._runner.step
         frame.download(step.results, logprobs=variant.logprobs, drafted=step.proposals > 0)

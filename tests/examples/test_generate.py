@@ -51,5 +51,5 @@ def test_takes_the_settings(settings, says):
 def test_says_what_is_wrong_with_an_argument():
     result = run("--draft-tokens", "99", "--max-new-tokens", "5")
     assert result.returncode != 0
-    assert result.stderr.strip().endswith("draft_tokens must be an integer from 0 to 64, got 99.")
+    assert result.stderr.strip().endswith('draft_tokens must be an integer from 0 to 64 or "auto", got 99.')
     assert "Traceback" not in result.stderr

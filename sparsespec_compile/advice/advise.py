@@ -274,7 +274,7 @@ def _choice(
     few = math.floor(made)
     mean = accepted(curve, few, name)
     if made > few:  # between whole numbers of drafts, in proportion
-        mean += (made - few) * (accepted(curve, few + 1) - mean)
+        mean += (made - few) * (accepted(curve, few + 1, name) - mean)
     time = predict_cycle(costs.exact, kind, settings.schedule, load.length, load.batch, ceilings, costs.drafts)
     tokens = load.batch * (mean + 1) / (kind.passes + 1)
     speeds = tokens / time.seconds, tokens / time.light_seconds

@@ -127,15 +127,14 @@ def test_another_number_of_requests_is_chosen_for_at_once():
             asked.append((engine.stats.iterations, len(lengths)))
             return self.current
 
-    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=2, drafter="full", max_requests=8)
+    # A prompt in each of the first iterations.
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=2, drafter="full", max_requests=8, prefill_chunk=9)
     engine._chooser = Asked(cycles_of(engine.config))
-    run(engine, requests_of((5,), 20))
-    assert asked[0] == (1, 1)
-    asked.clear()
-    run(engine, requests_of((5, 7, 9, 4, 8, 6), 30))
-    at, requests = asked[0]
-    assert (requests, at) == (6, 1), "of six requests after one, in the first iteration that was read"
-    assert [at for at, _ in asked][1:2] == [17], "and not again before it is time"
+    run(engine, requests_of((9,) * 6, 30))
+    soon = [requests for at, requests in asked if at < 17]
+    assert soon[0] <= 2
+    assert soon[-1] >= 6
+    assert len(soon) == 2, "and not again before it is time"
 
 
 def test_few_requests_that_come_and_go_leave_time_to_measure():

@@ -132,7 +132,7 @@ class SpecConfig(Settings, error=ConfigError):
     """
 
     draft_tokens: int | Literal["auto"] = "auto"
-    max_draft_tokens: int = 12
+    max_draft_tokens: int = 15
     budget_ratio: float = 0.05
     min_budget: int = 128
     drafter: Drafter = "auto"

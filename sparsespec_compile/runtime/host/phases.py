@@ -17,7 +17,7 @@ from sparsespec_compile.config import Schedule
 from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.host.request import Request
 
-GROUPED_ROWS = 256
+GROUPED_ROWS = 320
 """Rows of an iteration that "grouped" fills before it takes one more phase. By the data sheets of data-center GPUs from
 Ampere on, a 16-bit product of 150 to 300 rows computes for as long as it reads its weights. On an H200 the products of
 a layer take 1.4 times as long for 256 rows as for 64, and iterations in which nobody verifies make up for that
@@ -151,37 +151,43 @@ class Phases:
         loads, counts = self._loads(requests)
         return self._lightest(loads, counts, sum(counts) + 1, now)
 
-    def rebalance(self, requests: Sequence[Request]) -> None:
+    def rebalance(self, requests: Sequence[Request]) -> bool:
         """Move one request from the heaviest phase to the lightest, if that lowers the heaviest load by enough.
 
         A request that moves has one shorter cycle. So only a gain of a thirtieth of the heaviest load is worth it, or
         one phase less: as requests leave, fewer are in use, and the others empty one request after the other; as they
-        come, phases may hold fewer. Call it when a request has joined or left.
+        come, phases may hold fewer. Call it when a request has joined or left, and in each iteration from then on until
+        nothing moves.
+
+        Returns:
+            Whether a request has moved.
         """
         if self.schedule not in ("grouped", "balanced") or self.count == 1:
-            return
+            return False
         loads, counts = self._loads(requests)
         used, most = range(self._used(sum(counts))), self._most(sum(counts))
         light = min((phase for phase in used if counts[phase] < most), key=loads.__getitem__, default=None)
         if light is None:
-            return
+            return False
         left_over = [request for request in requests if request.phase is not None and request.phase not in used]
         if left_over:
             max(left_over, key=lambda request: request.phase or 0).phase = light
-            return
+            return True
         crowded = max(used, key=counts.__getitem__)
         if counts[crowded] > most:
             min((request for request in requests if request.phase == crowded), key=lambda r: r.reach).phase = light
-            return
+            return True
         heavy = max(used, key=loads.__getitem__)
         gap = loads[heavy] - loads[light]
         movable = [request for request in requests if request.phase == heavy]
         if not movable:
-            return
+            return False
         best = min(movable, key=lambda request: abs(gap - 2 * request.reach))
         lowered = gap - max(best.reach, gap - best.reach)
-        if lowered * 30 >= loads[heavy]:
-            best.phase = light
+        if lowered * 30 < loads[heavy]:
+            return False
+        best.phase = light
+        return True
 
     def _lightest(self, loads: list[int], counts: list[int], requests: int, now: int) -> int:
         if self.schedule == "in_phase":

@@ -54,6 +54,7 @@ class Scheduler:
         self._free_slots = list(range(limits.slots - 1, -1, -1))
         self._scored = 0
         self._kept = 0
+        self._uneven = False
 
     @property
     def free_slots(self) -> list[int]:
@@ -77,6 +78,8 @@ class Scheduler:
 
     def plan(self) -> list[tuple[Request, Work]]:
         """The work of the next iteration; empty when no request can do anything until pages have moved."""
+        if self._uneven:
+            self._uneven = self.phases.rebalance(self.running)
         self.kv_cache.begin_iteration(self.running)
         here = [request for request in self.running if request.place is Place.DEVICE]
         prompts = [request for request in here if request.prefilling]
@@ -105,7 +108,7 @@ class Scheduler:
     def release(self, request: Request) -> None:
         """Take back the slot and the pages of a request that ended."""
         self._release(request)
-        self.phases.rebalance(self.running)
+        self._uneven = True
 
     def cancel(self, request: Request) -> None:
         """Remove a request that has ended, whether it was running or waiting."""
@@ -206,7 +209,7 @@ class Scheduler:
                 yield request, Work(request.slot, Mode.PREFILL, rows=rows, offset=first, tokens=tokens)
                 continue
             request.phase = self.phases.choose(self.running, self.iteration)
-            self.phases.rebalance(self.running)
+            self._uneven = True
             scored = self._take_scores(min(self.cycle.drafts + 1, rows)) if self.cycle.drafter.keeps_index else 0
             request.fresh, request.drafter = scored > 0, self.cycle.drafter
             yield request, Work(request.slot, Mode.PREFILL, rows, first, tokens, logits=1, scored=scored)

@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-8B", choices=["countdown", *PRESETS])
     parser.add_argument("--load", nargs="+", default=LOADS, help="requests x cached tokens")
-    parser.add_argument("--max-draft-tokens", type=int, default=12)
+    parser.add_argument("--max-draft-tokens", type=int, default=ss.SpecConfig().max_draft_tokens)
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()

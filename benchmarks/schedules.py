@@ -28,7 +28,7 @@ SCHEDULES = ("in_phase", "random", "balanced", "grouped")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=400, help="of the longest text; the others are shorter")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the results")

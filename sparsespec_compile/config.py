@@ -59,7 +59,7 @@ class SpecConfig(Settings, error=ConfigError):
             it begins with plain decoding and tries drafts now and then, for a few iterations. A verification reads the
             cache once for each 64 (row, query head) pairs of a KV head: with 4 query heads to a KV head only once for
             up to 15 drafts, with 8 for up to 7. The last 64 pairs choose the next pillars. "auto" keeps room for the
-            scores of half of the requests or of 128, whichever is more: 4 bytes a layer, KV head and position of the
+            scores of half of the requests or of 160, whichever is more: 4 bytes a layer, KV head and position of the
             longest text.
         max_draft_tokens: drafts of the longest cycle of "auto", 1 to 64.
         budget_ratio: share of the cached positions a draft reads, in (0, 1] (the paper uses 0.05).

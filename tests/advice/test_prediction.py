@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from sparsespec_compile.errors import CeilingsError, CostModelError
 from sparsespec_compile.passes.cost.terms import Iteration, attention, collect
 from sparsespec_compile.runtime.device.drafters import Cycle, PillarDrafter, cycles_of
 from sparsespec_compile.runtime.device.graphs import padded, row_counts
+from sparsespec_compile.runtime.host.phases import phases_in_use
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -230,9 +232,13 @@ def test_iterations_of_every_number_of_drafts_take_what_was_predicted():
 
 
 def test_requests_verify_in_groups():
-    shares = {part.verifying: share * 9 for share, part in iterations_of(cycle_of(8), 64, 8192)}
-    assert shares == pytest.approx({0: 6, 21: 2, 22: 1})
-    assert len(iterations_of(cycle_of(8), 64, 8192, "balanced")) == 2
+    """80 of them by three phases, 26 or 27 in each."""
+    used = phases_in_use("grouped", cycle_of(8), 80)
+    together = Counter(len(range(nth, 80, used)) for nth in range(used))
+    assert len(together) == 2
+    shares = {part.verifying: share * 9 for share, part in iterations_of(cycle_of(8), 80, 8192)}
+    assert shares == pytest.approx({0: 9 - used, **together})
+    assert len(iterations_of(cycle_of(8), 80, 8192, "balanced")) == 2
 
 
 def test_the_time_is_that_of_the_schedule_and_the_drafter():
@@ -254,13 +260,14 @@ def test_scores_count_where_somebody_reads_them():
 
 
 def test_iterations_of_nothing_but_drafts_may_cost_something_else():
-    """Of 9 iterations of 64 requests, 6 hold drafts alone."""
+    """Of 9 iterations of 64 requests, those in which none verifies hold drafts alone."""
+    alone = (9 - phases_in_use("grouped", cycle_of(8), 64)) / 9
     half = config_cost(QWEN3_8B, torch.bfloat16, draft_weights=True)
     drafting, parts = iterations_of(cycle_of(8), 64, 8192)[0][1], iterations_of(cycle_of(8), 64, 8192)
     fp8, int8 = DraftCost(half, 256), DraftCost(half, 64)
     saved = predict_mean(COST, parts, H200).seconds - predict_mean(COST, parts, H200, fp8).seconds
     assert saved == pytest.approx(
-        6 / 9 * (predict(COST, drafting, H200).seconds - predict(half, drafting, H200).seconds)
+        alone * (predict(COST, drafting, H200).seconds - predict(half, drafting, H200).seconds)
     )
     kind = cycles_of(SpecConfig(draft_tokens=8))[-1]
     plain = cycles_of(SpecConfig(draft_tokens=0))[-1]

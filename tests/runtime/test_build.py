@@ -22,6 +22,7 @@ from sparsespec_compile.runtime.device.drafters import drafters_of
 from sparsespec_compile.runtime.device.inputs import InputSizes
 from sparsespec_compile.runtime.device.state import page_bytes, state_bytes
 from sparsespec_compile.runtime.device.weights import DraftGraph
+from sparsespec_compile.runtime.host.phases import GROUPED_ROWS
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def capacity(free, positions=40960, longest=0, layout=QWEN3_8B, **settings):
 
 def test_the_state_is_sized_for_the_configuration_whatever_is_asked_first():
     sizes = capacity(120 * GIB, draft_tokens=8)
-    assert (sizes.slots, sizes.tokens, sizes.score_slots) == (64, 40960, 28)
+    assert (sizes.slots, sizes.tokens, sizes.score_slots) == (64, 40960, GROUPED_ROWS // 9)
     assert sizes.pages == 64 * 40960 // 16
     assert capacity(120 * GIB, draft_tokens=8, max_length=1000, max_requests=4).tokens == 1000
     assert capacity(120 * GIB, draft_tokens=8, pool_tokens=4096).pages == 256

@@ -1,6 +1,8 @@
 """Which request verifies when: even bytes, even after requests leave, and the schedules it is compared with."""
 
+import random
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -9,7 +11,7 @@ from sparsespec_compile.runtime.device.drafters import Cycle, PillarDrafter
 from sparsespec_compile.runtime.host.phases import GROUPED_ROWS, Phases, most_together, phases_in_use
 from sparsespec_compile.runtime.host.request import Request
 
-from ..support.toy import Toy, requests_of, run
+from ..support.toy import Toy, requests_of, run, stepping
 
 
 def cycle_of(drafts, passes=None):
@@ -20,6 +22,30 @@ def resident(length, phase=None):
     request = Request([0] * length, 100)
     request.prefilled, request.phase = length, phase
     return request
+
+
+def joined(phases, lengths):
+    """Requests that came one by one, of which one may move each time."""
+    requests = []
+    for now, length in enumerate(lengths):
+        newcomer = resident(length)
+        newcomer.phase = phases.choose(requests, now)
+        requests.append(newcomer)
+        phases.rebalance(requests)
+    return requests
+
+
+def settle(phases, requests):
+    """Let requests move until nothing does; they must not go on for ever."""
+    for _ in range(2 * len(requests)):
+        if not phases.rebalance(requests):
+            return
+    pytest.fail("requests still move")
+
+
+def sizes(phases, requests):
+    """Requests of each phase."""
+    return [sum(request.phase == phase for request in requests) for phase in range(phases.count)]
 
 
 def test_a_new_request_joins_the_phase_that_reads_least():
@@ -43,21 +69,21 @@ def test_a_full_phase_is_left_alone():
 def test_a_request_moves_when_others_have_left():
     phases = Phases(cycle_of(2), "balanced", most=8)
     left_over = [resident(50, 0), resident(60, 0), resident(40, 0), resident(10, 1), resident(50, 2)]
-    phases.rebalance(left_over)
+    assert phases.rebalance(left_over)
     assert [request.phase for request in left_over] == [0, 1, 0, 1, 2]
 
 
 def test_nothing_moves_for_a_small_gain():
     phases = Phases(cycle_of(1), "balanced", most=8)
     balanced = [resident(100, 0), resident(5, 0), resident(98, 1)]
-    phases.rebalance(balanced)
+    assert not phases.rebalance(balanced)
     assert [request.phase for request in balanced] == [0, 0, 1]
 
 
 def test_nothing_moves_into_a_full_phase():
     phases = Phases(cycle_of(1), "balanced", most=2)
     uneven = [resident(100, 0), resident(100, 0), resident(1, 1), resident(1, 1)]
-    phases.rebalance(uneven)
+    assert not phases.rebalance(uneven)
     assert [request.phase for request in uneven] == [0, 0, 1, 1]
 
 
@@ -105,52 +131,77 @@ def test_groups_are_as_large_as_the_rows_of_all_drafts_allow():
 
 def test_requests_join_the_phases_in_use_and_leave_others():
     phases = Phases(cycle_of(12), "grouped", most=32)
-    requests = []
-    for _ in range(64):
-        newcomer = resident(100)
-        newcomer.phase = phases.choose(requests, now=0)
-        requests.append(newcomer)
-        phases.rebalance(requests)
-    counts = [sum(r.phase == phase for r in requests) for phase in range(13)]
-    assert counts[4:] == [0] * 9
-    assert 15 <= min(counts[:4]) <= max(counts) <= 17
+    requests = joined(phases, [100] * 64)
+    settle(phases, requests)
+    assert sizes(phases, requests) == [16] * 4 + [0] * 9
     while len(requests) > 6:
         del requests[0]
         phases.rebalance(requests)
     assert {r.phase for r in requests} == {0}
 
 
+@pytest.mark.parametrize(("number", "drafts"), [(24, 15), (48, 12), (64, 12), (64, 15), (100, 15), (128, 8)])
+def test_groups_of_equal_requests_that_came_one_by_one_become_even(number, drafts):
+    """Phases are filled one after the other as rows allow: of 64 with 12 drafts the fourth holds 2."""
+    phases = Phases(cycle_of(drafts), "grouped", most=number)
+    requests = joined(phases, [100] * number)
+    settle(phases, requests)
+    used = phases_in_use("grouped", cycle_of(drafts), number)
+    counts = sizes(phases, requests)
+    assert sum(counts[:used]) == number
+    assert max(counts) - min(counts[:used]) <= 1
+
+
+@pytest.mark.parametrize("schedule", ["grouped", "balanced"])
+@pytest.mark.parametrize("seed", range(40))
+def test_moves_come_to_an_end(schedule, seed):
+    """From any phases, whatever the lengths, in hardly more moves than there are requests."""
+    chance = random.Random(seed)
+    drafts, number = chance.choice([1, 3, 8, 12, 15, 64]), chance.choice([2, 5, 16, 64, 130])
+    cycle = cycle_of(drafts)
+    phases = Phases(cycle, schedule, most=chance.choice([number, most_together(schedule, cycle, number), 8]))
+    length = chance.choice(
+        [
+            lambda: 100,
+            lambda: chance.randint(1, 3000),
+            lambda: min(int(chance.paretovariate(0.6)), 30_000),
+            lambda: chance.choice([1, 1, 1, 2000]),
+        ]
+    )
+    settle(phases, [resident(length(), chance.randrange(drafts + 1)) for _ in range(number)])
+
+
 @pytest.mark.parametrize("drafts", [4, 8, 12])
 @pytest.mark.parametrize("number", [24, 64, 128])
 def test_unequal_requests_do_not_exceed_the_rows(number, drafts):
     """Phases are balanced by bytes, and many short requests have as many as a long one."""
-    phases, requests = Phases(cycle_of(drafts), "grouped", most=number), []
-    for nth in range(number):
-        newcomer = resident(100 if nth % 8 else 3000)
-        newcomer.phase = phases.choose(requests, now=nth)
-        requests.append(newcomer)
-        phases.rebalance(requests)
-    counts = [sum(r.phase == phase for r in requests) for phase in range(drafts + 1)]
-    assert sum(count > 0 for count in counts) == phases_in_use("grouped", cycle_of(drafts), number)
-    assert number + drafts * max(counts) <= 256 + drafts
+    phases = Phases(cycle_of(drafts), "grouped", most=number)
+    requests = joined(phases, [100 if nth % 8 else 3000 for nth in range(number)])
+    for _ in range(2):
+        counts = sizes(phases, requests)
+        assert sum(count > 0 for count in counts) == phases_in_use("grouped", cycle_of(drafts), number)
+        assert number + drafts * max(counts) <= GROUPED_ROWS + drafts
+        settle(phases, requests)
 
 
 def test_a_full_phase_does_not_keep_left_over_requests_from_moving():
     requests = [resident(10, 0) for _ in range(10)] + [resident(9000, 1), resident(10, 2)]
-    phases = Phases(cycle_of(24), "grouped", most=10)
-    assert phases_in_use("grouped", cycle_of(24), len(requests)) == 2
+    ten_together = cycle_of((GROUPED_ROWS - len(requests)) // 10)
+    phases = Phases(ten_together, "grouped", most=10)
+    assert phases_in_use("grouped", ten_together, len(requests)) == 2
     phases.rebalance(requests)
     assert requests[-1].phase == 1
 
 
 def test_one_request_off_the_beat_does_not_cut_the_others_cycles():
     requests = [resident(100, 0) for _ in range(64)]
+    used = phases_in_use("grouped", cycle_of(11), 64)
     for place, request in enumerate(requests):
-        request.passes = 4 + place % 4
+        request.passes = 4 + place % used
     requests[-1].passes = 11
     phases = Phases(cycle_of(12), "grouped", most=32)
     phases.spread(cycle_of(11), requests, now=40)
-    assert all(request.phase < phases_in_use("grouped", cycle_of(11), 64) for request in requests)
+    assert all(request.phase < used for request in requests)
     ends = [request.passes + (request.phase - phases.at(40)) % 12 for request in requests[:-1]]
     assert sum(11 <= end <= 12 for end in ends) >= 60
 
@@ -207,6 +258,32 @@ def test_balanced_iterations_read_evenly(spread):
     assert spread["balanced"][0] < 0.2
     assert spread["random"][0] > 1.5 * spread["balanced"][0]
     assert spread["in_phase"][0] > 5 * spread["balanced"][0]
+
+
+def test_moves_change_neither_texts_nor_counts():
+    """64 requests whose prompts end eight at a time: groups are uneven at first, and even soon after."""
+    toy, length, new_tokens = Toy(), 60, 40
+    engine = toy.engine(draft_tokens=12, min_budget=4, max_requests=64, prefill_chunk=8 * length)
+    requests = requests_of([length] * 64, new_tokens)
+    with stepping(engine, requests) as session:
+        while any(request.phase is None for request in requests):
+            session.advance()
+        counts = Counter(request.phase for request in requests)
+        for _ in range(20):
+            session.advance()
+        assert len(session._scheduler.running) == 64
+        evened = Counter(request.phase for request in requests)
+        while session.busy:
+            session.advance()
+    assert max(counts.values()) - min(counts.values()) > 10
+    assert max(evened.values()) - min(evened.values()) <= 4, "texts have grown at different speeds"
+    plain = run(toy.engine(draft_tokens=0, max_requests=64), requests_of([length] * 64, new_tokens))
+    assert [request.output for request in requests] == plain
+    stats = engine.stats
+    assert stats.tokens == sum(stats.tokens_by_iteration) == 64 * new_tokens
+    assert stats.cycles == sum(request.stats.cycles for request in requests)
+    assert stats.target_passes == sum(request.stats.target_passes for request in requests)
+    assert (stats.drafts_per_cycle, stats.pages_held) == (12, 0)
 
 
 def test_schedules_do_not_change_texts(spread):

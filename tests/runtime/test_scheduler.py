@@ -1,5 +1,9 @@
-"""What each request does in an iteration, asked of the scheduler alone: nothing runs, nothing is accepted."""
+"""What each request does in an iteration, asked of the scheduler alone: nothing runs, what is accepted is made up."""
 
+import random
+from collections import Counter
+
+import pytest
 import torch
 
 from sparsespec_compile.config import SpecConfig
@@ -17,13 +21,21 @@ DRAFTS, SCORED = 3, 2
 CYCLES = cycles_of(SpecConfig(draft_tokens="auto", drafter="pillar"))
 
 
-def scheduler(prefill_chunk=64, updates=100, slots=8):
+def scheduler(prefill_chunk=64, updates=100, slots=8, drafts=DRAFTS, schedule="balanced", scored=SCORED, pages=500):
     """At most two requests are scored in an iteration; the pool has room for all, and there is no host tier."""
     layout = KVLayout((AttentionLayer(0, 1, 1, 1, 1, 1.0, 0, 0.0),), page_size=1)
-    tier = HostTier(CpuDevice().stream(), torch.zeros(500, 1), 0)
-    kv_cache = KVCacheManager(layout, 500, tier, updates=updates, cycle_tokens=DRAFTS + 1, prefill_chunk=prefill_chunk)
-    limits = Limits(slots=slots, cycle=CYCLES[DRAFTS], prefill_chunk=prefill_chunk, scored=SCORED)
-    return Scheduler(limits, kv_cache, Phases(limits.cycle, "balanced", SCORED))
+    tier = HostTier(CpuDevice().stream(), torch.zeros(pages, 1), 0)
+    kv_cache = KVCacheManager(
+        layout, pages, tier, updates=updates, cycle_tokens=drafts + 1, prefill_chunk=prefill_chunk
+    )
+    limits = Limits(slots=slots, cycle=CYCLES[drafts], prefill_chunk=prefill_chunk, scored=scored)
+    return Scheduler(limits, kv_cache, Phases(limits.cycle, schedule, scored))
+
+
+def roomy(drafts, schedule, prefill_chunk=64):
+    """For 64 requests of up to a few hundred tokens."""
+    settings = {"slots": 64, "scored": 64, "pages": 64 * 400, "updates": 64 * 400}
+    return scheduler(prefill_chunk, drafts=drafts, schedule=schedule, **settings)
 
 
 def admitted(made, *lengths):
@@ -149,7 +161,66 @@ def test_when_a_request_leaves_another_takes_its_phase():
     requests = decoding(made, drafted=[0] * 3, phase=0)
     requests[2].phase = 1
     made.release(requests[2])
+    made.plan()
     assert [request.phase for request in requests[:2]] == [1, 0]
+
+
+def answered(made, accepted=lambda drafts: 0):
+    """One iteration, and what came of it: each verification adds the drafts that were right, and one token."""
+    work = made.plan()
+    for request, item in work:
+        if item.mode == Mode.VERIFY:
+            request.unread -= item.rows
+            request.output += [1] * (accepted(item.rows - 1) + 1)
+        elif item.mode == Mode.PREFILL and not request.prefilling:
+            request.output = [1]
+    return work
+
+
+def phases_of(made):
+    return {request: request.phase for request in made.running}
+
+
+def test_groups_of_requests_that_came_one_by_one_become_even():
+    """Of 64 with 12 drafts, the fourth group has 2 when the last comes: nobody joins or leaves from then on."""
+    made = roomy(12, "grouped", prefill_chunk=200)
+    requests = admitted(made, *[200] * 64)
+    while any(request.prefilling for request in requests):
+        assert sum(item.mode == Mode.PREFILL for _, item in answered(made)) == 1
+    counts = Counter(phases_of(made).values())
+    assert max(counts.values()) - min(counts.values()) > 10
+    for _ in range(20):
+        answered(made)
+    assert sorted(Counter(phases_of(made).values()).items()) == [(phase, 16) for phase in range(4)]
+    verifying = [sum(item.mode == Mode.VERIFY for _, item in answered(made)) for _ in range(26)]
+    assert sorted(verifying[13:]) == [0] * 9 + [16] * 4
+
+
+@pytest.mark.parametrize("schedule", ["grouped", "balanced"])
+@pytest.mark.parametrize(("drafts", "seed"), [(6, 0), (8, 1), (12, 2), (12, 3), (15, 4), (15, 5)])
+def test_requests_of_unequal_lengths_stop_moving(drafts, seed, schedule):
+    """Also while they grow at different speeds; when some leave, others move again, and stop again."""
+    chance = random.Random(seed)
+    made = roomy(drafts, schedule)
+    requests = admitted(made, *[min(int(1 + chance.paretovariate(0.7)), 150) for _ in range(64)])
+
+    def moves(iterations):
+        moved = []
+        for _ in range(iterations):
+            before = phases_of(made)
+            answered(made, accepted=lambda drafts: chance.randint(0, min(drafts, 1)))
+            moved.append(sum(before[r] is not None and before[r] != phase for r, phase in phases_of(made).items()))
+        return moved
+
+    moved = moves(1)
+    while any(request.prefilling for request in requests):
+        moved += moves(1)
+    for _ in range(3):
+        moved += moves(60)
+        assert not any(moved[-20:])
+        for request in chance.sample(made.running, 15):
+            made.release(request)
+    assert max(moved) == 1
 
 
 def test_requests_come_in_the_order_in_which_they_were_added():

@@ -13,6 +13,7 @@ from sparsespec_compile.runtime.device.graphs import StepRunner
 from sparsespec_compile.runtime.device.weights import DraftCopies
 from sparsespec_compile.runtime.host.engine import Engine
 
+from .support.choices import choose_every
 from .support.models import VOCABULARY, left_padded, tiny
 
 NEW = 30
@@ -99,7 +100,7 @@ GARBAGE = [
 @pytest.mark.parametrize(("family", "name", "garbage"), GARBAGE)
 def test_garbage_in_the_copies_changes_no_text_and_no_draft_is_right(monkeypatch, family, name, garbage):
     expected = [plain(family, **sampling) for sampling in ({}, SAMPLED)]
-    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 2)
+    choose_every(monkeypatch, 2)
     monkeypatch.setattr(DraftCopies, "_copy", garbage)
     fast = with_settings(compiled(family), **CONFIGS[name])
     for text, sampling in zip(expected, ({}, SAMPLED), strict=True):

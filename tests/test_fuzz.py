@@ -5,6 +5,7 @@ import random
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -13,6 +14,7 @@ import sparsespec_compile as ss
 from sparsespec_compile.runtime.host.engine import Engine
 
 from .support.adversary import AdversarialDevice, random_proposals
+from .support.choices import choose_every
 
 VOCABULARY = 67
 NEAR_TIE = 1e-3
@@ -143,7 +145,7 @@ def with_settings(fast: ss.OptimizedModel, config: ss.SpecConfig, chance: random
     auto = config.draft_tokens == "auto"
     target = replace(
         fast._engine.target,
-        iteration_time=(lambda *_: chance.uniform(0.5, 1.5)) if auto else None,
+        iteration_time=(lambda cycles, *_: np.array([chance.uniform(0.5, 1.5) for _ in cycles])) if auto else None,
         drafts=chance.choice([None, fast._engine.target.drafts]),
     )
     device = AdversarialDevice(chance.randrange(2**31)) if chance.random() < 0.5 else None
@@ -246,7 +248,7 @@ def test_texts_are_plain_decodings(seed):
 def test_texts_are_plain_decodings_for_long(monkeypatch):
     began, seed = time.process_time(), 1000
     while time.process_time() - began < 50:
-        monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 1 + seed % 5)
+        choose_every(monkeypatch, 1 + seed % 5)
         fuzz(seed, settings=5)
         seed += 1
     assert seed > 1003

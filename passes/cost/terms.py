@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Literal
 
+import numpy as np
 import sympy
 from sympy import Expr, Integer, Min, Piecewise, Rational, ceiling
 
@@ -29,9 +30,13 @@ _SCORE_BYTES = 4
 _INDEX_BYTES = 4
 
 
+Number = float | np.ndarray
+"""One value, or as many as there are iterations [n]."""
+
+
 @dataclass(frozen=True)
 class Iteration:
-    """The size of one iteration; also, as `SYMBOLS`, the variables of all expressions.
+    """The size of one iteration, or of several, with arrays [n]; also, as `SYMBOLS`, the variables of all expressions.
 
     Attributes:
         rows: packed tokens (T).
@@ -43,15 +48,15 @@ class Iteration:
         budget: cached positions that a draft reads besides those since the last verification (b).
     """
 
-    rows: float
-    kept: float
-    drafting: float
-    verifying: float
-    length: float
-    draft_tokens: float
-    budget: float
+    rows: Number
+    kept: Number
+    drafting: Number
+    verifying: Number
+    length: Number
+    draft_tokens: Number
+    budget: Number
 
-    def values(self) -> tuple[float, ...]:
+    def values(self) -> tuple[Number, ...]:
         """The values, in the order of `SYMBOLS`."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
@@ -115,10 +120,21 @@ class IterationCost:
         """Bytes, FLOPs and bytes read again of each term, in their order."""
         return [(float(size), float(flops), float(again)) for size, flops, again in self._function(*iteration.values())]
 
+    def evaluate_many(self, iterations: Iteration) -> list[tuple[Number, Number, Number]]:
+        """As `evaluate`, of iterations whose attributes are arrays [n]: arrays [n], or what all have in common."""
+        return self._functions(*iterations.values())
+
     @cached_property
     def _function(self) -> Callable[..., list[tuple[float, float, float]]]:
-        counts = [(term.bytes, term.flops, term.bytes_again) for term in self.terms]
-        return sympy.lambdify(SYMBOLS, counts, modules="math")
+        return sympy.lambdify(SYMBOLS, self._counts, modules="math")
+
+    @cached_property
+    def _functions(self) -> Callable[..., list[tuple[Number, Number, Number]]]:
+        return sympy.lambdify(SYMBOLS, self._counts, modules="numpy")
+
+    @property
+    def _counts(self) -> list[tuple[Expr, Expr, Expr]]:
+        return [(term.bytes, term.flops, term.bytes_again) for term in self.terms]
 
 
 def collect(terms: Iterable[Term]) -> IterationCost:

@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral
+from typing import Any
+
+import numpy as np
 
 from sparsespec_compile.advice.ceilings import Ceilings
 from sparsespec_compile.config import MOST_REQUESTS, Schedule, SpecConfig
 from sparsespec_compile.errors import AdviceError
-from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Term
+from sparsespec_compile.passes.cost.terms import Iteration, IterationCost, Number, Term
 from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.device.weights import MOST_ROWS
 from sparsespec_compile.runtime.host.iteration_times import IterationTime
@@ -198,7 +201,7 @@ def predict(cost: IterationCost, iteration: Iteration, ceilings: Ceilings) -> Pr
     """The time of one iteration."""
     sizes = cost.evaluate(iteration)
     times = [
-        _term_time(term, size, flops, again, ceilings)
+        TermTime(term.name, size, flops, _term_seconds(term, size, flops, again, ceilings))
         for term, (size, flops, again) in zip(cost.terms, sizes, strict=True)
     ]
     times.append(TermTime(OVERHEAD, 0.0, 0.0, sum(_overhead(term, iteration, ceilings) for term in cost.terms)))
@@ -216,7 +219,7 @@ def predict_mean(
     """The mean time of an iteration, of kinds with given weights that add up to 1."""
 
     def predicted(iteration: Iteration) -> Prediction:
-        if drafts is None or iteration.verifying or iteration.rows > drafts.most_rows:
+        if drafts is None or not _cheap(iteration, drafts):
             return predict(cost, iteration, ceilings)
         return predict(drafts.cost, iteration, drafts.ceilings(ceilings))
 
@@ -293,20 +296,56 @@ def iteration_time(
     drafts: DraftCost | None = None,
     padded: Callable[[float], float] | None = None,
 ) -> IterationTime:
-    """Predicted seconds of a mean iteration, by cycle, mean cached length and requests; `padded` as in
-    `predict_cycle`. Iterations that several kinds of cycles have are predicted once."""
+    """Predicted seconds of mean iterations, as `predict_cycle` gives them, but of many kinds of cycles at once.
+
+    The host predicts while a GPU runs an iteration of some milliseconds: so all iterations of all cycles are one array.
+    """
     unscored = _unscored(cost, ceilings, drafts)
 
     @lru_cache(_REMEMBERED)
-    def one(iteration: Iteration, reads_scores: bool) -> float:
-        costs, limits, alone = (cost, ceilings, drafts) if reads_scores else unscored
-        return predict_mean(costs, [(1.0, iteration)], limits, alone).seconds
+    def mixes(kinds: tuple[Cycle, ...], requests: int) -> tuple[np.ndarray, np.ndarray, Iteration]:
+        """Which kind an iteration belongs to, its share there, and all iterations, but for lengths and budgets."""
+        found = [
+            (nth, share, one)
+            for nth, kind in enumerate(kinds)
+            for share, one in _mix(kind, requests, 0.0, schedule, padded)
+        ]
+        kind, share, iterations = zip(*found, strict=True)
+        columns = np.array([one.values() for one in iterations], float).T
+        return np.array(kind), np.array(share), Iteration(*columns)
 
-    def seconds(kind: Cycle, length: float, requests: int) -> float:
-        mix = _mix(kind, requests, length, schedule, padded)
-        return sum(share * one(iteration, kind.drafter.reads_scores) for share, iteration in mix)
+    def seconds(kinds: Sequence[Cycle], length: float, requests: int) -> np.ndarray:
+        kind, share, sizes = mixes(tuple(kinds), requests)
+        positions = {drafter: drafter.positions(length) for drafter in {one.drafter for one in kinds}}
+        budget = np.array([positions[one.drafter] for one in kinds])[kind]
+        reads_scores = np.array([one.drafter.reads_scores for one in kinds])[kind]
+        sizes = replace(sizes, length=np.full(len(kind), length), budget=budget)
+        took = np.empty(len(kind))
+        for scored, (exact, limits, alone) in ((True, (cost, ceilings, drafts)), (False, unscored)):
+            asked = reads_scores == scored
+            cheap = np.zeros_like(asked) if alone is None else asked & _cheap(sizes, alone)
+            took[asked & ~cheap] = _seconds(exact, _some(sizes, asked & ~cheap), limits)
+            if alone is not None and cheap.any():
+                took[cheap] = _seconds(alone.cost, _some(sizes, cheap), alone.ceilings(limits))
+        return np.bincount(kind, share * took, len(kinds))
 
     return seconds
+
+
+def _some(iterations: Iteration, chosen: np.ndarray) -> Iteration:
+    return Iteration(*(column[chosen] for column in iterations.values()))
+
+
+def _cheap(iterations: Iteration, drafts: DraftCost) -> Any:
+    """Whether iterations have the cost of those of nothing but drafts."""
+    return (iterations.verifying == 0) & (iterations.rows <= drafts.most_rows)
+
+
+def _seconds(cost: IterationCost, iterations: Iteration, ceilings: Ceilings) -> Number:
+    """Of each of n iterations, [n]."""
+    sizes = cost.evaluate_many(iterations)
+    terms = (_term_seconds(term, *size, ceilings) for term, size in zip(cost.terms, sizes, strict=True))
+    return sum(terms) + sum(_overhead(term, iterations, ceilings) for term in cost.terms)
 
 
 def _mix(
@@ -326,17 +365,17 @@ def _unscored(
     return cost.unscored, replace(ceilings, scoring_overhead_s=0.0), alone
 
 
-def _term_time(term: Term, size: float, flops: float, again: float, ceilings: Ceilings) -> TermTime:
+def _term_seconds(term: Term, size: Any, flops: Any, again: Any, ceilings: Ceilings) -> Any:
     gathered, attention = term.kind == "draft", term.kind in ("draft", "verify")
     reading = (size + again) / (ceilings.gather_bytes_per_s if gathered else ceilings.read_bytes_per_s)
     computing = flops / (ceilings.attention_flops_per_s if attention else ceilings.flops_per_s)
     overlap = _OVERLAP if term.kind == "gemm" else 2.0
-    return TermTime(term.name, size, flops, (reading**overlap + computing**overlap) ** (1 / overlap))
+    return (reading**overlap + computing**overlap) ** (1 / overlap)
 
 
-def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> float:
+def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> Any:
     if term.kind == "gemm":
         return term.launches * ceilings.gemm_overhead_s
-    scores = iteration.verifying > 0 and iteration.draft_tokens > 0
+    scored = (iteration.verifying > 0) & (iteration.draft_tokens > 0)
     requests = (iteration.drafting + iteration.verifying) * ceilings.request_overhead_s
-    return term.launches * (ceilings.attention_overhead_s + requests + (ceilings.scoring_overhead_s if scores else 0.0))
+    return term.launches * (ceilings.attention_overhead_s + requests + scored * ceilings.scoring_overhead_s)

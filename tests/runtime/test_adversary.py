@@ -20,6 +20,7 @@ from sparsespec_compile.runtime.host.page_pool import PagePool
 from sparsespec_compile.runtime.host.request import FinishReason, Request
 
 from ..support.adversary import AdversarialDevice, AdversarialStream, random_proposals
+from ..support.choices import choose_every
 from ..support.toy import VOCABULARY, Toy, prompts
 
 LONGEST = 24
@@ -113,7 +114,7 @@ class Play:
             host_pool_tokens=4096 if crowded else chance.choice([0, longest + page, 4096]),
         )
         if engine.config.draft_tokens == "auto":
-            monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", chance.choice([2, 3]))
+            choose_every(monkeypatch, chance.choice([2, 3]))
         poison_what_is_given_back(monkeypatch, engine)
 
     def run(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import sparsespec_compile as ss
@@ -15,13 +16,14 @@ from sparsespec_compile.runtime.host.cycle_chooser import chooser_for
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.stats import Stats
 
+from ..support.choices import choose_every
 from ..support.models import left_padded, tiny
 from ..support.toy import Toy, requests_of, run
 
 
-def steady(cycle, length, requests):
+def steady(cycles, length, requests):
     """Predicted seconds of any iteration."""
-    return 4e-3
+    return np.full(len(cycles), 4e-3)
 
 
 def test_a_score_buffer_for_the_shortest_cycles():
@@ -65,7 +67,7 @@ class Changing:
 @pytest.mark.parametrize("drafter", ["auto", "pillar", "window", "full", "ngram"])
 def test_texts_do_not_depend_on_the_changes(monkeypatch, drafter):
     toy = Toy()
-    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 3)
+    choose_every(monkeypatch, 3)
     requests = requests_of((1, 5, 23, 40, 11, 60), 120, temperature=0.9)
     settings = {"draft_tokens": "auto", "max_draft_tokens": 4, "drafter": drafter, "min_budget": 4}
     engine = toy.engine(**settings, max_requests=5)
@@ -107,7 +109,7 @@ class Any:
 def test_texts_do_not_depend_on_whether_proposals_are_judged(monkeypatch, seed, schedule):
     """In cycles that change to others with proposals, without, from the text, and to plain decoding, in their midst."""
     toy, chance = Toy(), random.Random(seed)
-    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", chance.choice([2, 3, 5]))
+    choose_every(monkeypatch, chance.choice([2, 3, 5]))
     requests = requests_of((1, 5, 23, 40, 11, 60), 90, temperature=chance.choice([0.0, 0.9]))
     engine = toy.engine(
         draft_tokens="auto", max_draft_tokens=6, min_budget=4, max_requests=5, iteration_time=steady, schedule=schedule
@@ -256,7 +258,7 @@ def test_auto_is_the_default_where_nothing_can_be_predicted(family):
 def test_drafts_are_tried_where_nothing_is_predicted_and_the_cache_is_long(monkeypatch):
     """The text stays, and what was tried is known in the next call."""
     toy = Toy()
-    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", 8)
+    choose_every(monkeypatch, 8)
     engine = toy.engine(draft_tokens="auto", min_budget=4)
     requests = requests_of((40, 60), 80)
     assert run(engine, requests) == [toy.decode(request) for request in requests]

@@ -8,6 +8,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -16,8 +17,7 @@ import sparsespec_compile as ss
 from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import iteration_time
 from sparsespec_compile.runtime.device.drafters import cycles_of
-from sparsespec_compile.runtime.host.cycle_chooser import chooser_for
-from sparsespec_compile.runtime.host.session import _CHOICE_EVERY
+from sparsespec_compile.runtime.host.cycle_chooser import CHOICE_EVERY, chooser_for
 
 MOST = ss.SpecConfig().max_draft_tokens
 FIXED, ROW, TOKEN = 4e-3, 2e-5, 3e-8
@@ -44,7 +44,7 @@ class Numbers:
     def __init__(self, most, predicted):
         config = ss.SpecConfig(draft_tokens="auto", max_draft_tokens=most, drafter="pillar")
         self._cycles = cycles_of(config)
-        by_cycle = predicted and (lambda cycle, length, requests: predicted(cycle.drafts, length, requests))
+        by_cycle = predicted and (lambda cycles, *load: np.array([predicted(cycle.drafts, *load) for cycle in cycles]))
         self._chooser = chooser_for(config, by_cycle)
         self.began, self.took = self._chooser.began, self._chooser.took
 
@@ -76,7 +76,7 @@ def settle(chooser, lengths, right, row=ROW, choices=400, seed=0):
         for _ in range(4):
             chooser.verified(drafts, draw(rng, drafts, right))
         mean = sum(lengths) / len(lengths)
-        for _ in range(_CHOICE_EVERY):
+        for _ in range(CHOICE_EVERY):
             chooser.took(seconds(drafts, mean, len(lengths), row) * rng.uniform(0.97, 1.03), lengths)
         chooser.choose(lengths)
     return chooser.current
@@ -132,7 +132,7 @@ def test_a_device_that_is_off_as_a_whole_is_no_reason_to_stay_or_to_wander(facto
         for _ in range(round(64 / (drafts + 1))):
             chooser.verified(drafts, draw(rng, drafts, 0.9))
         chooser.took(factor * seconds(drafts, 4000, 64) * rng.uniform(0.98, 1.02), [4000] * 64)
-        if iteration % _CHOICE_EVERY == 0:
+        if iteration % CHOICE_EVERY == 0:
             chooser.choose([4000] * 64)
         seen.append(speed(drafts, 4000, 64, 0.9))
     assert sum(seen[200:]) / 1000 > 0.98 * max(speed(drafts, 4000, 64, 0.9) for drafts in range(MOST + 1))
@@ -161,7 +161,7 @@ def test_what_short_texts_taught_does_not_mislead_long_ones(length, requests, ri
             for _ in range(round(requests / (drafts + 1))):
                 chooser.verified(drafts, draw(rng, drafts, right))
             chooser.took(slower_with_drafts(drafts, now, requests) * rng.uniform(0.94, 1.06), [now] * requests)
-            if iteration % _CHOICE_EVERY == 0:
+            if iteration % CHOICE_EVERY == 0:
                 chooser.choose([now] * requests)
             speeds.append(actual_speed(drafts))
     assert sum(speeds) / len(speeds) > 0.98 * max(map(actual_speed, range(MOST + 1)))
@@ -186,7 +186,7 @@ def predicted_by_number(model):
     """Seconds by (drafts, length, requests)."""
     cycles = cycles_of(ss.SpecConfig(draft_tokens="auto", drafter="pillar"))
     predicted = iteration_time(config_cost(model, torch.bfloat16), "grouped", ss.H200)
-    return lambda drafts, length, requests: predicted(cycles[drafts], length, requests)
+    return lambda drafts, length, requests: predicted(cycles, length, requests)[drafts]
 
 
 @pytest.mark.parametrize("right", [0.6, 0.9, 0.985])
@@ -216,7 +216,7 @@ def test_nearly_the_best_speed_on_times_of_an_h200(size, right):
             due %= 1
             seconds = actual(drafts, now, present)
             chooser.took(seconds * rng.uniform(0.98, 1.02), [now] * requests)
-            if iteration % _CHOICE_EVERY == 0:
+            if iteration % CHOICE_EVERY == 0:
                 chooser.choose([now] * requests)
             written, taken = written + tokens(drafts), taken + seconds
     best = max(tokens(drafts) / actual(drafts, length, ratios[size]) for drafts in range(MOST + 1))
@@ -247,7 +247,7 @@ def one_request_s_speed(right, warm_up, rng):
             taken += took
             chooser.took(took * 1e-3 * rng.uniform(0.99, 1.01), [length])
             iteration += 1
-            if iteration % _CHOICE_EVERY == 0:
+            if iteration % CHOICE_EVERY == 0:
                 chooser.choose([length])
     return written / taken
 
@@ -268,7 +268,7 @@ def run_on(device, predicted, iterations=600):
         drafts = chooser.current
         chooser.verified(drafts, drafts)
         chooser.took(device(drafts, iteration % (drafts + 1)), [100] * 64)
-        if iteration % _CHOICE_EVERY == 0:
+        if iteration % CHOICE_EVERY == 0:
             chooser.choose([100] * 64)
         seen.append(drafts)
     return seen
@@ -322,7 +322,7 @@ def test_a_trial_lasts_for_a_cycle_at_least():
         drafts = chooser.current
         chooser.verified(drafts, drafts)
         chooser.took(0.5 if drafts else 1.0, [100] * 64)
-        if iteration % _CHOICE_EVERY == 0:
+        if iteration % CHOICE_EVERY == 0:
             chooser.choose([100] * 64)
         seen.append(drafts)
     assert chooser.current > 0
@@ -403,7 +403,7 @@ def generate(chooser, device, length, requests, right, iterations=300, seed=3):
             for number in accepted if cycle else ():
                 chooser.verified(cycle, number)
         chooser.took(seconds, lengths)
-        if iteration % _CHOICE_EVERY == 0 and chooser.choose(lengths) != cycle:
+        if iteration % CHOICE_EVERY == 0 and chooser.choose(lengths) != cycle:
             drafted, cycle = 0, chooser.current
     return written / taken, speculative
 
@@ -450,9 +450,9 @@ def test_finding_out_takes_few_iterations_and_is_not_repeated():
     chooser = Numbers(MOST, None)
     assert generate(chooser, SMALL, 10, 1, 0.8, iterations=140)[1] == 0, "drafts would read as much"
     tried = [generate(chooser, SMALL, 1000, 1, 0.8)[1] for _ in range(3)]
-    assert 8 <= tried[0] <= 2 * _CHOICE_EVERY
+    assert 8 <= tried[0] <= 2 * CHOICE_EVERY
     assert tried[1:] == [0, 0]
-    assert generate(chooser, SMALL, 4000, 1, 0.8)[1] <= 2 * _CHOICE_EVERY, "where the cache may cost more, once more"
+    assert generate(chooser, SMALL, 4000, 1, 0.8)[1] <= 2 * CHOICE_EVERY, "where the cache may cost more, once more"
 
 
 def test_nothing_is_tried_that_cannot_be_measured():
@@ -516,7 +516,7 @@ def speed_beside_others(seed):
             for number in accepted if cycle else ():
                 chooser.verified(cycle, number)
         chooser.took(seconds * factor * rng.uniform(0.92, 1.08), lengths)
-        if iteration % _CHOICE_EVERY == 0 and chooser.choose(lengths) != cycle:
+        if iteration % CHOICE_EVERY == 0 and chooser.choose(lengths) != cycle:
             drafted, cycle = 0, chooser.current
         plain.append(SMALL.speed(0, lengths[0], 4, 0.95))
     return written / taken / statistics.mean(plain)

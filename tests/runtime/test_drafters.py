@@ -19,6 +19,7 @@ from sparsespec_compile.runtime.device.state import Capacity, State
 from sparsespec_compile.runtime.host.cycle_chooser import Foresight, Texts
 from sparsespec_compile.runtime.host.request import Request
 
+from ..support.choices import choose_every
 from ..support.toy import Toy, requests_of, run
 
 HEADS, TOKENS, BUDGET = 2, 64, 12
@@ -169,7 +170,7 @@ class Order:
 
 def in_order(monkeypatch, order, requests, every=3, **settings):
     """An engine that ran requests in cycles of this order, what it told, and how many rows were verified by kind."""
-    monkeypatch.setattr("sparsespec_compile.runtime.host.session._CHOICE_EVERY", every)
+    choose_every(monkeypatch, every)
     toy = Toy()
     engine = toy.engine(draft_tokens="auto", max_draft_tokens=4, min_budget=4, max_requests=3, **settings)
     engine._chooser = Order(order(cycles_of(engine.config)))

@@ -24,13 +24,12 @@ from sparsespec_compile.runtime.device.devices import CpuDevice
 from sparsespec_compile.runtime.device.drafters import Drafter, NgramDrafter, cycles_of
 from sparsespec_compile.runtime.device.graphs import padded, row_counts
 from sparsespec_compile.runtime.device.inputs import Work
-from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser
+from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser, Pace
 from sparsespec_compile.runtime.host.host_tier import HostTier
 from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
 from sparsespec_compile.runtime.host.phases import Phases
 from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
-from sparsespec_compile.runtime.host.session import _CHOICE_EVERY, is_other_load
 
 QWEN3_8B = Qwen3Config(
     hidden_size=4096,
@@ -56,6 +55,9 @@ at 2 to 256 rows. Predictions take 2, and so overrate what some more rows cost."
 
 as_run = partial(padded, sizes=row_counts(64 * 13 + 4096))
 """The rows of the graph that so many rows run in."""
+
+LOOKS = 0.5
+"""Share of choices before which the host looks n-grams up, as it may not take much of the time."""
 
 _PAGE = 256
 
@@ -106,7 +108,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
-        self._chosen_for = 0
+        self._pace = Pace()
         self._ngrams = next((c.drafter for c in cycles_of(self.config) if isinstance(c.drafter, NgramDrafter)), None)
         self._proposer = NgramDrafter(self.config)
 
@@ -115,6 +117,7 @@ class Simulation:
         self.cycles.clear()
         scheduler = self._scheduler(len(lengths), max(map(sum, zip(lengths, new_tokens, strict=True))))
         scheduler.waiting.extend(Request([0] * n, new) for n, new in zip(lengths, new_tokens, strict=True))
+        self._pace = Pace()
         if self.chooser is not None:
             self.chooser.began()
             scheduler.set_cycle(self.chooser.current)
@@ -151,7 +154,10 @@ class Simulation:
             if request.finished:
                 continue
             if item.mode == Mode.DRAFT:
-                request.told_drafted = self._drafted(request, item)
+                before, request.told_drafted = request.told_drafted, self._drafted(request, item)
+                proposals = min(item.rows, item.most - before) - 1
+                if self.chooser is not None and self._ngrams is not None and item.offset < 0 and proposals > 0:
+                    self.chooser.verified(self._ngrams, proposals, request.told_drafted - before - 1)
                 continue
             drafts = item.rows - 1 if item.mode == Mode.VERIFY and item.drafter is not None else 0
             drafts = drafts if item.offset >= 0 else request.told_drafted
@@ -183,17 +189,18 @@ class Simulation:
         decoding = [request.reach for request in scheduler.running if request.phase is not None]
         if took is not None:
             self.chooser.took(took, decoding)
-        other_load = is_other_load(len(decoding), self._chosen_for)
-        if other_load:
+        if self._pace.other_load(len(decoding)):
             self.chooser.began()
-        if not other_load and landed % _CHOICE_EVERY != 1:
+        if not self._pace.due(landed, len(decoding)):
             return
-        self._chosen_for = len(decoding)
-        if self._ngrams is not None and scheduler.cycle.drafter != self._ngrams and landed > 1 and decoding:
+        looks = landed > 1 and decoding and self._chance.random() < LOOKS
+        if self._ngrams is not None and scheduler.cycle.drafter != self._ngrams and looks:
             for _ in range(14):  # as `Foresight` gives of 24 tokens or so
                 most = self.config.most_draft_tokens
                 self.chooser.verified(self._ngrams, most, self.text.accepted(self._ngrams, most, self._chance))
-        scheduler.set_cycle(self.chooser.choose(decoding))
+        chosen = self.chooser.choose(decoding)
+        self._pace.chose(landed, len(decoding), chosen, changed=chosen != scheduler.cycle)
+        scheduler.set_cycle(chosen)
 
     def _seconds(self, work: list[tuple[Request, Work]]) -> float:
         drafting = [request for request, item in work if item.mode == Mode.DRAFT]

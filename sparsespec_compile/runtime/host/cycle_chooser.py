@@ -61,10 +61,10 @@ class Foresight:
         request = searched[0]
         unseen = min(len(request.output) - max(request.looked_up, 1), _TOKENS)
         request.looked_up = len(request.output)
-        self._latest = {one: self._with_new_tokens(one) for one in searched}
-        each = max(_SEARCHED_TOGETHER // len(searched), 2 * _TOKENS)
-        texts = Texts([latest[-each:] for _, latest in self._latest.values()])
-        end = min(len(self._latest[request][1]), each) - 1
+        each = min(max(_SEARCHED_TOGETHER // len(searched), 2 * _TOKENS), _SEARCHED)
+        self._latest = {one: self._with_new_tokens(one, each) for one in searched}
+        texts = Texts([latest for _, latest in self._latest.values()])
+        end = len(self._latest[request][1]) - 1
         newest = end - unseen
         while newest < end:
             drafts = min(self._most, end - newest)
@@ -72,12 +72,12 @@ class Foresight:
             yield drafts, accepted
             newest += accepted + 1
 
-    def _with_new_tokens(self, request: Request) -> tuple[int, np.ndarray]:
+    def _with_new_tokens(self, request: Request, most: int) -> tuple[int, np.ndarray]:
         known, latest = self._latest.get(request, (0, np.empty(0, np.int32)))
         count = len(request.prompt) + len(request.output)
-        first = max(known, count - _SEARCHED)
+        first = max(known, count - most)
         new = [*request.prompt[first:], *request.output[max(first - len(request.prompt), 0) :]]
-        return count, np.concatenate([latest, np.array(new, np.int32)])[-_SEARCHED:]
+        return count, np.concatenate([latest, np.array(new, np.int32)])[-most:]
 
 
 class Texts:
@@ -165,6 +165,13 @@ _KEPT_VERIFIED, _KEPT_UNUSED = 0.995, 0.9998
 """What a verified draft, and each choice, leaves of the weight of earlier ones: 200 of them count, and what was not
 tried for long is tried again."""
 
+CHOICE_EVERY = 16
+"""Iterations between two choices of the same cycle."""
+
+_OTHER_LOAD, _OTHER_REQUESTS = 1.25, 4
+"""Factor and difference in the number of decoding requests at which a cycle is chosen at once. Where a few requests
+come and go all the time, choices at once would leave no time to measure anything."""
+
 _MEASURED = 8
 """Iterations that are measured at a time at least, in whole cycles."""
 
@@ -191,8 +198,39 @@ _PATIENCE = 4
 """Choices for which a new cycle is kept until it was measured; where prompts come all the time, it may never be."""
 
 _UNDER_WAY = 2
-"""After a change, times are left out for a cycle and for the iterations that were under way: phases and cycles are
-still of the former kind."""
+"""Iterations that are enqueued, or were read late, when a cycle changes."""
+
+
+class Pace:
+    """Tells in which iterations a cycle is chosen: alike on all ranks, as nothing that is measured plays a part."""
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._requests = 0
+
+    def other_load(self, requests: int) -> bool:
+        """Whether so many decoding requests deserve a new choice at once, after one for another number of them.
+
+        A batch ends with few requests, for which another cycle is best than for the many with which the next begins.
+        """
+        before = self._requests
+        far = abs(requests - before) >= _OTHER_REQUESTS
+        return requests > 0 and far and not before / _OTHER_LOAD < requests < before * _OTHER_LOAD
+
+    def due(self, iteration: int, requests: int) -> bool:
+        """Whether to choose after an iteration, the first of which is 1, in which so many requests decoded."""
+        return iteration >= self._next or self.other_load(requests)
+
+    def chose(self, iteration: int, requests: int, cycle: Cycle, *, changed: bool) -> None:
+        """A cycle was chosen. A new one is judged as soon as it was measured."""
+        self._requests = requests
+        whole = -(-_MEASURED // (cycle.passes + 1)) * (cycle.passes + 1)
+        self._next = iteration + (_settling(cycle) + whole if changed else CHOICE_EVERY)
+
+
+def _settling(cycle: Cycle) -> int:
+    """Iterations after a change in which phases and cycles are still of the former kind, or under way."""
+    return cycle.passes + 1 + _UNDER_WAY
 
 
 def chooser_for(config: SpecConfig, predicted: IterationTime | None) -> "CycleChooser | None":
@@ -206,8 +244,8 @@ def chooser_for(config: SpecConfig, predicted: IterationTime | None) -> "CycleCh
         return None
     cycles = cycles_of(config)
     if predicted is None:
-        return CycleChooser(cycles, MeasuredTimes(), first=cycles[0], schedule=config.schedule)
-    return CycleChooser(cycles, PredictedTimes(predicted), first=cycles[-1], schedule=config.schedule)
+        return CycleChooser(cycles, MeasuredTimes(cycles), first=cycles[0], schedule=config.schedule)
+    return CycleChooser(cycles, PredictedTimes(predicted, cycles), first=cycles[-1], schedule=config.schedule)
 
 
 class CycleChooser:
@@ -230,13 +268,16 @@ class CycleChooser:
         self._cycles = list(cycles)
         self._schedule = schedule
         self._passes = np.array([cycle.passes for cycle in cycles])
-        self._proposals = np.array([cycle.proposals for cycle in cycles])
-        self._most_drafts = np.array([cycle.drafts for cycle in cycles])
+        self._most_drafts = np.array([cycle.drafts for cycle in cycles], float)
+        self._with_proposals = [nth for nth, cycle in enumerate(cycles) if cycle.proposals]
         self._ngrams = next((one.drafter for one in cycles if isinstance(one.drafter, NgramDrafter)), None)
         self._times = times
         most: dict[Drafter, int] = {}
         for cycle in cycles:
             most[cycle.drafter] = max(cycle.drafts, most.get(cycle.drafter, 0))
+        self._of_drafter = {
+            drafter: np.array([nth for nth, cycle in enumerate(cycles) if cycle.drafter == drafter]) for drafter in most
+        }
         self._acceptance = {drafter: _Acceptance(drafts, drafter.first_guess) for drafter, drafts in most.items()}
         self._recent: dict[Drafter, deque[float]] = {drafter: deque(maxlen=_RECENT) for drafter in most}
         self._measuring: list[tuple[float, Load]] = []
@@ -293,7 +334,7 @@ class CycleChooser:
             self._judged = False
             return self.current
         load = _load(lengths)
-        seconds, deviation = self._times.estimate(self._cycles, load)
+        seconds, deviation = self._times.estimate(load)
         tokens, doubt = self._tokens(load.requests)
         speed = tokens / seconds
         if self._judged:
@@ -302,37 +343,28 @@ class CycleChooser:
         if speed[best] > _GAIN_TO_CHANGE * speed[self._cycles.index(self.current)]:
             self.current = self._cycles[best]
             self._measuring.clear()
-            self._unsettled = self.current.passes + 1 + _UNDER_WAY
+            self._unsettled = _settling(self.current)
             self._unjudged = _PATIENCE
         return self.current
 
     def _tokens(self, requests: int) -> tuple[np.ndarray, np.ndarray]:
         """Expected tokens of a request in an iteration of each cycle, and the standard deviation of their logarithm:
         [n] each."""
-        accepted = {drafter: acceptance.accepted() for drafter, acceptance in self._acceptance.items()}
-        curves = [accepted[cycle.drafter] for cycle in self._cycles]
         made = self._drafts_made(requests)
-        # Between whole numbers of drafts, in proportion.
-        few = np.minimum(made.astype(int), np.maximum(self._most_drafts - 1, 0))
-        mean, deviation = (
-            np.array(
-                [
-                    curve[row, at] + (number - at) * (curve[row, min(at + 1, curve.shape[1] - 1)] - curve[row, at])
-                    for curve, number, at in zip(curves, made, few, strict=True)
-                ]
-            )
-            for row in range(2)
-        )
+        mean, deviation = np.empty_like(made), np.empty_like(made)
+        for drafter, acceptance in self._acceptance.items():
+            mine = self._of_drafter[drafter]
+            mean[mine], deviation[mine] = acceptance.accepted_of(made[mine])
         return (mean + 1) / (self._passes + 1), deviation / (mean + 1)
 
     def _drafts_made(self, requests: int) -> np.ndarray:
         """Expected drafts of each cycle, [n]."""
-        made = self._most_drafts.astype(float)
-        if self._ngrams is None or not self._proposals.any():
+        made = self._most_drafts.copy()
+        if self._ngrams is None or not self._with_proposals:
             return made
-        right = np.cumprod(self._acceptance[self._ngrams].rates())
-        for at in np.flatnonzero(self._proposals):
-            made[at] = expected_drafts(self._cycles[at], right, self._schedule, requests)
+        right = np.cumprod(self._acceptance[self._ngrams].rates()).tolist()
+        for nth in self._with_proposals:
+            made[nth] = expected_drafts(self._cycles[nth], right, self._schedule, requests)
         return made
 
 
@@ -341,26 +373,25 @@ class _Acceptance:
 
     def __init__(self, most: int, first_guess: float) -> None:
         self._first_guess = first_guess
-        self._hits = np.zeros(most)
-        self._tries = np.zeros(most)
+        # Lists, since a hundred verifications are recorded while an iteration runs.
+        self._hits = [0.0] * most
+        self._tries = [0.0] * most
 
     def verified(self, drafts: int, accepted: int) -> None:
-        tried = min(accepted + 1, drafts)
-        self._hits[:tried] *= _KEPT_VERIFIED
-        self._tries[:tried] *= _KEPT_VERIFIED
-        self._hits[:accepted] += 1.0
-        self._tries[:tried] += 1.0
+        for nth in range(min(accepted + 1, drafts)):
+            self._hits[nth] = self._hits[nth] * _KEPT_VERIFIED + (nth < accepted)
+            self._tries[nth] = self._tries[nth] * _KEPT_VERIFIED + 1.0
 
     def fade(self) -> None:
         """Decay the counts slightly."""
-        self._hits *= _KEPT_UNUSED
-        self._tries *= _KEPT_UNUSED
+        self._hits = [_KEPT_UNUSED * hits for hits in self._hits]
+        self._tries = [_KEPT_UNUSED * tries for tries in self._tries]
 
     def rates(self) -> np.ndarray:
         """Expected share of drafts that are right, of those whose predecessors are, by their place: [most]."""
         rates = []
-        right = (self._hits.sum() + _GUESS_VERIFIED * self._first_guess) / (self._tries.sum() + _GUESS_VERIFIED)
-        for hits, tries in zip(self._hits.tolist(), self._tries.tolist(), strict=True):
+        right = (sum(self._hits) + _GUESS_VERIFIED * self._first_guess) / (sum(self._tries) + _GUESS_VERIFIED)
+        for hits, tries in zip(self._hits, self._tries, strict=True):
             right = (hits + _GUESS_VERIFIED * right) / (tries + _GUESS_VERIFIED)
             rates.append(right)
         return np.array(rates)
@@ -370,9 +401,16 @@ class _Acceptance:
         rate = self.rates()
         expected = np.concatenate([[0.0], np.cumprod(rate).cumsum()])
         # A relative error of one rate carries over to every later product. Variances are those of beta distributions.
-        share = (1 - rate) / (rate * (self._tries + _GUESS_VERIFIED + 1))
+        share = (1 - rate) / (rate * (np.array(self._tries) + _GUESS_VERIFIED + 1))
         behind = np.maximum(expected[None, 1:] - expected[:-1, None], 0.0)  # [draft, number of drafts]
         return np.stack([expected, np.concatenate([[0.0], np.sqrt(share @ behind**2)])])
+
+    def accepted_of(self, drafts: np.ndarray) -> np.ndarray:
+        """`accepted` of any numbers of drafts [n], those between whole ones in proportion: [2, n]."""
+        curve = self.accepted()
+        few = drafts.astype(int)
+        more = np.minimum(few + 1, curve.shape[1] - 1)
+        return curve[:, few] + (drafts - few) * (curve[:, more] - curve[:, few])
 
 
 def _load(lengths: list[int]) -> Load:

@@ -9,15 +9,15 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
 from sparsespec_compile.runtime.device.drafters import Cycle, NoDrafter
 
-IterationTime = Callable[[Cycle, float, int], float]
-"""(cycle, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration."""
+IterationTime = Callable[[Sequence[Cycle], float, int], np.ndarray]
+"""(n cycles, mean cached tokens of a request, requests) -> predicted seconds of a mean iteration of each, [n]."""
 
 _OCTAVES = 2.0
 """Factors of two in drafts + 1, in judged rows, in length or in requests, over which what is known falls to 1 / e."""
@@ -43,7 +43,16 @@ class Load:
 
 
 class IterationTimes(ABC):
-    """Estimates mean times of iterations."""
+    """Estimates mean times of iterations.
+
+    An estimate is made while a GPU runs an iteration of some milliseconds, so all cycles are one array.
+
+    Args:
+        cycles: n of them, those that can be chosen.
+    """
+
+    def __init__(self, cycles: Sequence[Cycle]) -> None:
+        self._grid = _Grid(cycles)
 
     @abstractmethod
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
@@ -54,7 +63,7 @@ class IterationTimes(ABC):
         """The expected seconds, to tell outliers by; None where nothing is known."""
 
     @abstractmethod
-    def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+    def estimate(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a mean iteration of each cycle [n], up to a common factor, and the standard deviation of their
         logarithm [n]."""
 
@@ -69,6 +78,7 @@ class PredictedTimes(IterationTimes):
 
     Args:
         predicted: the prediction.
+        cycles: n of them, those that can be chosen.
     """
 
     FACTOR = 0.5
@@ -92,31 +102,33 @@ class PredictedTimes(IterationTimes):
     KEPT = 64
     """Cycles and loads whose measurements are kept. What was tried before them is tried again if it may pay."""
 
-    REMEMBERED = 256
-    """Predictions that are kept; one takes some 0.1 ms."""
+    REMEMBERED = 64
+    """Loads whose predictions are kept."""
 
-    def __init__(self, predicted: IterationTime) -> None:
-        self._predicted = lru_cache(self.REMEMBERED)(predicted)
-        self._known: dict[tuple[Cycle, int, int], tuple[_Place, float, int]] = {}  # with error and count
+    def __init__(self, predicted: IterationTime, cycles: Sequence[Cycle]) -> None:
+        super().__init__(cycles)
+        self._predicted = lru_cache(self.REMEMBERED)(partial(predicted, self._grid.cycles))
+        self._known: dict[tuple[int, int, int], _Known] = {}
 
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
-        key, error = _key(cycle, load), math.log(seconds / self.expected(cycle, load))
+        nth, error = self._grid.index[cycle], math.log(seconds / self.expected(cycle, load))
+        key = _key(nth, load)
         _, mean, count = self._known.pop(key, (None, error, 0))
         count = min(count + 1, self.AVERAGED)
-        self._known[key] = _place(cycle, load), mean + (error - mean) / count, count
+        self._known[key] = _Known(self._grid.place(nth, load), mean + (error - mean) / count, count)
         if len(self._known) > self.KEPT:
             del self._known[next(iter(self._known))]
 
     def expected(self, cycle: Cycle, load: Load) -> float:
         """The prediction."""
-        return self._predicted(cycle, load.length, load.requests)
+        return float(self._predicted(load.length, load.requests)[self._grid.index[cycle]])
 
-    def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+    def estimate(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a mean iteration of each cycle [n], and the standard deviation of their logarithm [n]."""
-        predicted = np.array([self.expected(cycle, load) for cycle in cycles])
+        predicted = self._predicted(load.length, load.requests)
         if not self._known:
-            return predicted, np.full(len(cycles), self.ERROR)
+            return predicted, np.full(len(predicted), self.ERROR)
         places, errors, counts = zip(*self._known.values(), strict=True)
         factor = (statistics.fmean(errors) ** 2 / self.FACTOR) ** 2
 
@@ -124,8 +136,8 @@ class PredictedTimes(IterationTimes):
             shared = factor * np.where(one.same_drafter(other), 1.0, self.SHARED)
             return shared + self.ERROR**2 * np.exp(-one.distance(other) / _OCTAVES)
 
-        asked, known = _Places([_place(cycle, load) for cycle in cycles]), _Places(places)
         noise = self.NOISE**2 / np.array(counts)
+        asked, known = self._grid.at(load), self._grid.known(places)
         error, deviation = _regress(likeness, known, np.array(errors), noise, asked, factor + self.ERROR**2)
         return predicted * np.exp(error), deviation
 
@@ -178,19 +190,21 @@ class MeasuredTimes(IterationTimes):
     PLACES = 64
     """Places that are kept. What was tried before them is tried again if it may pay."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[Cycle, int, int], tuple[_Place, float, int]] = {}
+    def __init__(self, cycles: Sequence[Cycle]) -> None:
+        super().__init__(cycles)
+        self._known: dict[tuple[int, int, int], _Known] = {}
         self._now = 0
         self._estimates: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # an estimate takes a millisecond
 
     def measured(self, cycle: Cycle, load: Load, seconds: float) -> None:
         """Take note of the mean time of an iteration."""
-        key = _key(cycle, load)
+        nth = self._grid.index[cycle]
+        key = _key(nth, load)
         self._now += 1
         _, mean, count = self._known.pop(key, (None, math.log(seconds), 0))
         count = min(count + 1, self.AVERAGED)
         change = (math.log(seconds) - mean) / count
-        self._known[key] = (_place(cycle, load)._replace(time=self._now), mean + change, count)
+        self._known[key] = _Known(self._grid.place(nth, load, self._now), mean + change, count)
         if len(self._known) > self.PLACES:
             del self._known[next(iter(self._known))]
         if count < self.AVERAGED or abs(change) > self.NOTICED:
@@ -198,36 +212,37 @@ class MeasuredTimes(IterationTimes):
 
     def expected(self, cycle: Cycle, load: Load) -> float | None:
         """What was measured of this cycle at much the same load; None where nothing was."""
-        known = self._known.get(_key(cycle, load))
-        return None if known is None else math.exp(known[1])
+        known = self._known.get(_key(self._grid.index[cycle], load))
+        return None if known is None else math.exp(known.mean)
 
-    def estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
+    def estimate(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a mean iteration of each cycle [n], up to a common factor, and the standard deviation of their
         logarithm [n].
 
         The deviation is 0 where nothing shall be tried to find out: before anything was measured, and for more than
         `STRIDE` times as many drafts as were, whose trial would take long.
         """
-        _, length, requests = _key(cycles[0], load)
+        _, length, requests = _key(0, load)
         if (length, requests) not in self._estimates:
-            self._estimates[length, requests] = self._new_estimate(cycles, load)
+            self._estimates[length, requests] = self._new_estimate(load)
         return self._estimates[length, requests]
 
-    def _new_estimate(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
-        mean, deviation = self._posterior(cycles, load)
+    def _new_estimate(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
+        mean, deviation = self._posterior(load)
+        cycles = self._grid.cycles
         tried = {cycle.drafter: 1 for cycle in cycles}
-        for cycle, *_ in self._known:
+        for cycle in (cycles[nth] for nth, *_ in self._known):
             tried[cycle.drafter] = max(cycle.drafts, tried.get(cycle.drafter, 1))
         within = [bool(self._known) and cycle.drafts <= self.STRIDE * tried[cycle.drafter] for cycle in cycles]
         return np.exp(mean), deviation * within
 
-    def _posterior(self, cycles: Sequence[Cycle], load: Load) -> tuple[np.ndarray, np.ndarray]:
-        asked = _Places([_place(cycle, load)._replace(time=self._now) for cycle in cycles])
+    def _posterior(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
+        asked = self._grid.at(load, self._now)
         prior = self._variance(asked)
         if not self._known:
             return self._expected_above(asked), np.sqrt(prior)
         places, seconds, counts = zip(*self._known.values(), strict=True)
-        known, level = _Places(places), statistics.fmean(seconds)
+        known, level = self._grid.known(places), statistics.fmean(seconds)
         noise = self.NOISE**2 / np.array(counts)
         above = np.array(seconds) - level - self._expected_above(known)
         mean, deviation = _regress(self._likeness, known, above, noise, asked, prior)
@@ -254,56 +269,58 @@ class MeasuredTimes(IterationTimes):
         return self.COMMON**2 + spent + self.DRIFT**2 + self.ERROR**2
 
 
-def _key(cycle: Cycle, load: Load) -> tuple[Cycle, int, int]:
+def _key(nth: int, load: Load) -> tuple[int, int, int]:
     """What measurements that are averaged have in common: the cycle, the length to an eighth of an octave, requests."""
-    return cycle, round(8 * math.log2(load.length + _SHORT)), load.requests
+    return nth, round(8 * math.log2(load.length + _SHORT)), load.requests
 
 
 class _Place(NamedTuple):
-    """The coordinates of a measurement.
+    """Where something was measured.
 
     Attributes:
-        drafter: its name.
-        drafts, length, requests: as factors of two; of draft iterations + 1, or where there are none of drafts + 1.
-        judged: factors of two in the rows of a request in an iteration of nothing but drafts.
-        saving: share of the positions that a cycle leaves out.
-        rows: factors of two in the rows of an iteration, where cycles have no draft iterations.
+        nth: number of the cycle.
+        length, requests: as factors of two.
+        saving: share of the positions that the cycle leaves out.
         time: number of the measurement.
     """
 
-    drafter: str
-    drafts: float
-    judged: float
+    nth: int
     length: float
     requests: float
     saving: float
-    rows: float
-    time: float = 0.0
+    time: float
 
 
-@lru_cache(1024)
-def _place(cycle: Cycle, load: Load) -> _Place:
-    left_out = 1.0 - cycle.drafter.positions(load.length) / load.length if load.length else 0.0
-    return _Place(
-        cycle.drafter.name,
-        math.log2((cycle.passes or cycle.drafts) + 1),
-        math.log2(cycle.pass_rows),
-        math.log2(load.length + _SHORT),
-        math.log2(load.requests),
-        left_out * cycle.passes / (cycle.passes + 1),
-        math.log2(cycle.proposed + 1),
-    )
+class _Known(NamedTuple):
+    """What was measured at a place: a mean, and of how many measurements, in effect."""
+
+    place: _Place
+    mean: float
+    count: int
 
 
+@dataclass(frozen=True)
 class _Places:
-    """Places as columns [n]."""
+    """Coordinates, as columns [n].
 
-    def __init__(self, places: Iterable[_Place]) -> None:
-        names, *columns = zip(*places, strict=True)
-        self.drafter = np.array(names)
-        self.drafting = (self.drafter != NoDrafter.name).astype(float)
-        self._drafts, self._judged, length, requests, self.saving, self.rows, self.time = np.array(columns)
-        self._load = np.stack([length, requests])
+    Attributes:
+        drafter: its number.
+        drafting: 1.0 where there are drafts, else 0.0.
+        drafts: factors of two in draft iterations + 1, or where there are none in drafts + 1.
+        judged: factors of two in the rows of a request in an iteration of nothing but drafts.
+        rows: factors of two in the rows of an iteration, where cycles have no draft iterations.
+        length, requests, saving, time: as in `_Place`.
+    """
+
+    drafter: np.ndarray
+    drafting: np.ndarray
+    drafts: np.ndarray
+    judged: np.ndarray
+    rows: np.ndarray
+    length: np.ndarray
+    requests: np.ndarray
+    saving: np.ndarray
+    time: np.ndarray
 
     def same_drafter(self, other: "_Places") -> np.ndarray:
         """[n, m]."""
@@ -311,13 +328,62 @@ class _Places:
 
     def load_distance(self, other: "_Places") -> np.ndarray:
         """Octaves of length and requests, [n, m]."""
-        return np.abs(self._load[:, :, None] - other._load[:, None, :]).sum(0)
+        return _apart(self.length, other.length) + _apart(self.requests, other.requests)
 
     def distance(self, other: "_Places") -> np.ndarray:
         """Octaves of length, requests, drafts + 1 and judged rows, [n, m]."""
-        drafts = np.abs(self._drafts[:, None] - other._drafts[None])
-        drafts = drafts + np.abs(self._judged[:, None] - other._judged[None])
+        drafts = _apart(self.drafts, other.drafts) + _apart(self.judged, other.judged)
         return self.load_distance(other) + drafts + np.where(self.same_drafter(other), 0.0, _APART)
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one[:, None] - other[None, :])
+
+
+class _Grid:
+    """The places of n cycles.
+
+    Attributes:
+        cycles: in their order.
+        index: the number of a cycle.
+    """
+
+    def __init__(self, cycles: Sequence[Cycle]) -> None:
+        self.cycles = tuple(cycles)
+        self.index = {cycle: nth for nth, cycle in enumerate(cycles)}
+        self._drafters = list(dict.fromkeys(cycle.drafter for cycle in cycles))
+        passes = np.array([cycle.passes for cycle in cycles])
+        self._passing = passes / (passes + 1)
+        self._columns = (
+            np.array([self._drafters.index(cycle.drafter) for cycle in cycles]),
+            np.array([float(cycle.drafter.name != NoDrafter.name) for cycle in cycles]),
+            np.log2([(cycle.passes or cycle.drafts) + 1 for cycle in cycles]),
+            np.log2([cycle.pass_rows for cycle in cycles]),
+            np.log2([cycle.proposed + 1 for cycle in cycles]),
+        )
+
+    def at(self, load: Load, time: float = 0.0) -> _Places:
+        """All cycles at a load."""
+        length, requests = _coordinates(load)
+        same = (np.full(len(self.cycles), value) for value in (length, requests))
+        return _Places(*self._columns, *same, self._saving(load), np.full(len(self.cycles), time))
+
+    def place(self, nth: int, load: Load, time: float = 0.0) -> _Place:
+        """A cycle at a load."""
+        return _Place(nth, *_coordinates(load), float(self._saving(load)[nth]), time)
+
+    def known(self, places: Iterable[_Place]) -> _Places:
+        """Places of several loads and times."""
+        nth, *others = zip(*places, strict=True)
+        return _Places(*(column[list(nth)] for column in self._columns), *(np.array(column) for column in others))
+
+    def _saving(self, load: Load) -> np.ndarray:
+        left_out = [1.0 - one.positions(load.length) / load.length if load.length else 0.0 for one in self._drafters]
+        return np.array(left_out)[self._columns[0]] * self._passing
+
+
+def _coordinates(load: Load) -> tuple[float, float]:
+    return math.log2(load.length + _SHORT), math.log2(load.requests)
 
 
 def _regress(

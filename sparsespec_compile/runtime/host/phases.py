@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from random import Random
 
-import numpy as np
-
 from sparsespec_compile.config import Schedule
 from sparsespec_compile.runtime.device.drafters import Cycle
 from sparsespec_compile.runtime.host.request import Request
@@ -48,7 +46,7 @@ def _group(drafts: int, requests: int) -> int:
     return (GROUPED_ROWS - requests) // drafts
 
 
-def expected_drafts(cycle: Cycle, right: np.ndarray, schedule: Schedule, requests: int) -> float:
+def expected_drafts(cycle: Cycle, right: Sequence[float], schedule: Schedule, requests: int) -> float:
     """Mean drafts of a cycle: as many as it has, or with proposals what its draft iterations make.
 
     Each of these makes a draft. Those in which nobody verifies also keep the first proposals that are right, until
@@ -56,15 +54,15 @@ def expected_drafts(cycle: Cycle, right: np.ndarray, schedule: Schedule, request
 
     Args:
         cycle: of all requests.
-        right: [at least as many as proposals], probability that the first 1, 2, ... proposals are all right.
+        right: for as many proposals at least, probability that the first 1, 2, ... proposals are all right.
         schedule: as in `phases_in_use`.
         requests: that decode.
     """
     if not cycle.proposals:
         return float(cycle.drafts)
     all_right = right[: cycle.proposals]
-    kept = float(all_right.sum())
-    variance = float(((2 * np.arange(len(all_right)) + 1) * all_right).sum()) - kept**2
+    kept = sum(all_right)
+    variance = sum((2 * nth + 1) * one for nth, one in enumerate(all_right)) - kept**2
     judging = cycle.passes + 1 - phases_in_use(schedule, cycle, requests)
     room, deviation = cycle.drafts - cycle.passes - judging * kept, math.sqrt(max(judging * variance, 1e-9))
     # What a normal variable falls short of the room by, where it does: E[max(room - x, 0)].

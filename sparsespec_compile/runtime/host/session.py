@@ -27,7 +27,7 @@ from sparsespec_compile.runtime.device.state import State
 from sparsespec_compile.runtime.device.step import NO_TOKEN, Step
 from sparsespec_compile.runtime.device.weights import WeightsRecord
 from sparsespec_compile.runtime.host.client import Output
-from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser, Foresight
+from sparsespec_compile.runtime.host.cycle_chooser import CycleChooser, Foresight, Pace
 from sparsespec_compile.runtime.host.frames import Flight
 from sparsespec_compile.runtime.host.host_tier import HostTier
 from sparsespec_compile.runtime.host.kv_cache import KVCacheManager
@@ -37,12 +37,9 @@ from sparsespec_compile.runtime.host.request import Request
 from sparsespec_compile.runtime.host.scheduler import Limits, Scheduler
 from sparsespec_compile.runtime.host.stats import Occupancy, Stats, StatsRecorder
 
-_CHOICE_EVERY = 16
-"""Iterations between two choices of the cycle."""
-
-_OTHER_LOAD, _OTHER_REQUESTS = 1.5, 4
-"""Factor and difference in the number of decoding requests at which it chooses at once. Where a few requests come and
-go all the time, choices at once would leave no time to measure anything."""
+_LOOKING, _FIRST_LOOKS = 0.01, 0.03
+"""Share of the decoding time in which the host may look n-grams up in texts, and seconds before that. One look takes
+milliseconds, as long as a GPU takes for an iteration of one request, which would then wait for the host."""
 
 _STALLED_ITERATIONS = 2000
 """Iterations in a row without a token, a prompt's row or a page on its way, after which something must be wrong."""
@@ -90,7 +87,8 @@ class Session:
         self._scheduler = self._new_scheduler()
         self._landed_at = math.nan
         self._idle_iterations = 0
-        self._chosen_for = 0  # requests that decoded at the latest choice
+        self._pace = Pace()
+        self._decoded = self._looked = 0.0  # seconds of iterations, and of looks at texts
         self._added: dict[Request, float] = {}
         self._processed_slots: set[int] = set()
 
@@ -117,6 +115,7 @@ class Session:
         self._recorder = StatsRecorder(self.state.layout, self._config)
         self._landed_at, self._idle_iterations = math.nan, 0
         self._scheduler.kv_cache.pages_offloaded = 0
+        self._pace = Pace()
         if self._chooser is not None:
             self._chooser.began()
             self._scheduler.set_cycle(self._chooser.current)
@@ -373,7 +372,10 @@ class Session:
                 continue  # it ended in an earlier iteration, which was read after this one had been enqueued
             if item.mode == Mode.DRAFT:
                 self._recorder.record_draft(request, request.told_drafted if item.offset < 0 else item.offset)
-                request.told_drafted = drafted[item.slot] if item.offset < 0 else item.offset + 1
+                now_drafted = drafted[item.slot] if item.offset < 0 else item.offset + 1
+                if item.offset < 0:
+                    self._judged_proposals(request, item, now_drafted)
+                request.told_drafted = now_drafted
                 continue
             request.told_drafted = 0
             count, *drawn = tokens[item.slot]
@@ -402,6 +404,14 @@ class Session:
         self._recorder.stats.host_seconds += time.perf_counter() - answered
         return outputs
 
+    def _judged_proposals(self, request: Request, item: Work, drafted: int) -> None:
+        """Tell the chooser how many proposals were right in an iteration after which there are so many drafts."""
+        before = request.told_drafted
+        # The device drops rows for more drafts than a cycle may have, and beyond the end of the text.
+        rows = min(item.rows, item.most - before, request.max_length - 1 - request.cached - before)
+        if self._chooser is not None and self._ngrams is not None and rows > 1:
+            self._chooser.verified(self._ngrams, rows - 1, drafted - before - 1)
+
     def _choose_drafts(self, work: list[tuple[Request, Work]]) -> None:
         """Report the iteration's time to the chooser, and now and then apply its choice."""
         if self._chooser is None:
@@ -412,21 +422,28 @@ class Session:
         steady = len(self._flight) == self._flight.depth - 1
         if steady and not any(item.mode == Mode.PREFILL for _, item in work) and not math.isnan(seconds):
             self._chooser.took(seconds, decoding)
-        other_load = is_other_load(len(decoding), self._chosen_for)
-        if other_load:
+        if not math.isnan(seconds):
+            self._decoded += seconds
+        if self._pace.other_load(len(decoding)):
             self._chooser.began()
-        if other_load or self._recorder.stats.iterations % _CHOICE_EVERY == 1:
-            self._chosen_for = len(decoding)
+        iteration = self._recorder.stats.iterations
+        if self._pace.due(iteration, len(decoding)):
             self._foresee()
-            self._scheduler.set_cycle(self._chooser.choose(decoding))
+            chosen = self._chooser.choose(decoding)
+            self._pace.chose(iteration, len(decoding), chosen, changed=chosen != self._scheduler.cycle)
+            self._scheduler.set_cycle(chosen)
 
     def _foresee(self) -> None:
         """Report to the chooser how many n-gram drafts would be accepted, while another drafter is in use."""
         if self._chooser is None or self._ngrams is None or self._scheduler.cycle.drafter == self._ngrams:
             return
+        if self._looked > _LOOKING * self._decoded + _FIRST_LOOKS:
+            return
+        began = time.perf_counter()
         decoding = [request for request in self._scheduler.running if request.output]
         for drafts, accepted in self._foresight.look(decoding):
             self._chooser.verified(self._ngrams, drafts, accepted)
+        self._looked += time.perf_counter() - began
 
     def _clock(self, request: Request, *, first: bool) -> None:
         if first and request.output:
@@ -457,15 +474,6 @@ def _undrawn(request: Request, tokens: Sequence[int]) -> tuple[int, Exception] |
         place = list(tokens).index(NO_TOKEN)
         return place, no_token_left(first + place, -math.inf)
     return None
-
-
-def is_other_load(requests: int, before: int) -> bool:
-    """Whether so many decoding requests deserve a new choice at once, after one for another number of them.
-
-    A batch ends with few requests, for which another cycle is best than for the many with which the next one begins.
-    """
-    far = abs(requests - before) >= _OTHER_REQUESTS
-    return requests > 0 and far and not before / _OTHER_LOAD < requests < before * _OTHER_LOAD
 
 
 def decoding_rows(slots: int, config: SpecConfig) -> dict[Promise, Sequence[int]]:

@@ -98,7 +98,7 @@ class Tour:
         length = statistics.mean(length for cycle in cycles for _, length, _ in cycle)
         requests = cycles[0][0][2]
         seconds = statistics.median(statistics.mean(time for time, _, _ in cycle) for cycle in cycles)
-        predicted = self._predicted(self.current, length, requests)
+        predicted = float(self._predicted([self.current], length, requests)[0])
         row = {"requests": requests, "length": round(length, 1), "drafter": self.current.name}
         row["draft_tokens"], row["passes"] = self.current.drafts, self.current.passes
         self.rows.append({**row, "seconds": float(f"{seconds:.5g}"), "predicted": float(f"{predicted:.5g}")})

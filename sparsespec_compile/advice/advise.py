@@ -264,7 +264,7 @@ def _choice(
     settings: SpecConfig,
     budget: int,
     curve: Curve,
-    right: np.ndarray | None = None,
+    right: Sequence[float] | None = None,
     name: str = "acceptance",
 ) -> Choice:
     """`right`: probability that the first 1, 2, ... proposals are all right; None = there are none. `name`: of the
@@ -297,7 +297,7 @@ def _best(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Cu
 
 def _best_of_both(costs: Costs, ceilings: Ceilings, load: Workload, ways: dict[float, Curve], ngrams: Curve) -> Choice:
     up_to = np.array([accepted(ngrams, drafts, _NGRAMS) for drafts in range(AUTO_PROPOSALS[-1] + 1)])
-    right, choices = np.diff(up_to), []
+    right, choices = np.diff(up_to).tolist(), []
     for ratio, curve in ways.items():
         for k, proposals in itertools.product(range(2, MAX_DRAFT_TOKENS + 1), AUTO_PROPOSALS):
             if proposals < k:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -34,10 +35,10 @@ def test_a_score_buffer_for_the_shortest_cycles():
         slots[most] = capacity_for(config, drafters_of(config), 64, 4096, 2048).score_slots
     assert set(slots.values()) == {64}
     config = ss.SpecConfig(draft_tokens="auto")
-    for number, rows in ((128, 128), (200, 128), (300, 150)):
+    for number, rows in ((128, 128), (200, 160), (300, 160), (400, 200)):
         assert capacity_for(config, drafters_of(config), number, 4096, 2048).score_slots == rows
     fixed = ss.SpecConfig(draft_tokens=12)
-    assert capacity_for(fixed, drafters_of(fixed), 64, 4096, 2048).score_slots == 19
+    assert capacity_for(fixed, drafters_of(fixed), 64, 4096, 2048).score_slots == 24
 
 
 class Changing:
@@ -153,6 +154,45 @@ def test_few_requests_that_come_and_go_leave_time_to_measure():
     prompts = [request.prompt for request in requests_of([5] * 25, 1)]
     run(engine, [Request(prompt, 3 + 5 * (nth % 4)) for nth, prompt in enumerate(prompts)])
     assert len(asked) <= engine.stats.iterations // 16 + 1
+
+
+def test_proposals_that_were_judged_tell_how_many_are_right(monkeypatch):
+    """Those of draft iterations, of all requests; but not those for which a text or a cycle has no room."""
+    told = []
+
+    class Told(Changing):
+        def verified(self, drafter, drafts, accepted):
+            told.append((drafter.name, drafts, accepted))
+
+        def choose(self, lengths):
+            return self.current
+
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session.Foresight.look", lambda self, requests: [])
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=6, min_budget=4, max_requests=4, iteration_time=steady)
+    engine._chooser = Told([c for c in cycles_of(engine.config) if (c.passes, c.proposals) == (2, 3)])
+    run(engine, requests_of((9, 23, 31, 12), 90))
+    judged = [(drafts, right) for name, drafts, right in told if name == "ngram"]
+    assert {drafts for drafts, _ in judged} <= {1, 2, 3}
+    assert all(0 <= right <= drafts for drafts, right in judged)
+    made = sum(drafts for name, drafts, _ in told if name == "pillar")
+    assert sum(1 + right for _, right in judged) == pytest.approx(made, rel=0.1), "but for cycles that were cut off"
+    assert sum(right for _, right in judged) > 8
+
+
+def test_looks_at_texts_take_little_of_the_time(monkeypatch):
+    """A look takes as long as an iteration of one request on a GPU, which waits for it."""
+    looks = []
+
+    def look(self, requests):
+        looks.append(len(requests))
+        time.sleep(0.02)
+        return []
+
+    monkeypatch.setattr("sparsespec_compile.runtime.host.session.Foresight.look", look)
+    engine = Toy().engine(draft_tokens="auto", max_draft_tokens=2, min_budget=4, max_requests=2)
+    engine._chooser = Any(cycles_of(engine.config)[:1], 0)  # plain decoding: 16 iterations from choice to choice
+    run(engine, requests_of((5, 9), 200))
+    assert 2 <= len(looks) < 5, "of 13 choices"
 
 
 def test_without_predictions_nothing_is_proposed():

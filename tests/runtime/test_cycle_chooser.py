@@ -17,9 +17,11 @@ import sparsespec_compile as ss
 from sparsespec_compile.advice.config_cost import config_cost
 from sparsespec_compile.advice.prediction import iteration_time
 from sparsespec_compile.runtime.device.drafters import cycles_of
-from sparsespec_compile.runtime.host.cycle_chooser import CHOICE_EVERY, chooser_for
+from sparsespec_compile.runtime.host.cycle_chooser import CHOICE_EVERY, Pace, chooser_for
 
-MOST = ss.SpecConfig().max_draft_tokens
+MOST = 12
+"""As in benchmarks/results/h200-iteration-times.json."""
+
 FIXED, ROW, TOKEN = 4e-3, 2e-5, 3e-8
 """A made-up device: seconds of an iteration, of each row, and of each cached token that is read."""
 
@@ -184,7 +186,7 @@ def measured_on_an_h200():
 
 def predicted_by_number(model):
     """Seconds by (drafts, length, requests)."""
-    cycles = cycles_of(ss.SpecConfig(draft_tokens="auto", drafter="pillar"))
+    cycles = cycles_of(ss.SpecConfig(draft_tokens="auto", max_draft_tokens=MOST, drafter="pillar"))
     predicted = iteration_time(config_cost(model, torch.bfloat16), "grouped", ss.H200)
     return lambda drafts, length, requests: predicted(cycles, length, requests)[drafts]
 
@@ -495,6 +497,47 @@ def test_a_choice_takes_little_of_an_iteration():
     for _ in range(20):
         chooser.choose([8000] * 64)
     assert (time.perf_counter() - started) / 20 < 10e-3
+
+
+def test_a_choice_among_all_cycles_takes_little_at_another_length():
+    """One request on an H200 has iterations of 4 ms, and a length that no prediction was made for at each choice."""
+    config = ss.SpecConfig(draft_tokens="auto")
+    cycles, lengths, took = cycles_of(config), iter(range(8192, 10**6, 64)), []
+    model = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=12288)
+    chooser = chooser_for(config, iteration_time(config_cost(model, torch.bfloat16), "grouped", ss.H200))
+    for cycle in cycles:
+        chooser.current = cycle
+        length = next(lengths)
+        for _ in range(64):
+            chooser.took(5e-3, [length])
+    for _ in range(30):
+        length = next(lengths)
+        started = time.perf_counter()
+        chooser.choose([length])
+        took.append(time.perf_counter() - started)
+        chooser._unjudged = 0
+    assert min(took) < 5e-3, "20 ms, when each cycle was predicted alone"
+
+
+def test_a_new_cycle_is_judged_as_soon_as_it_was_measured():
+    plain, *_, long = cycles_of(ss.SpecConfig(draft_tokens="auto", max_draft_tokens=12, drafter="full"))
+    pace = Pace()
+    assert pace.due(1, 2)
+    pace.chose(1, 64, long, changed=True)
+    settled = 1 + 13 + 2  # a cycle, and iterations under way
+    assert next(at for at in range(2, 40) if pace.due(at, 64)) == settled + 13
+    pace.chose(29, 64, plain, changed=True)
+    assert next(at for at in range(30, 60) if pace.due(at, 64)) == 29 + 1 + 2 + 8
+    pace.chose(40, 64, plain, changed=False)
+    assert next(at for at in range(41, 90) if pace.due(at, 64)) == 56
+
+
+def test_another_number_of_requests_is_chosen_for_at_once():
+    pace = Pace()
+    pace.chose(1, 64, cycles_of(ss.SpecConfig(draft_tokens=0))[0], changed=False)
+    assert [requests for requests in (0, 30, 42, 43, 64, 95, 96, 200) if pace.due(2, requests)] == [30, 42, 96, 200]
+    pace.chose(1, 2, cycles_of(ss.SpecConfig(draft_tokens=0))[0], changed=False)
+    assert [requests for requests in (1, 2, 3, 5, 6) if pace.due(2, requests)] == [6], "few that come and go"
 
 
 def speed_beside_others(seed):

@@ -168,7 +168,7 @@ tried for long is tried again."""
 CHOICE_EVERY = 16
 """Iterations between two choices of the same cycle."""
 
-_OTHER_LOAD, _OTHER_REQUESTS = 1.25, 4
+_OTHER_LOAD, _OTHER_REQUESTS = 1.5, 4
 """Factor and difference in the number of decoding requests at which a cycle is chosen at once. Where a few requests
 come and go all the time, choices at once would leave no time to measure anything."""
 

@@ -285,12 +285,21 @@ def test_what_promises_nearly_as_much_is_tried(plain_takes, speculates):
 
     seen = run_on(device, lambda drafts: 1.03 if drafts else 1.0)
     assert 0 in seen
-    # As all drafts are right, they are tried again once what was measured is forgotten.
-    assert sum(drafts > 0 for drafts in seen[100:]) == pytest.approx(500 * speculates, abs=20 if speculates else 50)
+    # As all drafts are right, each number of them is tried.
+    assert sum(drafts > 0 for drafts in seen[100:]) == pytest.approx(500 * speculates, abs=20 if speculates else 100)
+
+
+def test_what_promises_less_is_tried_now_and_then():
+    """Predictions are wrong for drafts as a whole: they take a quarter less than that. But for a while only."""
+    seen = run_on(lambda drafts, _: 0.85 if drafts else 1.0, lambda drafts: 1.13 if drafts else 1.0)
+    assert 0 in seen[:200]
+    assert 0 not in seen[400:]
+    seen = run_on(lambda drafts, _: 1.13 if drafts else 1.0, lambda drafts: 1.13 if drafts else 1.0)
+    assert sum(drafts > 0 for drafts in seen[100:]) < 100
 
 
 def test_what_promises_far_less_is_not_tried():
-    seen = run_on(lambda drafts, _: 0.9, lambda drafts: 0.9 if drafts else 1.0)
+    seen = run_on(lambda drafts, _: 0.8, lambda drafts: 0.8 if drafts else 1.0)
     assert 0 not in seen
 
 
@@ -337,13 +346,14 @@ def test_no_more_drafts_than_a_verification_reads_the_cache_once_for(q_heads, dr
     sizes = {"hidden_size": 4096, "num_attention_heads": q_heads, "num_key_value_heads": 8, "head_dim": 128}
     model = LlamaConfig(**sizes, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
     predicted = predicted_by_number(model)
-    chooser = Numbers(MOST, predicted)
+    chooser, seen = Numbers(MOST, predicted), []
     for _ in range(200):
         for _ in range(4):
             chooser.verified(chooser.current, chooser.current)
         chooser.took(predicted(chooser.current, 32768, 64), [32768] * 64)
         chooser.choose([32768] * 64)
-    assert chooser.current == drafts
+        seen.append(chooser.current)
+    assert statistics.mode(seen[100:]) == drafts
 
 
 def test_a_pause_of_the_caller_is_not_taken_for_the_devices_time():

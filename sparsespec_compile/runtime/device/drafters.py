@@ -211,17 +211,23 @@ def cycles_of(config: SpecConfig) -> list[Cycle]:
     return [Cycle(drafter, drafts, passes, config.most_proposals)]
 
 
+_FEW_RIGHT = 0.15
+"""Share of first proposals that are right in texts that do not repeat themselves. Where few drafts pay, a cycle without
+room for one more than is made has fewer rows to verify."""
+
+
 def _cycles(drafter: Drafter, config: SpecConfig) -> list[Cycle]:
     """Cycles of a drafter to choose from."""
     most = config.max_draft_tokens
     if not drafter.runs_model:
         return [Cycle(drafter, drafts, 0) for drafts in (*(some for some in _NGRAM_DRAFTS if some < most), most)]
-    with_proposals = [
-        Cycle(drafter, min(most, math.ceil(passes * _drafts_of_a_pass(proposals))), passes, proposals)
+    with_proposals = {
+        Cycle(drafter, min(most, math.ceil(passes * drafts_of_a_pass)), passes, proposals): None
         for proposals in AUTO_PROPOSALS
         if proposals <= config.most_proposals
+        for drafts_of_a_pass in (_drafts_of_a_pass(proposals), *([1 + _FEW_RIGHT] if proposals == 1 else []))
         for passes in range(1, most)
-    ]
+    }
     return [*with_proposals, *(Cycle(drafter, drafts, drafts) for drafts in range(1, most + 1))]
 
 

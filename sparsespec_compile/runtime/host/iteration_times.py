@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,10 @@ class IterationTimes(ABC):
     Args:
         cycles: n of them, those that can be chosen.
     """
+
+    WRONG: ClassVar[float] = 1.0
+    """How many of its standard deviations an estimate may be off by, beside what is usual, where nothing was
+    measured: for a drafter as a whole, for instance."""
 
     def __init__(self, cycles: Sequence[Cycle]) -> None:
         self._grid = _Grid(cycles)
@@ -92,6 +96,8 @@ class PredictedTimes(IterationTimes):
     ERROR = 0.08
     """Standard deviation of the logarithm of actual over predicted time, but for the factor. For the fixed settings of
     benchmarks/results/h200-throughput.json it is 0.04; other devices and models are known less well."""
+
+    WRONG = 4.0
 
     NOISE = 0.01
     """That of one measurement."""

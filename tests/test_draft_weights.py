@@ -206,8 +206,10 @@ def test_copies_that_do_not_follow_show_in_acceptance_alone(monkeypatch, llama):
     assert torch.equal(got, texts(with_settings(llama, draft_tokens=0)))
 
 
-def test_copies_are_renewed_once_whenever_requests_come_to_an_idle_engine(monkeypatch, llama):
-    made, copy = [], DraftCopies._copy
+@pytest.mark.parametrize(("caching", "renewed"), [(True, [1]), (False, [1, 1])])
+def test_copies_are_renewed_when_requests_come_to_an_idle_engine(monkeypatch, llama, caching, renewed):
+    """Where bits of weights are compared anyway, only if they have changed."""
+    llama, made, copy = with_settings(llama, prefix_caching=caching), [], DraftCopies._copy
     monkeypatch.setattr(DraftCopies, "_copy", lambda copies: made.append(1) or copy(copies))
     params = ss.SamplingParams(max_new_tokens=NEW, stop_token_ids=())
     with llama.stream([[5, 6, 7]], params) as stream:
@@ -219,7 +221,12 @@ def test_copies_are_renewed_once_whenever_requests_come_to_an_idle_engine(monkey
         stream.add([[5, 6, 7]], params)
         while stream.unfinished:
             next(stream)
-    assert made == [1, 1]
+        assert made == renewed
+        in_place(llama.model, tiny("llama", seed=1))
+        stream.add([[5, 6, 7]], params)
+        while stream.unfinished:
+            next(stream)
+    assert made == [*renewed, 1]
 
 
 def test_copies_have_memory_while_a_state_does():

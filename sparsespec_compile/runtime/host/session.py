@@ -153,10 +153,7 @@ class Session:
         Raises:
             PoolTooSmallError: there is no memory for them.
         """
-        drafts = self._runner.step.drafts
-        if drafts is not None and not self._scheduler.busy:  # parameters are changed between generations
-            drafts.copies.outdate()
-        self._forget_what_weights_have_changed()
+        self._follow_weights()
         waiting = len(self._scheduler.running) + len(self._scheduler.waiting)
         slots = min(self._scheduler.limits.slots, waiting + len(requests))
         with self._stream.active():  # captures clear the steps' inputs, after the steps under way
@@ -283,17 +280,26 @@ class Session:
                 "report it with the settings. The model can be used again."
             )
 
-    def _forget_what_weights_have_changed(self) -> None:
-        """Make pages of other weights unfindable. While requests run, only versions of tensors are compared."""
+    def _follow_weights(self) -> None:
+        """Make pages of other weights unfindable, and copies of them anew, where weights have changed.
+
+        Between generations their bits are compared. While requests run, versions of tensors are, for pages alone.
+        """
+        running, drafts = self._scheduler.busy, self._runner.step.drafts
+        copies = None if drafts is None or running else drafts.copies
         if not self._config.prefix_caching:
+            if copies is not None:  # to copy takes as long as to compare
+                copies.outdate()
             return
-        running = self._scheduler.busy
+        unknown = not self._weights.known  # copies may be those of another session, made of other weights
         with nullcontext() if running else self._stream.active():
             changed = self._weights.changed(look_inside=not running)
         if self._agreement is not None:  # weights of which one rank alone holds what has changed
             changed = self._agreement.least(int(not changed)) == [0]
         if changed:
             self.forget_prefixes()
+        if copies is not None and (changed or unknown):
+            copies.outdate()
 
     def _place_taken(self) -> None:
         """Place the prompt tokens whose K/V are there already; the others come with their rows."""

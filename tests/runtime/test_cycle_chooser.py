@@ -291,10 +291,10 @@ def test_what_promises_nearly_as_much_is_tried(plain_takes, speculates):
 
 def test_what_promises_less_is_tried_now_and_then():
     """Predictions are wrong for drafts as a whole: they take a quarter less than that. But for a while only."""
-    seen = run_on(lambda drafts, _: 0.85 if drafts else 1.0, lambda drafts: 1.13 if drafts else 1.0)
-    assert 0 in seen[:200]
-    assert 0 not in seen[400:]
-    seen = run_on(lambda drafts, _: 1.13 if drafts else 1.0, lambda drafts: 1.13 if drafts else 1.0)
+    seen = run_on(lambda drafts, _: 0.85 if drafts else 1.0, lambda drafts: 1.13 if drafts else 1.0, iterations=1200)
+    assert 0 in seen[:450]
+    assert 0 not in seen[800:]
+    seen = run_on(lambda drafts, _: 1.13 if drafts else 1.0, lambda drafts: 1.13 if drafts else 1.0, iterations=1200)
     assert sum(drafts > 0 for drafts in seen[100:]) < 100
 
 

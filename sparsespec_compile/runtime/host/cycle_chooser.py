@@ -185,9 +185,9 @@ was expected."""
 _CURIOSITY = 0.5
 """Standard deviations by which a cycle may be faster than estimated, for it to be tried."""
 
-_BOLD_EVERY = 12
+_BOLD_EVERY = 24
 """Choices of which one is as curious as `IterationTimes.WRONG` says. Otherwise what was never tried at a load might
-never be found out. A trial is some percent slower for 25 of 200 iterations, and seldom: it tells of similar cycles
+never be found out. A trial is some percent slower for 25 of 400 iterations, and seldom: it tells of similar cycles
 too."""
 
 _DOUBT = 0.5

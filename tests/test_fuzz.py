@@ -5,7 +5,6 @@ import random
 import time
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -14,7 +13,7 @@ import sparsespec_compile as ss
 from sparsespec_compile.runtime.host.engine import Engine
 
 from .support.adversary import AdversarialDevice, random_proposals
-from .support.choices import choose_every
+from .support.choices import choose_every, random_times
 
 VOCABULARY = 67
 NEAR_TIE = 1e-3
@@ -145,7 +144,7 @@ def with_settings(fast: ss.OptimizedModel, config: ss.SpecConfig, chance: random
     auto = config.draft_tokens == "auto"
     target = replace(
         fast._engine.target,
-        iteration_time=(lambda cycles, *_: np.array([chance.uniform(0.5, 1.5) for _ in cycles])) if auto else None,
+        iteration_time=random_times(chance) if auto else None,
         drafts=chance.choice([None, fast._engine.target.drafts]),
     )
     device = AdversarialDevice(chance.randrange(2**31)) if chance.random() < 0.5 else None

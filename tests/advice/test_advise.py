@@ -110,7 +110,7 @@ def test_an_explanation_has_cycles_that_judge_proposals():
     fixed = explain(cost, ss.SpecConfig(draft_tokens=12, draft_proposals=2), 8192, 16, "H200")
     assert not fixed.judging
     assert "iterations of nothing but drafts judge 2 proposals of each request" in fixed.lines()
-    assert '"auto" chooses among 64 kinds of cycles; shown is that of the most passes' in shown.lines()
+    assert '"auto" chooses among 71 kinds of cycles; shown is that of the most passes' in shown.lines()
     assert not any("kinds of cycles" in line for line in fixed.lines())
 
 

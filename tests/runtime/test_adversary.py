@@ -20,7 +20,7 @@ from sparsespec_compile.runtime.host.page_pool import PagePool
 from sparsespec_compile.runtime.host.request import FinishReason, Request
 
 from ..support.adversary import AdversarialDevice, AdversarialStream, random_proposals
-from ..support.choices import choose_every
+from ..support.choices import choose_every, random_times
 from ..support.toy import VOCABULARY, Toy, prompts
 
 LONGEST = 24
@@ -94,7 +94,7 @@ class Play:
         drafter = chance.choice(["pillar", "pillar", "window", "full", "ngram"])
         predicted = None
         if draft_tokens == "auto":
-            predicted, drafter = lambda *_: chance.uniform(0.5, 1.5), "auto" if drafter == "pillar" else drafter
+            predicted, drafter = random_times(chance), "auto" if drafter == "pillar" else drafter
         self.engine = engine = self.live.engine(
             self.device,
             predicted,

@@ -260,7 +260,7 @@ def test_one_request_soon_knows_how_many_drafts_are_right(right):
     rng = random.Random(2)
     speeds = [one_request_s_speed(right, 64, rng) for _ in range(30)]
     cycle = sum(right**nth for nth in range(MOST + 1)) / (MOST * 5.04 + 6.08)
-    assert sum(speeds) / len(speeds) > 0.985 * max(cycle, 1 / 5.32)
+    assert sum(speeds) / len(speeds) > 0.98 * max(cycle, 1 / 5.32), "one curious choice in 256 tokens"
 
 
 def run_on(device, predicted, iterations=600):

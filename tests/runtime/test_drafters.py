@@ -82,6 +82,7 @@ def test_what_auto_chooses_among():
         ("none", 0),
         *(("ngram", drafts) for drafts in (1, 2, 3, 4, 5)),
         *(("pillar+ngram", drafts) for drafts in (2, 3, 5, 5)),  # what 1 to 4 passes are expected to make
+        ("pillar+ngram", 4),  # in 3 passes, where few proposals are right
         *(("pillar+ngram", drafts) for drafts in (2, 4, 5, 5) * 2),
         *(("pillar+ngram", drafts) for drafts in (3, 5, 5, 5)),
         *(("pillar", drafts) for drafts in (1, 2, 3, 4, 5)),

@@ -1,4 +1,6 @@
-"""Cycles that are chosen more often than they would be."""
+"""Cycles that are chosen more often than they would be, and by chance."""
+
+import numpy as np
 
 from sparsespec_compile.runtime.host.cycle_chooser import Pace
 
@@ -11,3 +13,8 @@ def choose_every(monkeypatch, iterations):
             return (iteration - 1) % iterations == 0 or self.other_load(requests)
 
     monkeypatch.setattr("sparsespec_compile.runtime.host.session.Pace", Often)
+
+
+def random_times(chance):
+    """Predictions of any size, another one for each cycle and each time."""
+    return lambda cycles, length, requests: np.array([chance.uniform(0.5, 1.5) for _ in cycles])

@@ -187,7 +187,7 @@ class TestPlantedFaults:
 
     def test_a_stale_page(self, monkeypatch):
         """Weights change in place, and pages that the old ones have computed are found."""
-        monkeypatch.setattr(Session, "_forget_what_weights_have_changed", lambda self: None)
+        monkeypatch.setattr(Session, "_follow_weights", lambda self: None)
         model = small()
         fast = ss.optimize(model, ss.SpecConfig(**DRAFTS))
         fast.generate_batch(prompts(3, 40), ss.SamplingParams(max_new_tokens=4))

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import sympy
 from sympy import Expr, Integer, Min, Piecewise, Rational, ceiling
 
@@ -30,8 +29,8 @@ _SCORE_BYTES = 4
 _INDEX_BYTES = 4
 
 
-Number = float | np.ndarray
-"""One value, or as many as there are iterations [n]."""
+Number = Any
+"""A float, or as many as there are iterations: np.ndarray [n]."""
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ class _Known(NamedTuple):
 
     place: _Place
     mean: float
-    count: int
+    measured: int
 
 
 @dataclass(frozen=True)
@@ -371,8 +371,8 @@ class _Grid:
     def at(self, load: Load, time: float = 0.0) -> _Places:
         """All cycles at a load."""
         length, requests = _coordinates(load)
-        same = (np.full(len(self.cycles), value) for value in (length, requests))
-        return _Places(*self._columns, *same, self._saving(load), np.full(len(self.cycles), time))
+        alike = partial(np.full, len(self.cycles))
+        return _Places(*self._columns, alike(length), alike(requests), self._saving(load), alike(time))
 
     def place(self, nth: int, load: Load, time: float = 0.0) -> _Place:
         """A cycle at a load."""
@@ -380,8 +380,9 @@ class _Grid:
 
     def known(self, places: Iterable[_Place]) -> _Places:
         """Places of several loads and times."""
-        nth, *others = zip(*places, strict=True)
-        return _Places(*(column[list(nth)] for column in self._columns), *(np.array(column) for column in others))
+        nth, length, requests, saving, time = map(np.array, zip(*places, strict=True))
+        drafter, drafting, drafts, judged, rows = (column[nth] for column in self._columns)
+        return _Places(drafter, drafting, drafts, judged, rows, length, requests, saving, time)
 
     def _saving(self, load: Load) -> np.ndarray:
         left_out = [1.0 - one.positions(load.length) / load.length if load.length else 0.0 for one in self._drafters]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import sympy
 from sympy import Expr, Integer, Min, Piecewise, Rational, ceiling
 
@@ -117,23 +118,16 @@ class IterationCost:
 
     def evaluate(self, iteration: Iteration) -> list[tuple[float, float, float]]:
         """Bytes, FLOPs and bytes read again of each term, in their order."""
-        return [(float(size), float(flops), float(again)) for size, flops, again in self._function(*iteration.values())]
+        return [(float(size), float(flops), float(again)) for size, flops, again in self.evaluate_many(iteration)]
 
     def evaluate_many(self, iterations: Iteration) -> list[tuple[Number, Number, Number]]:
         """As `evaluate`, of iterations whose attributes are arrays [n]: arrays [n], or what all have in common."""
-        return self._functions(*iterations.values())
+        return self._function(*map(np.asarray, iterations.values()))
 
     @cached_property
-    def _function(self) -> Callable[..., list[tuple[float, float, float]]]:
-        return sympy.lambdify(SYMBOLS, self._counts, modules="math")
-
-    @cached_property
-    def _functions(self) -> Callable[..., list[tuple[Number, Number, Number]]]:
-        return sympy.lambdify(SYMBOLS, self._counts, modules="numpy")
-
-    @property
-    def _counts(self) -> list[tuple[Expr, Expr, Expr]]:
-        return [(term.bytes, term.flops, term.bytes_again) for term in self.terms]
+    def _function(self) -> Callable[..., list[tuple[Number, Number, Number]]]:
+        counts = [(term.bytes, term.flops, term.bytes_again) for term in self.terms]
+        return sympy.lambdify(SYMBOLS, counts, modules="numpy")
 
 
 def collect(terms: Iterable[Term]) -> IterationCost:

@@ -114,8 +114,8 @@ def _probability(value: object, name: str) -> float:
     return float(value)
 
 
-_REMEMBERED = 1024
-"""Predictions of iterations that are kept."""
+_REMEMBERED = 64
+"""Numbers of requests whose iterations are kept."""
 
 _OVERLAP = 3.0
 """The exponent n of products."""
@@ -365,7 +365,7 @@ def _unscored(
     return cost.unscored, replace(ceilings, scoring_overhead_s=0.0), alone
 
 
-def _term_seconds(term: Term, size: Any, flops: Any, again: Any, ceilings: Ceilings) -> Any:
+def _term_seconds(term: Term, size: Number, flops: Number, again: Number, ceilings: Ceilings) -> Number:
     gathered, attention = term.kind == "draft", term.kind in ("draft", "verify")
     reading = (size + again) / (ceilings.gather_bytes_per_s if gathered else ceilings.read_bytes_per_s)
     computing = flops / (ceilings.attention_flops_per_s if attention else ceilings.flops_per_s)
@@ -373,7 +373,7 @@ def _term_seconds(term: Term, size: Any, flops: Any, again: Any, ceilings: Ceili
     return (reading**overlap + computing**overlap) ** (1 / overlap)
 
 
-def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> Any:
+def _overhead(term: Term, iteration: Iteration, ceilings: Ceilings) -> Number:
     if term.kind == "gemm":
         return term.launches * ceilings.gemm_overhead_s
     scored = (iteration.verifying > 0) & (iteration.draft_tokens > 0)

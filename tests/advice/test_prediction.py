@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import Gemma3TextConfig, Llama4TextConfig, Qwen3Config, Qwen3MoeConfig
 
 from sparsespec_compile.advice.ceilings import H200, Ceilings, ceilings_of
 from sparsespec_compile.advice.config_cost import config_cost
@@ -231,6 +231,15 @@ def test_many_cycles_at_once_take_what_each_of_them_does(drafts, length, request
     together = iteration_time(COST, "grouped", H200, copies, as_run)(cycles, length, requests)
     alone = [predict_cycle(COST, one, "grouped", length, requests, H200, copies, as_run).seconds for one in cycles]
     assert together.tolist() == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", [Gemma3TextConfig, Llama4TextConfig, Qwen3MoeConfig], ids=lambda kind: kind.__name__)
+def test_windows_chunks_and_experts_are_predicted_at_once(family):
+    cost, cycles = config_cost(family(num_hidden_layers=6), torch.bfloat16), cycles_of(SpecConfig())
+    for length in (100, 9000):
+        together = iteration_time(cost, "grouped", H200)(cycles, length, 64)
+        alone = [predict_cycle(cost, one, "grouped", length, 64, H200).seconds for one in cycles]
+        assert together.tolist() == pytest.approx(alone, rel=1e-12)
 
 
 def test_iterations_of_every_number_of_drafts_take_what_was_predicted():

@@ -52,8 +52,8 @@ class IterationTimes(ABC):
     """
 
     WRONG: ClassVar[float] = 1.0
-    """How many of its standard deviations an estimate may be off by, beside what is usual, where nothing was
-    measured: for a drafter as a whole, for instance."""
+    """Factor by which the standard deviations of estimates are raised now and then. A prediction may be wrong by more
+    than usual, for instance for a drafter as a whole, and only a trial would tell."""
 
     def __init__(self, cycles: Sequence[Cycle]) -> None:
         self._grid = _Grid(cycles)
